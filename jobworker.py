@@ -1555,12 +1555,12 @@ class Job:
             self.record = record
         self.bell.ring()
 
-    def fate(self) -> str:
-        """What a job is whose shim may be gone: the first rule that fits (design, section 4)."""
+    def fate(self, *, alive: bool) -> str:
+        """What a job is, whose shim lives or not: the first rule that fits."""
         record = self.record
         if record.phase == "done":
             return "ended"
-        if shim_lives(self.folder):
+        if alive:
             return "running"
         if record.phase in ("", "failed"):
             return "never ran"
@@ -1792,7 +1792,8 @@ class Worker:
         if job.ended:
             return
         if not send_wish(job.folder, by):
-            self._settle(job)
+            job.refresh(closed=True)
+            self._settle(job, alive=False)
         try:
             await asyncio.wait_for(self._until(job, lambda: job.ended or not self._holds(job)), STOP_SECONDS)
         except asyncio.TimeoutError:
@@ -1854,20 +1855,21 @@ class Worker:
             closed = bool(mask & IN_CLOSE_WRITE)
             job.refresh(closed=closed)
             if closed:  # the last descriptor: the shim is gone, whatever else of it may linger a moment
-                self._settle(job)
+                self._settle(job, alive=False)
 
         job.watch = self._inotify.watch(f"{job.folder}/exit", IN_MODIFY | IN_CLOSE_WRITE, changed)
 
     def _look_again(self) -> None:
         """Events were lost (IN_Q_OVERFLOW): look at every running job, and have every follower look."""
         for job in [job for job in self._table.values() if not job.ended]:
-            job.refresh(closed=not shim_lives(job.folder))
-            self._settle(job)
+            alive = shim_lives(job.folder)
+            job.refresh(closed=not alive)
+            self._settle(job, alive=alive)
         for job in self._table.values():
             job.ring()
 
-    def _settle(self, job: Job) -> None:
-        """Do what a job's fate asks for, once nobody but the server may do it."""
+    def _settle(self, job: Job, *, alive: bool) -> None:
+        """Do what a job's fate asks for."""
         actions: dict[str, Callable[[Job], None]] = {
             "running": lambda job: None,
             "ended": self._retire,
@@ -1875,7 +1877,7 @@ class Worker:
             "unreadable": self._set_aside,
             "unfinished": self._finish,
         }
-        actions[job.fate()](job)
+        actions[job.fate(alive=alive)](job)
 
     def _retire(self, job: Job) -> None:
         if job.watch is not None:
@@ -1953,7 +1955,7 @@ class Worker:
         alive = shim_lives(job.folder)
         job.refresh(closed=not alive)
         job.hold(read_order(job.folder))
-        self._settle(job)
+        self._settle(job, alive=alive)
 
     async def _retain(self) -> None:
         """Forget ended jobs when their time, or the room for them, is over; one at a time, so that it is not felt."""
