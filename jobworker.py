@@ -63,19 +63,29 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import ctypes
+    import datetime
+    import ipaddress
     import json
     import pwd
+    import ssl
     import subprocess
-    import urllib.parse
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+    import traceback
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
     from types import TracebackType
+
+    import grpc
+    from cryptography import exceptions, x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+
+    import gen.workerservice_pb2 as pb
 else:
 
     class Deferred:
         """A module that is imported at its first use.
 
-        A client's start-up is felt on every call, and the launcher's memory in every fork: neither pays
-        for what it does not use. `serve` imports everything when it starts (`import_everything`).
+        A client's start-up is felt on every call, and the launcher's memory in every fork: neither pays for what it
+        does not use. `serve` imports everything when it starts (`import_everything`).
         """
 
         def __init__(self, name: str) -> None:
@@ -86,13 +96,20 @@ else:
             setattr(self, attribute, value)  # found without this function from now on
             return value
 
-    argparse = Deferred("argparse")
-    asyncio = Deferred("asyncio")
-    ctypes = Deferred("ctypes")
-    json = Deferred("json")
-    pwd = Deferred("pwd")
-    subprocess = Deferred("subprocess")
-
+    argparse, asyncio, ctypes, datetime, ipaddress, json, pwd, ssl, subprocess, traceback = map(
+        Deferred,
+        ("argparse", "asyncio", "ctypes", "datetime", "ipaddress", "json", "pwd", "ssl", "subprocess", "traceback"),
+    )
+    grpc, x509, pb = map(Deferred, ("grpc", "cryptography.x509", "gen.workerservice_pb2"))
+    exceptions, hashes, serialization, ec, ed448, ed25519, rsa = (
+        Deferred(f"cryptography.{name}")
+        for name in (
+            "exceptions",
+            "hazmat.primitives.hashes",
+            "hazmat.primitives.serialization",
+            *(f"hazmat.primitives.asymmetric.{name}" for name in ("ec", "ed448", "ed25519", "rsa")),
+        )
+    )
 
 # --- 1. Names and limits ------------------------------------------------------------------------------
 # Owns every name, number and default that more than one section, or a reader, wants to find. No code.
@@ -2164,3 +2181,1226 @@ def start_failure(number: int, order: Order) -> JobWorkerError:
     return JobWorkerError(f"{name!r} could not be started: {os.strerror(number)}")
 
 
+# --- 7. Identity and authorization ----------------------------------------------------------------------
+# Owns the question who calls and what is theirs. Reads certificates; makes none (section 11), and knows no
+# gRPC beyond the dictionary in which it hands over what TLS found out.
+
+ROLES_OID = "1.2.840.10070.8.1"
+
+
+def encode_roles(roles: Iterable[str]) -> bytes:
+    """The value of the roles extension: a DER UTF8String, comma-separated (X.690, 8.21)."""
+    text = ",".join(roles).encode()
+    return bytes([0x0C, len(text)]) + text
+
+
+def decode_roles(value: bytes) -> frozenset[str]:
+    """The roles in an extension's value; none at all when anything about it is malformed or unknown."""
+    if len(value) < 3 or value[0] != 0x0C or value[1] != len(value) - 2 or value[1] > 127:
+        return frozenset()
+    roles = frozenset(value[2:].decode("utf-8", "replace").split(","))
+    return roles if roles <= set(ROLES) else frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerCertificate:
+    """What a client's certificate says, and whether a current authority stands behind it."""
+
+    names: tuple[str, ...]
+    roles: frozenset[str]
+    valid_from: float  # seconds since 1970
+    valid_to: float
+    for_clients: bool
+    trusted: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
+    """Parse a peer's certificate; cached by its bytes, since the same ones come with every call."""
+    leaf = x509.load_pem_x509_certificate(pem)
+    purposes = extension(leaf, x509.ExtendedKeyUsage)
+    roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
+    between = x509.load_pem_x509_certificates(chain) if chain.strip() else []
+    return PeerCertificate(
+        names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
+        roles=decode_roles(roles),
+        valid_from=leaf.not_valid_before_utc.timestamp(),
+        valid_to=leaf.not_valid_after_utc.timestamp(),
+        for_clients=purposes is not None and x509.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
+        trusted=is_trusted(leaf, between, x509.load_pem_x509_certificates(authorities)),
+    )
+
+
+def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
+    """The value of a certificate's extension, or None."""
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def is_trusted(leaf: x509.Certificate, between: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
+    """Whether signatures lead from a certificate to one of the authorities (RFC 5280, 6.1)."""
+    current: x509.Certificate | None = leaf
+    for _ in range(len(between) + 1):
+        if current is None or any(signed(current, authority) for authority in authorities):
+            break
+        current = next((issuer for issuer in between if signed(current, issuer)), None)
+    return current is not None and any(signed(current, authority) for authority in authorities)
+
+
+def signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, exceptions.InvalidSignature):
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Caller:
+    """Who calls: the common name of the client's certificate, and whether its roles include `admin`."""
+
+    name: str
+    admin: bool
+
+    def may_see(self, owner: str) -> bool:
+        return self.admin or self.name == owner
+
+
+def authenticate(tls: Mapping[str, Sequence[bytes]], authorities: bytes) -> Caller:
+    """The caller behind a connection, checked anew at every call: connections outlive certificates.
+
+    `tls` is gRPC's auth context, `authorities` the PEM of those in force now. Raises DeniedError.
+    """
+    if list(tls.get("ssl_tls_version", ())) != [b"TLSv1.3"]:
+        raise DeniedError("this connection is not TLS 1.3")
+    pem = b"".join(tls.get("x509_pem_cert", ()))
+    try:
+        peer = read_peer_certificate(pem, b"".join(tls.get("x509_pem_cert_chain", ())), authorities)
+    except ValueError:
+        raise DeniedError("the client's certificate cannot be read") from None
+    if not peer.trusted:
+        raise DeniedError("the client's certificate is not from an authority that this server trusts now")
+    if not peer.valid_from <= time.time() <= peer.valid_to:
+        raise DeniedError("the client's certificate is out of date")
+    if not peer.for_clients:
+        raise DeniedError("the client's certificate is not for clients: it lacks the purpose clientAuth")
+    if len(peer.names) != 1 or not peer.names[0]:
+        raise DeniedError(f"the client's certificate has {len(peer.names)} common names and must have one")
+    if not peer.roles:
+        raise DeniedError(f"{peer.names[0]!r} has no role here: its certificate's extension {ROLES_OID} names none")
+    return Caller(peer.names[0], "admin" in peer.roles)
+
+
+def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
+    """The job, if there is one and the caller may see it. Raises NoSuchJobError: the two are indistinguishable."""
+    job = worker.job(check_id(job_id))
+    if not caller.may_see(job.order.owner):
+        raise NoSuchJobError(job_id)
+    return job
+
+
+# --- 8. gRPC service ------------------------------------------------------------------------------------
+# Owns the translation between `Worker` and the wire, and is alone in making gRPC statuses. Every call comes
+# through `Service._answered`, which knows the caller before anything else happens.
+
+SERVICE_NAME = "proto.WorkerService"
+
+
+def frame_result(chunk: bytes) -> bytes:
+    """A GetStreamResponse of these bytes, as protobuf writes it (field 1, wire type 2), without building the message."""
+    size, prefix = len(chunk), bytearray(b"\x0a")
+    while size > 0x7F:
+        prefix.append(size & 0x7F | 0x80)
+        size >>= 7
+    prefix.append(size)
+    return bytes(prefix) + chunk
+
+
+def result_of(message: bytes) -> bytes:
+    """The bytes of a GetStreamResponse that `frame_result`, or any other protobuf, wrote."""
+    size = shift = 0
+    for position, byte in enumerate(message[1:6], 2):
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            if message[0] == 0x0A and position + size == len(message):
+                return message[position:]
+            break
+    return bytes(pb.GetStreamResponse.FromString(message).result)
+
+
+def optional(message: Any, field: str) -> Any:
+    """The value of a proto3 `optional` field; None when the caller left it out."""
+    return getattr(message, field) if message.HasField(field) else None
+
+
+class Service:
+    """WorkerService over a `Worker`. `authorities` tells the PEM of the client authorities in force."""
+
+    def __init__(self, worker: Worker, authorities: Callable[[], bytes]) -> None:
+        self._worker = worker
+        self._authorities = authorities
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler:
+            async def handle(message: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+                async with self._answered(context) as caller:
+                    return await answer(caller, message)
+
+            return grpc.unary_unary_rpc_method_handler(handle, request.FromString, lambda reply: reply.SerializeToString())
+
+        calls = {
+            "StartJob": unary(self._start, pb.StartJobRequest),
+            "StopJob": unary(self._stop, pb.StopJobRequest),
+            "GetJobStatus": unary(self._status, pb.GetStatusRequest),
+            "RemoveJob": unary(self._remove, pb.RemoveJobRequest),
+            "GetOutputStream": grpc.unary_stream_rpc_method_handler(
+                self._stream, pb.GetStreamRequest.FromString, frame_result
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Caller]:
+        """The one way into every call: gives the caller, and turns what fails into a status with one sentence."""
+        try:
+            yield authenticate(context.auth_context(), self._authorities())
+        except JobWorkerError as error:
+            await context.abort(grpc.StatusCode[error.status], str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001  a mistake of ours is one line here and no traceback there
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            say(f"unexpected {type(error).__name__} at line {place.lineno} in {place.name}: {error}")
+            await context.abort(grpc.StatusCode.INTERNAL, "the server met an error that it did not expect; its log says which")
+
+    async def _start(self, caller: Caller, message: pb.StartJobRequest) -> pb.StartJobResponse:
+        if message.run_as and not caller.admin:
+            raise DeniedError("only an admin may run a job as another account")
+        request = JobRequest(
+            command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
+            **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
+        )  # fmt: skip
+        return pb.StartJobResponse(ID=await self._worker.start(request))
+
+    async def _stop(self, caller: Caller, message: pb.StopJobRequest) -> pb.StopJobResponse:
+        await self._worker.stop(allowed_job(self._worker, caller, message.id).id, by=caller.name)
+        return pb.StopJobResponse()
+
+    async def _status(self, caller: Caller, message: pb.GetStatusRequest) -> pb.GetStatusResponse:
+        return status_message(self._worker.status(allowed_job(self._worker, caller, message.id).id))
+
+    async def _remove(self, caller: Caller, message: pb.RemoveJobRequest) -> pb.RemoveJobResponse:
+        self._worker.remove(allowed_job(self._worker, caller, message.id).id)
+        return pb.RemoveJobResponse()
+
+    async def _stream(self, message: pb.GetStreamRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with self._answered(context) as caller:
+            job = allowed_job(self._worker, caller, message.id)
+            async with contextlib.aclosing(self._worker.stream(job.id, message.offset)) as chunks:
+                async for chunk in chunks:
+                    await context.write(chunk)
+
+
+def status_message(status: JobStatus) -> pb.GetStatusResponse:
+    order, ending, usage = status.order, status.ending, status.usage
+    enforced = {name: getattr(order.limits, name) for name in order.controllers}
+    return pb.GetStatusResponse(
+        status=pb.Status.Value(status.status),
+        exitcode=status.exit_code,
+        reason=ending.reason if ending else "",
+        signal=ending.signal if ending else 0,
+        stopped_by=status.stopped_by,
+        owner=order.owner,
+        cmd=order.command,
+        args=order.args,
+        user=order.user if order.uid in (0, os.geteuid()) else f"{order.user} (uid {order.uid})",
+        created_ms=int(order.created * 1000),
+        started_ms=int(status.started * 1000),
+        ended_ms=int(status.ended * 1000),
+        output_bytes=status.output_bytes,
+        cpu_seconds=usage.cpu_seconds,
+        memory_peak=usage.memory_peak,
+        read_bytes=usage.read_bytes,
+        written_bytes=usage.written_bytes,
+        cpu_limit=enforced.get("cpu"),
+        memory_limit=enforced.get("memory"),
+        pids_limit=enforced.get("pids"),
+        io_limit=enforced.get("io"),
+        timeout=order.timeout,
+        max_output=order.max_output,
+        notes=status.notes,
+    )
+
+
+# --- 9. Server ------------------------------------------------------------------------------------------
+# Owns the process that serves: its port, signals, descriptors and what it tells systemd. Makes no certificate:
+# it is given a folder that is complete.
+
+KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
+LARGEST_MESSAGE = 4 * MIB  # bytes of a request; the kernel takes half of that as arguments
+KEEPALIVE_OPTIONS = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
+    ("grpc.http2.ping_timeout_ms", PING_SECONDS * 1000),  # without it a half-open peer lives a minute
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+SERVER_OPTIONS = [
+    *KEEPALIVE_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),  # else too_many_pings
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),  # silent connections hold descriptors
+    ("grpc.so_reuseport", 0),  # else a second server binds the same port silently
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """How one server serves. `listen` is (host, port); an empty host is every address."""
+
+    worker: WorkerOptions
+    listen: tuple[str, int]
+    certs: Path
+    stop_jobs: bool = False
+
+
+def prepare_grpc() -> None:
+    """Set what gRPC reads from the environment when it is imported. Nobody here has a pre-shared key, so with this
+    suite TLS 1.2 finds no cipher, and TLS 1.3, which the variable does not govern, is untouched."""
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
+    os.environ["GRPC_VERBOSITY"] = "NONE"
+
+
+def import_everything() -> None:
+    """All imports now: a .pyz that is replaced under a running server has nothing left to give."""
+    for name in ("argparse", "asyncio", "ctypes", "cryptography.x509", "gen.workerservice_pb2", "grpc", "json", "pwd",
+                 "subprocess", "traceback", "encodings.idna"):  # fmt: skip
+        importlib.import_module(name)
+
+
+class ServerCertificates:
+    """The certificates in force, read from the folder again at a reload."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.authorities = b""
+        self._configuration: Any = None
+
+    def load(self) -> None:
+        """Read the folder. Raises JobWorkerError and leaves what is in force in force."""
+        check_server_folder(self._folder)
+        key, certificate, authorities = (
+            read_file(self._folder / name) for name in ("server.key", "server.pem", "client-ca.pem")
+        )
+        self._configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
+        self.authorities = authorities
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(self._configuration, lambda: self._configuration, True)
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_server_folder(folder: Path) -> None:
+    """Refuse, naming the file, a server certificate that gRPC cannot serve or that is not for its key."""
+    paths = [folder / "server.pem", folder / "server.key"]
+    try:
+        certificate = x509.load_pem_x509_certificate(read_file(paths[0]))
+        key = serialization.load_pem_private_key(read_file(paths[1]), password=None)
+        x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
+    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
+        raise JobWorkerError(f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}") from None
+    if not isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
+        raise JobWorkerError(f"{paths[1]} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
+    if key.public_key() != certificate.public_key():
+        raise JobWorkerError(f"{paths[0]} is not the certificate of {paths[1]}")
+    if not certificate.not_valid_before_utc.timestamp() <= time.time() <= certificate.not_valid_after_utc.timestamp():
+        raise JobWorkerError(f"{paths[0]} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
+
+
+async def serve(options: ServeOptions) -> int:
+    """Serve until a SIGTERM or SIGINT; SIGHUP reads the certificates again. The exit code."""
+    import_everything()
+    certificates = ServerCertificates(options.certs)
+    certificates.load()
+    ended = asyncio.Event()
+    async with Worker(options.worker) as worker:
+        raise_file_limit()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities).handlers(),))
+        address = bind(server, options.listen, certificates.credentials())
+        await server.start()
+        handle_signals(ended, certificates)
+        announce(worker, address)
+        await ended.wait()
+        notify("STOPPING=1")
+        if options.stop_jobs:
+            await worker.stop_all(by="serve --stop-jobs")
+        say(f"stopping; {count_of(worker.running, 'job goes', 'jobs go')} on")
+        worker.dismiss()  # first: `stop` alone waits out its grace for whoever follows
+        await server.stop(0.3)
+    return 0
+
+
+def count_of(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
+def bind(server: grpc.aio.Server, listen: tuple[str, int], credentials: grpc.ServerCredentials) -> str:
+    """Listen; the address as people write it. Raises JobWorkerError naming the port."""
+    host, port = listen
+    host = host or ("::" if has_ipv6() else "0.0.0.0")  # noqa: S104  a server is there to be reached
+    place = f"[{host}]" if ":" in host else host
+    try:
+        port = server.add_secure_port(f"{place}:{port}", credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise JobWorkerError(f"cannot listen on {place}:{listen[1]}: is another server using the port, or is it not this machine's?")
+    return f"{place}:{port}"
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return False
+    return True
+
+
+def raise_file_limit() -> None:
+    """A follower is a descriptor; jobs keep the limit that the launcher was given."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def handle_signals(ended: asyncio.Event, certificates: ServerCertificates) -> None:
+    loop = asyncio.get_running_loop()
+
+    def reload() -> None:
+        try:
+            certificates.load()
+            say("the certificates are read again")
+        except JobWorkerError as error:
+            say(f"the certificates stay as they were: {error}")
+
+    def reap() -> None:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    if os.getpid() == 1:  # in a container: strangers' orphans come to process 1
+        loop.add_signal_handler(signal.SIGCHLD, reap)
+
+
+def announce(worker: Worker, address: str) -> None:
+    """Say on standard output that the server listens, on standard error what does not hold here."""
+    for note in worker.notes():
+        say(f"warning: on this server {note}")
+    account = Account.own()
+    if account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):
+        say(f"warning: {account.name} has no linger, so a logout ends jobs; `loginctl enable-linger` gives it")
+    print(f"jobworker: serving on {address}, with {count_of(worker.running, 'job', 'jobs')} running", flush=True)
+    notify("READY=1")
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), where it asked to be told."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
+            channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+# --- 10. Client -----------------------------------------------------------------------------------------
+# Owns the way to a server: the channel, the retries that are safe, and saying why a server is not reached.
+# Knows nothing of this machine's jobs.
+
+CONNECT_SECONDS = 4.0
+CALL_SECONDS = STOP_SECONDS + 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries
+CLIENT_OPTIONS = [
+    *KEEPALIVE_OPTIONS,
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1000)),  # also how long one connect may take
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection, without an old one's back-off
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientOptions:
+    """Which server, as whom: `role` is the NAME of NAME.pem and NAME.key in `certs`."""
+
+    host: str
+    port: int
+    certs: Path
+    role: str
+    retry_for: float = 60.0
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def identity(self) -> tuple[Path, Path]:
+        return self.certs / f"{self.role}.pem", self.certs / f"{self.role}.key"
+
+
+class Client:
+    """Calls to one server. Errors are JobWorkerErrors with the server's sentence, or why it is not reached."""
+
+    def __init__(self, options: ClientOptions) -> None:
+        self._options = options
+        self._credentials: Any = None
+        self._reached = False
+
+    def __enter__(self) -> Client:
+        prepare_grpc()
+        certificate, key = self._options.identity
+        hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {self._options.certs}"
+        try:
+            files = [read_file(path) for path in (self._options.certs / "server-ca.pem", key, certificate)]
+        except JobWorkerError as error:
+            raise JobWorkerError(f"{error}; {hint}") from None
+        self._credentials = grpc.ssl_channel_credentials(*files)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Channels are closed after each call; nothing is left."""
+
+    def call(self, method: str, request: Any, reply: Any) -> Any:
+        """One call, tried again when the server was lost: every call here may be asked twice."""
+
+        def attempt(channel: grpc.Channel) -> Any:
+            ask = channel.unary_unary(f"/{SERVICE_NAME}/{method}", type(request).SerializeToString, reply.FromString)
+            return ask(request, timeout=CALL_SECONDS)
+
+        return self._persistently(attempt)
+
+    def stream(self, job_id: str, offset: int, write: Callable[[bytes], None]) -> None:
+        """Write a job's output from a byte on until its end, resuming at its byte when the server was lost."""
+        position = offset
+
+        def attempt(channel: grpc.Channel) -> None:
+            nonlocal position
+            ask = channel.unary_stream(f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of)
+            for chunk in ask(pb.GetStreamRequest(id=job_id, offset=position)):
+                self._reached = True
+                write(chunk)
+                position += len(chunk)
+
+        self._persistently(attempt)
+
+    def _persistently(self, attempt: Callable[[grpc.Channel], Any]) -> Any:
+        """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost."""
+        lost_at, pause = 0.0, FIRST_PAUSE
+        while True:
+            self._reached, began = False, time.monotonic()
+            try:
+                with grpc.secure_channel(self._options.address, self._credentials, CLIENT_OPTIONS) as channel:
+                    return attempt(channel)
+            except grpc.RpcError as error:
+                failure = self._explained(error, tried=lost_at > 0)
+            if failure.status != "UNAVAILABLE" or self._options.retry_for == 0:
+                raise failure
+            if not lost_at or self._reached:
+                lost_at, pause = time.monotonic(), FIRST_PAUSE
+                say(f"{self._options.address} was lost ({failure}); trying for {self._options.retry_for:g} s")
+            if time.monotonic() + pause > lost_at + self._options.retry_for:
+                raise UnavailableError(f"gave up after {self._options.retry_for:g} s: {failure}")
+            time.sleep(max(0.0, pause - (time.monotonic() - began)))
+            pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _explained(self, error: Any, *, tried: bool) -> JobWorkerError:
+        """The error behind gRPC's. One that was never connected is final at the first try: only what was lost
+        comes back."""
+        details = error.details() or ""
+        status = error.code().name
+        if status == "UNAVAILABLE" and not self._reached and re.match(r"failed to connect|DNS|.*name resolution", details):
+            sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
+            failure: JobWorkerError = UnavailableError(sentence) if tried else JobWorkerError(sentence)
+            return failure
+        if status == "UNAVAILABLE":
+            return UnavailableError(details)
+        if status == "DEADLINE_EXCEEDED":
+            return JobWorkerError(f"{self._options.address} did not answer within {CALL_SECONDS:.0f} s")
+        return JobWorkerError(details or status)
+
+
+def why_unreachable(options: ClientOptions) -> str:
+    """Why no connection comes about, in one sentence: tried again by hand, since gRPC does not tell. Empty: unknown."""
+    try:
+        raw = socket.create_connection((options.host, options.port), CONNECT_SECONDS)
+    except socket.gaierror:
+        return f"there is no host {options.host!r} (`--server HOST[:PORT]`)"
+    except TimeoutError:
+        return f"{options.address} does not answer"
+    except OSError as error:
+        return f"cannot connect to {options.address}: {error.strerror or error}; is `serve` running there?"
+    with raw:
+        try:
+            return why_no_handshake(options, raw)
+        except OSError:
+            return ""
+
+
+def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
+    context = ssl.create_default_context(cafile=str(options.certs / "server-ca.pem"))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_cert_chain(*map(str, options.identity))
+        with context.wrap_socket(raw, server_hostname=options.host) as channel:
+            channel.recv(1)  # in TLS 1.3 the server's verdict on the client comes after the handshake
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+            return (
+                f"the certificate of {options.address} is not for {options.host!r}; on the server, "
+                f"`serve --name {options.host}` makes one that is"
+            )
+        return f"the certificate of {options.address} is not trusted by {options.certs / 'server-ca.pem'}: {error.verify_message}"
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        return f"{options.address} refuses {options.identity[0]} or does not speak TLS 1.3: {reason}"
+    return ""
+
+
+# --- 11. Certificates -----------------------------------------------------------------------------------
+# Owns the making of authorities, server certificates and identities, and the rule of what a folder must hold.
+# Authorities live ten years, leaves one; all are backdated by a day, since clocks differ.
+
+DAY = 86400
+AUTHORITY_DAYS, LEAF_DAYS = 3650, 365
+SERVED_FILES = ("server.pem", "server.key", "client-ca.pem")  # what serving needs
+MADE_FILES = ("server-ca.pem", "server-ca.key", "client-ca.key", "user.pem", "user.key", "admin.pem", "admin.key", *SERVED_FILES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Signed:
+    """A certificate with its private key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    def certificate_pem(self) -> bytes:
+        return self.certificate.public_bytes(serialization.Encoding.PEM)
+
+    def key_pem(self) -> bytes:
+        form = serialization.PrivateFormat.PKCS8
+        return self.key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def sign(name: str, days: int, issuer: Signed | None, extensions: Sequence[tuple[x509.ExtensionType, bool]]) -> Signed:
+    """A new P-256 key and its certificate, signed by the issuer or, without one, by itself (RFC 5280)."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    signer = issuer.key if issuer else key
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer.certificate.subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    for value, critical in extensions:
+        builder = builder.add_extension(value, critical=critical)
+    digest = None if isinstance(signer, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
+    return Signed(builder.sign(signer, digest), key)
+
+
+def key_usage(*allowed: str) -> x509.KeyUsage:
+    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+             "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
+    return x509.KeyUsage(**{name: name in allowed for name in names})
+
+
+def make_authority(name: str) -> Signed:
+    basics = [(x509.BasicConstraints(ca=True, path_length=None), True), (key_usage("key_cert_sign", "crl_sign"), True)]
+    return sign(name, AUTHORITY_DAYS, None, basics)
+
+
+def leaf_basics(purpose: x509.ObjectIdentifier) -> list[tuple[x509.ExtensionType, bool]]:
+    return [
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (key_usage("digital_signature"), True),
+        (x509.ExtendedKeyUsage([purpose]), False),
+    ]
+
+
+def make_server_certificate(authority: Signed, names: Sequence[str]) -> Signed:
+    """A certificate for a server that is reached by these names and addresses."""
+    alternatives = x509.SubjectAlternativeName([general_name(name) for name in names])
+    basics = leaf_basics(x509.ExtendedKeyUsageOID.SERVER_AUTH)
+    return sign("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)])
+
+
+def make_identity(authority: Signed, name: str, roles: Sequence[str]) -> Signed:
+    """A certificate for a client: its name is the owner of its jobs."""
+    extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
+    basics = leaf_basics(x509.ExtendedKeyUsageOID.CLIENT_AUTH)
+    return sign(name, LEAF_DAYS, authority, [*basics, (extension, False)])
+
+
+def general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(name.encode("idna").decode("ascii"))
+    except (UnicodeError, ValueError):
+        raise UsageError(f"{name!r} is neither a host's name nor an address") from None
+
+
+def own_names() -> list[str]:
+    """By what this machine is reached: its names, and its addresses as the kernel has them (proc(5))."""
+    host = socket.gethostname()
+    four = re.findall(r"(\d+\.\d+\.\d+\.\d+)\n\s+/32 host LOCAL", kernel_read("/proc/net/fib_trie"))
+    six = [line.split() for line in kernel_read("/proc/net/if_inet6").splitlines()]
+    routed = [str(ipaddress.IPv6Address(int(words[0], 16))) for words in six if words[3] in ("00", "10")]
+    names = ["localhost", host, socket.getfqdn(host), "127.0.0.1", "::1", *four, *routed]
+    return list(dict.fromkeys(name for name in names if name and len(name) < 64))
+
+
+def prepare_folder(folder: Path, names: Sequence[str]) -> str:
+    """Make what a server's folder needs, if it is empty, or a server.pem with the names it lacks.
+
+    Returns what was made, as a sentence, or nothing. Raises JobWorkerError, and changes nothing, where the folder
+    is half-filled or unreadable.
+    """
+    try:
+        there = set(os.listdir(folder)) & set(MADE_FILES) if folder.exists() else set()
+        missing = [name for name in SERVED_FILES if name not in there]
+        if not there:
+            make_folder(folder, [*own_names(), *names])
+            return f"made two authorities, a server certificate and the identities `user` and `admin` in {folder}"
+        if missing:
+            raise JobWorkerError(f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or name an empty one")
+        return add_names(folder, names) if names else ""
+    except OSError as error:
+        raise JobWorkerError(f"cannot use the certificate folder {folder}: {error.filename or ''} {error.strerror}") from error
+
+
+def make_folder(folder: Path, names: Sequence[str]) -> None:
+    """Both authorities and what they sign, in a new folder that then takes its place whole."""
+    server_authority, client_authority = make_authority("jobworker server authority"), make_authority("jobworker client authority")
+    made = {"server-ca": server_authority, "client-ca": client_authority}
+    made["server"] = make_server_certificate(server_authority, list(dict.fromkeys(names)))
+    made |= {role: make_identity(client_authority, role, [role]) for role in ("user", "admin")}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    new.mkdir(mode=0o755)
+    try:
+        for name, signed_ in made.items():
+            write_pair(new, name, signed_)
+        if folder.exists() and os.listdir(folder):
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "server.pem"):
+                path.rename(folder / path.name)
+        else:
+            new.rename(folder)
+    finally:
+        for path in new.glob("*"):
+            path.unlink()
+        if new.exists():
+            new.rmdir()
+
+
+def write_pair(folder: Path, name: str, signed_: Signed) -> None:
+    """Put NAME.key and NAME.pem in place, each whole or not at all; the key is for its owner's eyes only."""
+    for suffix, content, mode in ((".key", signed_.key_pem(), 0o600), (".pem", signed_.certificate_pem(), 0o644)):
+        path = folder / f"{name}{suffix}"
+        new = folder / f".{name}{suffix}-{os.getpid()}"
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(new, path)
+
+
+def load_authority(folder: Path, name: str) -> Signed:
+    """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
+    path = folder / f"{name}.key"
+    if not path.exists():
+        raise JobWorkerError(f"{path} is not there: only the folder that made the authority can sign with it")
+    try:
+        key = serialization.load_pem_private_key(read_file(path), password=None)
+        return Signed(x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem")), key)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
+
+
+def add_names(folder: Path, names: Sequence[str]) -> str:
+    """A new server.pem with the names that the present one lacks, besides those that it has."""
+    present = extension(x509.load_pem_x509_certificate(read_file(folder / "server.pem")), x509.SubjectAlternativeName)
+    has = [str(name.value) for name in present or ()]
+    if set(names) <= set(has):
+        return ""
+    authority = load_authority(folder, "server-ca")
+    write_pair(folder, "server", make_server_certificate(authority, list(dict.fromkeys([*has, *names]))))
+    return f"made a new {folder / 'server.pem'} for {', '.join(names)}"
+
+
+# --- 12. Command line -----------------------------------------------------------------------------------
+# Owns words: options, verbs, what is printed, and the exit code. A verb is `add_X_arguments` beside `run_X`,
+# and one row of VERBS. Scripts rely on the lines that `start`, `stop` and `status` print.
+
+SIZES = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
+DURATIONS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": DAY}
+
+
+def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]?)(?:i?b)?", text.strip().lower())
+    if found is None or found[2] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {kind}")
+    return float(found[1]) * units[found[2]]
+
+
+def size(text: str) -> int:
+    """Bytes, as `512M` or `1.5G`."""
+    return int(quantity(text, SIZES, "size like 512M or 1.5G"))
+
+
+def duration(text: str) -> float:
+    """Seconds, as `90`, `10s`, `10m`, `7d`."""
+    return quantity(text, DURATIONS, "duration like 90, 10s, 10m or 7d")
+
+
+def cpus(text: str) -> float:
+    return quantity(text, {"": 1}, "number of CPUs like 0.5 or 2")
+
+
+def count(text: str) -> int:
+    return int(quantity(text, {"": 1}, "number"))
+
+
+def share(text: str) -> float:
+    """A part of the whole, as `5%` or `0.05`."""
+    value = quantity(text.rstrip("%"), {"": 1}, "share like 5%") / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share like 5%")
+    return value
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """HOST, HOST:PORT, [ADDRESS]:PORT, :PORT or an IPv6 address alone."""
+    bare = re.fullmatch(r"[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*", text)
+    found = re.fullmatch(r"(?:\[(?P<address>[^\]]+)\]|(?P<host>[^:]*))(?::(?P<port>\d{1,5}))?", text)
+    if bare:
+        return text, DEFAULT_PORT
+    if found is None or int(found["port"] or 0) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST[:PORT]")
+    return found["address"] or found["host"], DEFAULT_PORT if found["port"] is None else int(found["port"])
+
+
+def text_argument(text: str) -> str:
+    """A word for the wire, which is UTF-8. Raises UsageError for bytes that are none."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{text!r} is not UTF-8, which commands and arguments must be") from None
+
+
+def default_certs() -> Path:
+    """`./certs` where nobody else could have put it there, else the machine's or the user's own folder."""
+    here = Path("certs")
+    with contextlib.suppress(OSError):
+        facts = here.stat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid in (0, os.geteuid()) and not facts.st_mode & 0o022:
+            return here
+    return Path("/etc/jobworker") if os.geteuid() == 0 else user_folder("XDG_CONFIG_HOME", ".config")
+
+
+def default_state() -> Path:
+    return Path("/var/lib/jobworker") if os.geteuid() == 0 else user_folder("XDG_STATE_HOME", ".local/state")
+
+
+def user_folder(variable: str, below_home: str) -> Path:
+    base = os.environ.get(variable) or os.path.join(os.environ.get("HOME") or Account.own().home, below_home)
+    return Path(base) / "jobworker"
+
+
+def write_out(chunk: bytes) -> None:
+    """All bytes to standard output, however it takes them."""
+    rest = memoryview(chunk)
+    while rest:
+        try:
+            rest = rest[os.write(1, rest) :]
+        except BlockingIOError:
+            select.select([], [1], [])
+
+
+# -- Options that several verbs have
+
+
+def add_certs_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--certs", type=Path, metavar="DIR", default=os.environ.get("JOBWORKER_CERTS"),
+                        help="folder of certificates and keys (env JOBWORKER_CERTS; default: ./certs if it is yours, else "
+                             "/etc/jobworker for root and ~/.config/jobworker for others)")  # fmt: skip
+
+
+def add_client_arguments(parser: argparse.ArgumentParser) -> None:
+    add_certs_arguments(parser)
+    parser.add_argument("--server", type=host_and_port, metavar="HOST[:PORT]", default=os.environ.get("JOBWORKER_SERVER", "localhost"),
+                        help=f"where the server is (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})")  # fmt: skip
+    parser.add_argument("-r", "--role", metavar="NAME", default="user", help="use NAME.pem and NAME.key of the folder (default: user)")
+    parser.add_argument("--retry-for", type=duration, metavar="TIME", default=60.0,
+                        help="how long to try again when a server that was reached is lost (default: 60s; 0: not at all)")  # fmt: skip
+
+
+def add_id_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-j", dest="job", metavar="ID", help="the job's id, which may also stand alone")
+    parser.add_argument("id", nargs="?", metavar="ID", help=argparse.SUPPRESS)
+
+
+def chosen_id(options: argparse.Namespace) -> str:
+    if (options.job is None) == (options.id is None):
+        raise UsageError(f"`{options.verb}` needs one job id: jobworker.pyz {options.verb} -j ID")
+    return check_id(text_argument(options.job or options.id))
+
+
+def client_of(options: argparse.Namespace) -> Client:
+    host, port = options.server
+    certs = Path(options.certs) if options.certs else default_certs()
+    return Client(ClientOptions(host or "localhost", port, certs, options.role, options.retry_for))
+
+
+# -- serve
+
+
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_certs_arguments(parser)
+    place = parser.add_argument_group("where")
+    place.add_argument("--listen", type=host_and_port, metavar="HOST:PORT", default=("", DEFAULT_PORT), help=f"default: all addresses, port {DEFAULT_PORT}")
+    place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[],
+                       help="also valid for these names or addresses: makes a new server.pem where it lacks one")  # fmt: skip
+    place.add_argument("--state", type=Path, metavar="DIR", help="jobs and their output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)")
+    place.add_argument("--cgroup", metavar="PATH", help="the cgroup to make the tree in (default: `jobworker` under the highest that may be managed)")
+    place.add_argument("--without", metavar="LIST", default="",
+                       help="limits to do without: cpu,memory,pids,io, `all`, or `auto` for whatever this machine lacks")  # fmt: skip
+    limits = parser.add_argument_group("limits of a job (what it gets by default; --max-…: what `start` may ask for)")
+    for name, kind, default in limit_options():
+        limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
+        limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
+    limits.add_argument("--timeout", type=duration, metavar="TIME", default=0.0, help="end a job after this (default: never)")
+    limits.add_argument("--max-output", type=size, metavar="SIZE", default=OUTPUT_LIMIT, help="end a job that prints more (default: 1G)")
+    keep = parser.add_argument_group("keeping")
+    keep.add_argument("--keep", type=duration, metavar="TIME", default=KEEP_SECONDS, help="forget an ended job after this (default: 7d; 0: never)")
+    keep.add_argument("--keep-bytes", type=size, metavar="SIZE", default=0, help="forget the oldest when outputs exceed this (default: no bound)")
+    keep.add_argument("--reserve", type=share, metavar="SHARE", default=RESERVE, help="of the disk, not to be filled by jobs (default: 5%%)")
+    keep.add_argument("--max-jobs", type=count, metavar="N", default=MAX_JOBS, help=f"running at once (default: {MAX_JOBS})")
+    keep.add_argument("--stop-jobs", action="store_true", help="stop all jobs when the server is ended (default: they go on)")
+
+
+def limit_options() -> list[tuple[str, Callable[[str], Any], str]]:
+    return [("cpu", cpus, "1"), ("memory", size, "512M"), ("pids", count, "512"), ("io", size, "64M a second, each way and disk")]
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    prepare_grpc()
+    certs = Path(options.certs) if options.certs else default_certs()
+    made = prepare_folder(certs.absolute(), options.name)
+    if made:
+        say(made)
+    defaults = Limits(**{name: getattr(options, name) for name, _, _ in limit_options() if getattr(options, name) is not None})
+    caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in limit_options()}
+    worker = WorkerOptions(
+        state=(options.state or default_state()).absolute(), cgroup=options.cgroup, without=chosen_without(options.without),
+        defaults=defaults, caps=Limits(**caps), timeout=options.timeout, max_output=options.max_output, keep=options.keep,
+        keep_bytes=options.keep_bytes, reserve=options.reserve, max_jobs=options.max_jobs,
+    )  # fmt: skip
+    return asyncio.run(serve(ServeOptions(worker, options.listen, certs.absolute(), options.stop_jobs)))
+
+
+def chosen_without(text: str) -> frozenset[str]:
+    names = frozenset(filter(None, text.split(",")))
+    if unknown := names - {*CONTROLLERS, "auto", "all"}:
+        raise UsageError(f"--without knows {', '.join(CONTROLLERS)}, all and auto, not {', '.join(sorted(unknown))}")
+    return frozenset(CONTROLLERS) if "all" in names else names
+
+
+# -- start, stop, status, stream, rm
+
+
+def add_start_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    parser.add_argument("-c", dest="command", metavar="COMMAND", help="the command, found on the server's PATH")
+    parser.add_argument("-args", dest="args", metavar="ARG", help="everything after it is the command's, options included (so is `-- COMMAND ARG…`)")
+    for name, kind, _ in limit_options():
+        parser.add_argument(f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default")
+    parser.add_argument("--timeout", type=duration, metavar="TIME", help="end the job after this")
+    parser.add_argument("--max-output", type=size, metavar="SIZE", help="end the job when it prints more")
+    parser.add_argument("--run-as", metavar="ACCOUNT", default="", help="an account of the server's machine, root included (admins only)")
+    parser.add_argument("--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job")
+
+
+def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
+    """`start`'s arguments, what follows the first `-args` or `--` verbatim (None: neither), and whether it was `--`."""
+    for position, word in enumerate(arguments):
+        if word in ("-args", "--"):
+            return list(arguments[:position]), list(arguments[position + 1 :]), word == "--"
+    return list(arguments), None, False
+
+
+def run_start(options: argparse.Namespace) -> int:
+    command, args = options.command, options.rest or []
+    if options.dashed and command is None:
+        command, args = (args[0] if args else None), args[1:]
+    if command is None:
+        raise UsageError("`start` needs a command: jobworker.pyz start -- COMMAND [ARG…]")
+    limits = {name: getattr(options, name) for name in ("cpu", "memory", "pids", "io", "timeout", "max_output")}
+    with client_of(options) as client:
+        request = pb.StartJobRequest(
+            cmd=text_argument(command), args=[text_argument(arg) for arg in args], id=options.id or new_job_id(),
+            run_as=options.run_as, **{name: value for name, value in limits.items() if value is not None},
+        )  # fmt: skip
+        print(f"started JobID: {client.call('StartJob', request, pb.StartJobResponse).ID}")
+    return 0
+
+
+def add_stop_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    add_id_arguments(parser)
+
+
+def run_stop(options: argparse.Namespace) -> int:
+    job_id = chosen_id(options)
+    with client_of(options) as client:
+        client.call("StopJob", pb.StopJobRequest(id=job_id), pb.StopJobResponse)
+    print(f"stopped Job: {job_id}")
+    return 0
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    add_id_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="all that is known, as JSON")
+
+
+def run_status(options: argparse.Namespace) -> int:
+    job_id = chosen_id(options)
+    with client_of(options) as client:
+        status = client.call("GetJobStatus", pb.GetStatusRequest(id=job_id), pb.GetStatusResponse)
+    if options.json:
+        print(json.dumps(status_facts(job_id, status), ensure_ascii=False, indent=2))
+    else:
+        print(f"jobID: {job_id}, status: {pb.Status.Name(status.status)}, exitCode: {status.exitcode}")
+    return 0
+
+
+def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
+    """A status as `--json` prints it: times in UTC (ISO 8601), null for what is not known or not enforced."""
+
+    def moment(milliseconds: int) -> str | None:
+        utc = datetime.timezone.utc
+        return datetime.datetime.fromtimestamp(milliseconds / 1000, utc).isoformat("T", "milliseconds") if milliseconds else None
+
+    return {
+        "id": job_id,
+        "status": pb.Status.Name(status.status),
+        "exitCode": status.exitcode,
+        "reason": status.reason or None,
+        "signal": status.signal or None,
+        "stoppedBy": status.stopped_by or None,
+        "owner": status.owner,
+        "command": [status.cmd, *status.args],
+        "user": status.user,
+        "created": moment(status.created_ms),
+        "started": moment(status.started_ms),
+        "ended": moment(status.ended_ms),
+        "outputBytes": status.output_bytes,
+        "usage": {
+            "cpuSeconds": status.cpu_seconds if status.ended_ms else None,
+            "memoryPeak": optional(status, "memory_peak"),
+            "readBytes": optional(status, "read_bytes"),
+            "writtenBytes": optional(status, "written_bytes"),
+        },
+        "limits": {
+            "cpu": status.cpu_limit or None,
+            "memory": status.memory_limit or None,
+            "pids": status.pids_limit or None,
+            "io": status.io_limit or None,
+            "timeout": status.timeout or None,
+            "maxOutput": status.max_output,
+        },
+        "notes": list(status.notes),
+    }
+
+
+def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    add_id_arguments(parser)
+    parser.add_argument("--offset", type=size, metavar="SIZE", default=0, help="skip so many bytes")
+
+
+def run_stream(options: argparse.Namespace) -> int:
+    job_id = chosen_id(options)
+    with client_of(options) as client:
+        client.stream(job_id, options.offset, write_out)
+    return 0
+
+
+def add_rm_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    parser.add_argument("ids", nargs="+", metavar="ID", help="ended jobs")
+
+
+def run_rm(options: argparse.Namespace) -> int:
+    ids = [check_id(text_argument(job_id)) for job_id in options.ids]
+    with client_of(options) as client:
+        for job_id in ids:
+            client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
+            print(f"removed Job: {job_id}")
+    return 0
+
+
+# -- identity, unit
+
+
+def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
+    add_certs_arguments(parser)
+    parser.add_argument("name", metavar="NAME", help="the common name: the owner of its jobs, and the name of its files")
+    parser.add_argument("--admin", action="store_true", help="may see and stop everybody's jobs (default: its own)")
+
+
+def run_identity(options: argparse.Namespace) -> int:
+    folder = Path(options.certs) if options.certs else default_certs()
+    name = text_argument(options.name)
+    if not re.fullmatch(r"[^/\0]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
+        raise UsageError(f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that serves already")
+    if (folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists():
+        raise JobWorkerError(f"{folder / name}.pem is there already")
+    write_pair(folder, name, make_identity(load_authority(folder, "client-ca"), name, ["admin" if options.admin else "user"]))
+    print(f"made identity: {folder / name}.pem and {name}.key; with server-ca.pem they are what the client's folder needs")
+    return 0
+
+
+UNIT = """\
+# {place}, made by `jobworker.pyz unit`. Jobs live outside this unit, in a cgroup tree of their own, and outlive
+# it; so no Delegate= (systemd could not start the unit again while jobs live in it), and no sandboxing that jobs
+# would inherit from the server (they have uids and limits of their own).
+[Unit]
+Description=Job worker: commands in cgroups over mutual TLS
+After=network.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=always
+RestartSec=1
+KillMode=process
+TimeoutStopSec=10
+CacheDirectory=jobworker
+CacheDirectoryMode=0700
+UMask=0077
+LimitNOFILE=65536
+TasksMax=infinity
+OOMPolicy=continue
+{protection}
+[Install]
+WantedBy={target}
+"""
+
+
+def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--user", action="store_true", help="a user's unit, for ~/.config/systemd/user (default: /etc/systemd/system)")
+    parser.add_argument("serve_options", nargs=argparse.REMAINDER, metavar="-- OPTION…", help="options of `serve` for its command line")
+
+
+def run_unit(options: argparse.Namespace) -> int:
+    more = options.serve_options[1:] if options.serve_options[:1] == ["--"] else options.serve_options
+    words = [os.path.abspath(sys.executable), os.path.abspath(sys.argv[0]), "serve", *more]
+    quoted = " ".join(word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$") for word in words)
+    print(
+        UNIT.format(
+            place="~/.config/systemd/user/jobworker.service" if options.user else "/etc/systemd/system/jobworker.service",
+            command=quoted,
+            protection="" if options.user else "OOMScoreAdjust=-500\n",
+            target="default.target" if options.user else "multi-user.target",
+        ),
+        end="",
+    )
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
+    "serve": (add_serve_arguments, run_serve, "run the server on this machine"),
+    "start": (add_start_arguments, run_start, "start a command there; prints its job's id"),
+    "stop": (add_stop_arguments, run_stop, "kill a job, all its processes at once"),
+    "status": (add_status_arguments, run_status, "say whether a job runs, and how it ended"),
+    "stream": (add_stream_arguments, run_stream, "write a job's output, from its first byte, until it ends"),
+    "rm": (add_rm_arguments, run_rm, "forget ended jobs and their output"),
+    "identity": (add_identity_arguments, run_identity, "make a certificate for one more client"),
+    "unit": (add_unit_arguments, run_unit, "print a systemd unit that serves"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):  # type: ignore[misc, name-defined]
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message} (`{self.prog} --help`)")
+
+    parser = Parser(prog="jobworker.pyz", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"jobworker {VERSION}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (add_arguments, _, summary) in VERBS.items():
+        add_arguments(verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False))
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; `rest` is what `start` passes on verbatim. Raises UsageError."""
+    rest, dashed = None, False
+    words = list(arguments)
+    if "start" in words[:1]:
+        words, rest, dashed = split_command(words)
+    options: argparse.Namespace = make_parser().parse_args(words)
+    options.rest, options.dashed = rest, dashed
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code. What fails is one line on standard error."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        code = VERBS[options.verb][1](options)
+        sys.stdout.flush()
+    except JobWorkerError as error:
+        say(str(error))
+        return error.exit_code
+    except SystemExit as ended:  # argparse's --help and --version
+        return ended.code if isinstance(ended.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still flushes at its end goes nowhere
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        say(f"{error.filename or 'this machine'}: {error.strerror}")
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
