@@ -58,7 +58,6 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-
 if TYPE_CHECKING:
     import argparse
     import asyncio
@@ -70,13 +69,14 @@ if TYPE_CHECKING:
     import ssl
     import subprocess
     import traceback
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
     import grpc
     from cryptography import exceptions, x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+    from typing_extensions import Self
 
     import gen.workerservice_pb2 as pb
 else:
@@ -96,20 +96,27 @@ else:
             setattr(self, attribute, value)  # found without this function from now on
             return value
 
-    argparse, asyncio, ctypes, datetime, ipaddress, json, pwd, ssl, subprocess, traceback = map(
-        Deferred,
-        ("argparse", "asyncio", "ctypes", "datetime", "ipaddress", "json", "pwd", "ssl", "subprocess", "traceback"),
-    )
-    grpc, x509, pb = map(Deferred, ("grpc", "cryptography.x509", "gen.workerservice_pb2"))
-    exceptions, hashes, serialization, ec, ed448, ed25519, rsa = (
-        Deferred(f"cryptography.{name}")
-        for name in (
-            "exceptions",
-            "hazmat.primitives.hashes",
-            "hazmat.primitives.serialization",
-            *(f"hazmat.primitives.asymmetric.{name}" for name in ("ec", "ed448", "ed25519", "rsa")),
-        )
-    )
+    argparse = Deferred("argparse")
+    asyncio = Deferred("asyncio")
+    ctypes = Deferred("ctypes")
+    datetime = Deferred("datetime")
+    ipaddress = Deferred("ipaddress")
+    json = Deferred("json")
+    pwd = Deferred("pwd")
+    ssl = Deferred("ssl")
+    subprocess = Deferred("subprocess")
+    traceback = Deferred("traceback")
+    grpc = Deferred("grpc")
+    pb = Deferred("gen.workerservice_pb2")
+    x509 = Deferred("cryptography.x509")
+    exceptions = Deferred("cryptography.exceptions")
+    hashes = Deferred("cryptography.hazmat.primitives.hashes")
+    serialization = Deferred("cryptography.hazmat.primitives.serialization")
+    ec = Deferred("cryptography.hazmat.primitives.asymmetric.ec")
+    ed448 = Deferred("cryptography.hazmat.primitives.asymmetric.ed448")
+    ed25519 = Deferred("cryptography.hazmat.primitives.asymmetric.ed25519")
+    rsa = Deferred("cryptography.hazmat.primitives.asymmetric.rsa")
+
 
 # --- 1. Names and limits ------------------------------------------------------------------------------
 # Owns every name, number and default that more than one section, or a reader, wants to find. No code.
@@ -284,16 +291,16 @@ class Disk:
     name: str
 
 
-def cpu_files(limits: Limits, disks: Sequence[Disk]) -> list[tuple[str, str]]:
+def cpu_files(limits: Limits, _disks: Sequence[Disk]) -> list[tuple[str, str]]:
     period = 100_000  # microseconds; the kernel wants a quota of at least 1000
     return [("cpu.max", f"{max(1000, round(limits.cpu * period))} {period}")]
 
 
-def memory_files(limits: Limits, disks: Sequence[Disk]) -> list[tuple[str, str]]:
+def memory_files(limits: Limits, _disks: Sequence[Disk]) -> list[tuple[str, str]]:
     return [("memory.max", str(limits.memory)), ("memory.swap.max", "0"), ("memory.oom.group", "1")]
 
 
-def pids_files(limits: Limits, disks: Sequence[Disk]) -> list[tuple[str, str]]:
+def pids_files(limits: Limits, _disks: Sequence[Disk]) -> list[tuple[str, str]]:
     return [("pids.max", str(limits.pids))]
 
 
@@ -427,7 +434,7 @@ class Descendants:
         parents: dict[int, int] = {}
         found = set()
         for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError, KernelError, IndexError):
+            with contextlib.suppress(OSError, KernelError, ValueError):  # it ended meanwhile
                 state, parent = kernel_read(f"/proc/{name}/stat").rpartition(")")[2].split()[:2]
                 if state in "ZX":
                     continue
@@ -491,9 +498,10 @@ class CgroupMount:
 
     def highest_manageable(self) -> str | None:
         """The highest cgroup on the way down to the caller's in which the caller may make children and move
-        processes: what a manager delegated (cgroup-v2.rst, Delegation)."""
+        processes: what a manager delegated (cgroup-v2.rst, Delegation).
+        """
         path = self.point
-        steps = [step for step in self.own[len(self.point):].split("/") if step]
+        steps = [step for step in self.own[len(self.point) :].split("/") if step]
         for step in [None, *steps]:
             path = path if step is None else f"{path}/{step}"
             if all(os.access(f"{path}/{file}", os.W_OK) for file in (".", "cgroup.procs", "cgroup.subtree_control")):
@@ -577,7 +585,8 @@ def tree_place(mount: CgroupMount) -> str | None:
 
 def leave_for_leaf(cgroup: str) -> None:
     """Move the server, and only itself, out of an inner cgroup: one with processes gives its children no
-    controllers (cgroup-v2.rst, No Internal Process Constraint)."""
+    controllers (cgroup-v2.rst, No Internal Process Constraint).
+    """
     leaf = Cgroup(f"{cgroup}/jobworker/server")
     leaf.create()
     leaf.adopt(0)
@@ -760,10 +769,11 @@ class Tail:
 
     def arm(self) -> bool:
         """Ask for one event at the next change. True if that was news: then read once more, because what was
-        written between the last read and now makes no event."""
+        written between the last read and now makes no event.
+        """
         if self._watch is not None:
             return False
-        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, lambda mask: self.wake())
+        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, lambda _mask: self.wake())
         return True
 
     def _disarm(self) -> None:
@@ -896,7 +906,9 @@ class Record:
     def ending(self) -> Ending | None:
         if "ended.code" not in self.facts:
             return None
-        status, code, number, reason, by = (self.facts[f"ended.{key}"] for key in ("status", "code", "signal", "reason", "by"))
+        status, code, number, reason, by = (
+            self.facts[f"ended.{key}"] for key in ("status", "code", "signal", "reason", "by")
+        )
         return Ending(status, int(code), int(number), self.facts.get("done.reason", reason).strip("-"), by.strip("-"))
 
     @property
@@ -992,7 +1004,8 @@ class Launcher:
 
     def open(self, shims: str) -> None:
         """Exec it. `shims` is the cgroup for it and its shims (empty: none); they, and the jobs, keep the
-        RLIMIT_NOFILE that the server has now."""
+        RLIMIT_NOFILE that the server has now.
+        """
         self._arguments = [shims, *map(str, resource.getrlimit(resource.RLIMIT_NOFILE))]
         self.ensure()
 
@@ -1002,7 +1015,8 @@ class Launcher:
         self.close()
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here.setblocking(False)
-        program = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent)!r}); import {MODULE}; {MODULE}.launcher_main()"
+        folder = str(Path(__file__).resolve().parent)
+        program = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
         with there:
             try:
                 self._process = subprocess.Popen(
@@ -1094,7 +1108,7 @@ def receive_request(channel: socket.socket) -> tuple[str, str, dict[str, Any] | 
     if not packet:
         return None
     descriptors = [number for _, _, data in ancillary for number in memoryview(data).cast("i")]
-    kind, folder, plain = marshal.loads(packet)
+    kind, folder, plain = marshal.loads(packet)  # noqa: S302  our own server wrote it
     return kind, folder, plain, descriptors
 
 
@@ -1112,7 +1126,7 @@ def run_shim(request: tuple[str, str, dict[str, Any] | None, list[int]]) -> NoRe
             finish_lost(folder, order, record)
         else:
             Shim(folder, order, control, record).run(cgroup[0] if cgroup else -1)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001
         with contextlib.suppress(OSError):  # for whoever looks: the line counts for nothing
             os.write(record, f"crashed {type(error).__name__} {error}\n".encode())
         os._exit(1)
@@ -1241,7 +1255,8 @@ class Shim:
 
     def _ending(self, process: int, wish: Wish | None, *, forced: bool) -> Ending:
         """How the main process ended. STOPPED only when it died of the kill that a wish, or the kernel's
-        out-of-memory killer, sent; a job that ended by itself keeps its code, and what its output lacks is said."""
+        out-of-memory killer, sent; a job that ended by itself keeps its code, and what its output lacks is said.
+        """
         result = os.waitid(os.P_PID, process, os.WEXITED)
         assert result is not None
         exited = result.si_code == os.CLD_EXITED
@@ -1272,12 +1287,12 @@ def make_pipe(order: Order) -> tuple[int, int]:
     return pipe, stdout
 
 
-def reap_orphans(main: int) -> None:
+def reap_orphans(job: int) -> None:
     """Wait for whatever the job's processes leave to their subreaper, but not for the job itself: `_ending` does."""
 
     def reap(_number: int, _frame: object) -> None:
         with contextlib.suppress(ChildProcessError):
-            while (child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and child.si_pid != main:
+            while (child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and child.si_pid != job:
                 os.waitpid(child.si_pid, 0)
 
     signal.signal(signal.SIGCHLD, reap)
@@ -1339,7 +1354,7 @@ def become_job(order: Order, stdout: int, reporter: int, cgroup: str) -> NoRetur
             os.chdir(order.home)
         except OSError:
             os.chdir("/")  # as sshd does for an account without a home
-        os.execvpe(order.command, [order.command, *order.args], order.environment())
+        os.execvpe(order.command, [order.command, *order.args], order.environment())  # noqa: S606
     except OSError as error:
         failure = error.errno or failure
     except JobWorkerError as error:
@@ -1351,7 +1366,8 @@ def become_job(order: Order, stdout: int, reporter: int, cgroup: str) -> NoRetur
 
 def finish_job(folder: str, order: Order, record: int, ending: Ending, pump: Pump | None) -> None:
     """Everything after the main process's end: what it left behind is killed, the last output is kept, and
-    the record is completed, last. Each step may be the last one before a crash: `finish_lost` repeats them."""
+    the record is completed, last. Each step may be the last one before a crash: `finish_lost` repeats them.
+    """
     processes = order.processes()
     write_record(record, "ended", **vars(ending))
     processes.kill_all()
@@ -1626,7 +1642,7 @@ class Retention:
 
 
 class Worker:
-    """Jobs on this machine: start, stop, status, stream and remove, with everything in one state folder.
+    r"""Jobs on this machine: start, stop, status, stream and remove, with everything in one state folder.
 
     Use it in an event loop, as an asynchronous context manager. It needs no gRPC, no TLS and nothing third-party;
     who may do what to which job is its caller's business. Every error is a JobWorkerError.
@@ -1644,7 +1660,7 @@ class Worker:
     ...         worker.remove(job)
     >>> with tempfile.TemporaryDirectory() as state:
     ...     asyncio.run(example(state))
-    b'hello\\n'
+    b'hello\n'
     FINISHED 3
     """
 
@@ -1660,7 +1676,7 @@ class Worker:
 
     # -- Opening and closing
 
-    async def __aenter__(self) -> Worker:
+    async def __aenter__(self) -> Self:
         """Take the state folder and read its jobs back: after a crash as after anything else."""
         check_kernel()
         async with contextlib.AsyncExitStack() as resources:
@@ -1711,13 +1727,17 @@ class Worker:
         async with self._launcher.places:
             for _ in range(2):
                 job = self._same_job(request) or self._begin(self._order(request))
-                await self._until(job, lambda: job.record.phase not in ("", "born") or not self._holds(job))
-                if job.record.failure:
-                    await self._until(job, lambda: not self._holds(job))
-                    raise start_failure(job.record.failure, job.order)
-                if job.record.phase:
+                if await self._began(job):
                     return job.id
         raise UnavailableError("the launcher died before it could start the job; try again")
+
+    async def _began(self, job: Job) -> bool:
+        """Wait until a job's command runs. False: its request was lost before anybody tried, and may be made again."""
+        await self._until(job, lambda: job.record.phase not in ("", "born") or not self._holds(job))
+        if job.record.failure:
+            await self._until(job, lambda: not self._holds(job))  # nothing of it is left then
+            raise start_failure(job.record.failure, job.order)
+        return job.record.phase != ""
 
     def _same_job(self, request: JobRequest) -> Job | None:
         """The job that an earlier try with the same id began."""
@@ -1824,7 +1844,7 @@ class Worker:
         running = [job.id for job in self._table.values() if not job.ended]
         await asyncio.gather(*(self.stop(job_id, by) for job_id in running))
 
-    async def stream(self, job_id: str, offset: int = 0) -> AsyncIterator[bytes]:
+    async def stream(self, job_id: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """The job's output from byte `offset`, live, until the job has ended and everything was given."""
         job = self.job(job_id)
         tail = job.tail = job.tail or Tail(f"{job.folder}/output", self._inotify)
@@ -1888,7 +1908,7 @@ class Worker:
     def _settle(self, job: Job, *, alive: bool) -> None:
         """Do what a job's fate asks for."""
         actions: dict[str, Callable[[Job], None]] = {
-            "running": lambda job: None,
+            "running": lambda _job: None,
             "ended": self._retire,
             "never ran": self._dispose,
             "unreadable": self._set_aside,
@@ -1928,7 +1948,8 @@ class Worker:
 
     def _dispose(self, job: Job) -> None:
         """The one place that deletes a job: its cgroup, then its folder, the record first, so that what a crash
-        leaves is a job that never ran."""
+        leaves is a job that never ran.
+        """
         try:
             order = read_order(job.folder)
             if order is not None:
@@ -2064,7 +2085,9 @@ def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
     if asked is None:
         return min(default, cap)
     if not 0 < asked <= cap:
-        raise BadRequestError(f"{name} {asked:g} is not allowed here: more than 0 and at most {cap:g} (`serve --max-{name}`)")
+        raise BadRequestError(
+            f"{name} {asked:g} is not allowed here: more than 0 and at most {cap:g} (`serve --max-{name}`)"
+        )
     return type(cap)(asked)
 
 
@@ -2137,7 +2160,8 @@ def allocate(descriptor: int, size: int) -> None:
 
 def open_record(folder: str, handed: contextlib.ExitStack) -> list[int]:
     """Descriptors of `control` and `exit` for a shim. O_RDWR: a FIFO opened for reading alone polls as hung up for
-    ever after its first writer (fifo(7))."""
+    ever after its first writer (fifo(7)).
+    """
     control = os.open(f"{folder}/control", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     handed.callback(os.close, control)
     record = os.open(f"{folder}/exit", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -2161,11 +2185,15 @@ def start_failure(number: int, order: Order) -> JobWorkerError:
     """The sentence for a command whose exec failed with that errno (execve(2))."""
     name = order.command
     places = [name] if "/" in name else [f"{folder}/{name}" for folder in JOB_PATH.split(":")]
-    found = next((path for path in (os.path.join(order.home, place) for place in places) if os.path.lexists(path)), None)
+    found = next(
+        (path for path in (os.path.join(order.home, place) for place in places) if os.path.lexists(path)), None
+    )
     if number == errno.ENOENT and found is None:
         return BadRequestError(f"{name!r} is not found" + ("" if "/" in name else f" on PATH, which is {JOB_PATH}"))
     if number == errno.ENOENT:
-        return BadRequestError(f"{found} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing")
+        return BadRequestError(
+            f"{found} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
+        )
     if number == errno.EACCES and found and os.path.isdir(found):
         return BadRequestError(f"{found} is a folder, not a command")
     if number == errno.EACCES:
@@ -2173,7 +2201,9 @@ def start_failure(number: int, order: Order) -> JobWorkerError:
     if number == errno.ENOEXEC:
         return BadRequestError(f"{found or name} cannot run: it is no program of this machine and has no `#!` line")
     if number == errno.E2BIG:
-        return BadRequestError(f"{name!r} with its {len(order.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)")
+        return BadRequestError(
+            f"{name!r} with its {len(order.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+        )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {os.strerror(number)}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
@@ -2226,7 +2256,7 @@ def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerC
         roles=decode_roles(roles),
         valid_from=leaf.not_valid_before_utc.timestamp(),
         valid_to=leaf.not_valid_after_utc.timestamp(),
-        for_clients=purposes is not None and x509.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
+        for_clients=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
         trusted=is_trusted(leaf, between, x509.load_pem_x509_certificates(authorities)),
     )
 
@@ -2239,7 +2269,9 @@ def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
         return None
 
 
-def is_trusted(leaf: x509.Certificate, between: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]) -> bool:
+def is_trusted(
+    leaf: x509.Certificate, between: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
+) -> bool:
     """Whether signatures lead from a certificate to one of the authorities (RFC 5280, 6.1)."""
     current: x509.Certificate | None = leaf
     for _ in range(len(between) + 1):
@@ -2268,7 +2300,7 @@ class Caller:
         return self.admin or self.name == owner
 
 
-def authenticate(tls: Mapping[str, Sequence[bytes]], authorities: bytes) -> Caller:
+def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Caller:
     """The caller behind a connection, checked anew at every call: connections outlive certificates.
 
     `tls` is gRPC's auth context, `authorities` the PEM of those in force now. Raises DeniedError.
@@ -2309,7 +2341,7 @@ SERVICE_NAME = "proto.WorkerService"
 
 
 def frame_result(chunk: bytes) -> bytes:
-    """A GetStreamResponse of these bytes, as protobuf writes it (field 1, wire type 2), without building the message."""
+    """A GetStreamResponse of these bytes, as protobuf writes it (field 1, wire type 2), without making the message."""
     size, prefix = len(chunk), bytearray(b"\x0a")
     while size > 0x7F:
         prefix.append(size & 0x7F | 0x80)
@@ -2344,12 +2376,14 @@ class Service:
         self._authorities = authorities
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler:
+        def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(message: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self._answered(context) as caller:
                     return await answer(caller, message)
 
-            return grpc.unary_unary_rpc_method_handler(handle, request.FromString, lambda reply: reply.SerializeToString())
+            return grpc.unary_unary_rpc_method_handler(
+                handle, request.FromString, lambda reply: reply.SerializeToString()
+            )
 
         calls = {
             "StartJob": unary(self._start, pb.StartJobRequest),
@@ -2374,7 +2408,9 @@ class Service:
         except Exception as error:  # noqa: BLE001  a mistake of ours is one line here and no traceback there
             place = traceback.extract_tb(error.__traceback__)[-1]
             say(f"unexpected {type(error).__name__} at line {place.lineno} in {place.name}: {error}")
-            await context.abort(grpc.StatusCode.INTERNAL, "the server met an error that it did not expect; its log says which")
+            await context.abort(
+                grpc.StatusCode.INTERNAL, "the server met an error that it did not expect; its log says more"
+            )
 
     async def _start(self, caller: Caller, message: pb.StartJobRequest) -> pb.StartJobResponse:
         if message.run_as and not caller.admin:
@@ -2408,7 +2444,7 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
     order, ending, usage = status.order, status.ending, status.usage
     enforced = {name: getattr(order.limits, name) for name in order.controllers}
     return pb.GetStatusResponse(
-        status=pb.Status.Value(status.status),
+        status=status.status,
         exitcode=status.exit_code,
         reason=ending.reason if ending else "",
         signal=ending.signal if ending else 0,
@@ -2469,7 +2505,8 @@ class ServeOptions:
 
 def prepare_grpc() -> None:
     """Set what gRPC reads from the environment when it is imported. Nobody here has a pre-shared key, so with this
-    suite TLS 1.2 finds no cipher, and TLS 1.3, which the variable does not govern, is untouched."""
+    suite TLS 1.2 finds no cipher, and TLS 1.3, which the variable does not govern, is untouched.
+    """
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
     os.environ["GRPC_VERBOSITY"] = "NONE"
 
@@ -2517,7 +2554,9 @@ def check_server_folder(folder: Path) -> None:
         key = serialization.load_pem_private_key(read_file(paths[1]), password=None)
         x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
-        raise JobWorkerError(f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}") from None
+        raise JobWorkerError(
+            f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}"
+        ) from None
     if not isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
         raise JobWorkerError(f"{paths[1]} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
     if key.public_key() != certificate.public_key():
@@ -2564,7 +2603,9 @@ def bind(server: grpc.aio.Server, listen: tuple[str, int], credentials: grpc.Ser
     except RuntimeError:
         port = 0
     if port == 0:
-        raise JobWorkerError(f"cannot listen on {place}:{listen[1]}: is another server using the port, or is it not this machine's?")
+        raise JobWorkerError(
+            f"cannot listen on {place}:{listen[1]}: is another server using the port, or is it not this machine's?"
+        )
     return f"{place}:{port}"
 
 
@@ -2668,7 +2709,7 @@ class Client:
         self._credentials: Any = None
         self._reached = False
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         prepare_grpc()
         certificate, key = self._options.identity
         hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {self._options.certs}"
@@ -2679,7 +2720,9 @@ class Client:
         self._credentials = grpc.ssl_channel_credentials(*files)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Channels are closed after each call; nothing is left."""
 
     def call(self, method: str, request: Any, reply: Any) -> Any:
@@ -2697,7 +2740,9 @@ class Client:
 
         def attempt(channel: grpc.Channel) -> None:
             nonlocal position
-            ask = channel.unary_stream(f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of)
+            ask = channel.unary_stream(
+                f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of
+            )
             for chunk in ask(pb.GetStreamRequest(id=job_id, offset=position)):
                 self._reached = True
                 write(chunk)
@@ -2727,10 +2772,15 @@ class Client:
 
     def _explained(self, error: Any, *, tried: bool) -> JobWorkerError:
         """The error behind gRPC's. One that was never connected is final at the first try: only what was lost
-        comes back."""
+        comes back.
+        """
         details = error.details() or ""
         status = error.code().name
-        if status == "UNAVAILABLE" and not self._reached and re.match(r"failed to connect|DNS|.*name resolution", details):
+        if (
+            status == "UNAVAILABLE"
+            and not self._reached
+            and re.match(r"failed to connect|DNS|.*name resolution", details)
+        ):
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
             failure: JobWorkerError = UnavailableError(sentence) if tried else JobWorkerError(sentence)
             return failure
@@ -2772,7 +2822,8 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
                 f"the certificate of {options.address} is not for {options.host!r}; on the server, "
                 f"`serve --name {options.host}` makes one that is"
             )
-        return f"the certificate of {options.address} is not trusted by {options.certs / 'server-ca.pem'}: {error.verify_message}"
+        authority = options.certs / "server-ca.pem"
+        return f"the certificate of {options.address} is not trusted by {authority}: {error.verify_message}"
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
         return f"{options.address} refuses {options.identity[0]} or does not speak TLS 1.3: {reason}"
@@ -2786,7 +2837,16 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
 DAY = 86400
 AUTHORITY_DAYS, LEAF_DAYS = 3650, 365
 SERVED_FILES = ("server.pem", "server.key", "client-ca.pem")  # what serving needs
-MADE_FILES = ("server-ca.pem", "server-ca.key", "client-ca.key", "user.pem", "user.key", "admin.pem", "admin.key", *SERVED_FILES)
+MADE_FILES = (
+    "server-ca.pem",
+    "server-ca.key",
+    "client-ca.key",
+    "user.pem",
+    "user.key",
+    "admin.pem",
+    "admin.key",
+    *SERVED_FILES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2849,14 +2909,14 @@ def leaf_basics(purpose: x509.ObjectIdentifier) -> list[tuple[x509.ExtensionType
 def make_server_certificate(authority: Signed, names: Sequence[str]) -> Signed:
     """A certificate for a server that is reached by these names and addresses."""
     alternatives = x509.SubjectAlternativeName([general_name(name) for name in names])
-    basics = leaf_basics(x509.ExtendedKeyUsageOID.SERVER_AUTH)
+    basics = leaf_basics(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
     return sign("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)])
 
 
 def make_identity(authority: Signed, name: str, roles: Sequence[str]) -> Signed:
     """A certificate for a client: its name is the owner of its jobs."""
     extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
-    basics = leaf_basics(x509.ExtendedKeyUsageOID.CLIENT_AUTH)
+    basics = leaf_basics(x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH)
     return sign(name, LEAF_DAYS, authority, [*basics, (extension, False)])
 
 
@@ -2894,15 +2954,22 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> str:
             make_folder(folder, [*own_names(), *names])
             return f"made two authorities, a server certificate and the identities `user` and `admin` in {folder}"
         if missing:
-            raise JobWorkerError(f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or name an empty one")
+            raise JobWorkerError(
+                f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or use an empty one"
+            )
         return add_names(folder, names) if names else ""
     except OSError as error:
-        raise JobWorkerError(f"cannot use the certificate folder {folder}: {error.filename or ''} {error.strerror}") from error
+        raise JobWorkerError(
+            f"cannot use the certificate folder {folder}: {error.filename or ''} {error.strerror}"
+        ) from error
 
 
 def make_folder(folder: Path, names: Sequence[str]) -> None:
     """Both authorities and what they sign, in a new folder that then takes its place whole."""
-    server_authority, client_authority = make_authority("jobworker server authority"), make_authority("jobworker client authority")
+    server_authority, client_authority = (
+        make_authority("jobworker server authority"),
+        make_authority("jobworker client authority"),
+    )
     made = {"server-ca": server_authority, "client-ca": client_authority}
     made["server"] = make_server_certificate(server_authority, list(dict.fromkeys(names)))
     made |= {role: make_identity(client_authority, role, [role]) for role in ("user", "admin")}
@@ -2975,25 +3042,25 @@ def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
     return float(found[1]) * units[found[2]]
 
 
-def size(text: str) -> int:
+def as_bytes(text: str) -> int:
     """Bytes, as `512M` or `1.5G`."""
     return int(quantity(text, SIZES, "size like 512M or 1.5G"))
 
 
-def duration(text: str) -> float:
+def as_seconds(text: str) -> float:
     """Seconds, as `90`, `10s`, `10m`, `7d`."""
     return quantity(text, DURATIONS, "duration like 90, 10s, 10m or 7d")
 
 
-def cpus(text: str) -> float:
+def as_cpus(text: str) -> float:
     return quantity(text, {"": 1}, "number of CPUs like 0.5 or 2")
 
 
-def count(text: str) -> int:
+def as_count(text: str) -> int:
     return int(quantity(text, {"": 1}, "number"))
 
 
-def share(text: str) -> float:
+def as_share(text: str) -> float:
     """A part of the whole, as `5%` or `0.05`."""
     value = quantity(text.rstrip("%"), {"": 1}, "share like 5%") / (100 if text.endswith("%") else 1)
     if not 0 <= value < 1:
@@ -3053,18 +3120,35 @@ def write_out(chunk: bytes) -> None:
 
 
 def add_certs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--certs", type=Path, metavar="DIR", default=os.environ.get("JOBWORKER_CERTS"),
-                        help="folder of certificates and keys (env JOBWORKER_CERTS; default: ./certs if it is yours, else "
-                             "/etc/jobworker for root and ~/.config/jobworker for others)")  # fmt: skip
+    parser.add_argument(
+        "--certs",
+        type=Path,
+        metavar="DIR",
+        default=os.environ.get("JOBWORKER_CERTS"),
+        help="the folder of certificates and keys (env JOBWORKER_CERTS; default: ./certs if it is yours, else "
+        "/etc/jobworker for root and ~/.config/jobworker for others)",
+    )
 
 
 def add_client_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
-    parser.add_argument("--server", type=host_and_port, metavar="HOST[:PORT]", default=os.environ.get("JOBWORKER_SERVER", "localhost"),
-                        help=f"where the server is (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})")  # fmt: skip
-    parser.add_argument("-r", "--role", metavar="NAME", default="user", help="use NAME.pem and NAME.key of the folder (default: user)")
-    parser.add_argument("--retry-for", type=duration, metavar="TIME", default=60.0,
-                        help="how long to try again when a server that was reached is lost (default: 60s; 0: not at all)")  # fmt: skip
+    parser.add_argument(
+        "--server",
+        type=host_and_port,
+        metavar="HOST[:PORT]",
+        default=os.environ.get("JOBWORKER_SERVER", "localhost"),
+        help=f"where the server is (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})",
+    )
+    parser.add_argument(
+        "-r", "--role", metavar="NAME", default="user", help="use NAME.pem and NAME.key of the folder (default: user)"
+    )
+    parser.add_argument(
+        "--retry-for",
+        type=as_seconds,
+        metavar="TIME",
+        default=60.0,
+        help="how long to try again when a server that was reached is lost (default: 60s; 0: not at all)",
+    )
 
 
 def add_id_arguments(parser: argparse.ArgumentParser) -> None:
@@ -3090,29 +3174,89 @@ def client_of(options: argparse.Namespace) -> Client:
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
     place = parser.add_argument_group("where")
-    place.add_argument("--listen", type=host_and_port, metavar="HOST:PORT", default=("", DEFAULT_PORT), help=f"default: all addresses, port {DEFAULT_PORT}")
-    place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[],
-                       help="also valid for these names or addresses: makes a new server.pem where it lacks one")  # fmt: skip
-    place.add_argument("--state", type=Path, metavar="DIR", help="jobs and their output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)")
-    place.add_argument("--cgroup", metavar="PATH", help="the cgroup to make the tree in (default: `jobworker` under the highest that may be managed)")
-    place.add_argument("--without", metavar="LIST", default="",
-                       help="limits to do without: cpu,memory,pids,io, `all`, or `auto` for whatever this machine lacks")  # fmt: skip
+    place.add_argument(
+        "--listen",
+        type=host_and_port,
+        metavar="HOST:PORT",
+        default=("", DEFAULT_PORT),
+        help=f"default: all addresses, port {DEFAULT_PORT}",
+    )
+    place.add_argument(
+        "--name",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        default=[],
+        help="also valid for these names or addresses: makes a new server.pem where it lacks one",
+    )
+    place.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="jobs and their output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)",
+    )
+    place.add_argument(
+        "--cgroup",
+        metavar="PATH",
+        help="the cgroup to make the tree in (default: `jobworker` under the highest that may be managed)",
+    )
+    place.add_argument(
+        "--without",
+        metavar="LIST",
+        default="",
+        help="limits to do without: cpu,memory,pids,io, `all`, or `auto` for whatever this machine lacks",
+    )
     limits = parser.add_argument_group("limits of a job (what it gets by default; --max-…: what `start` may ask for)")
     for name, kind, default in limit_options():
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
         limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
-    limits.add_argument("--timeout", type=duration, metavar="TIME", default=0.0, help="end a job after this (default: never)")
-    limits.add_argument("--max-output", type=size, metavar="SIZE", default=OUTPUT_LIMIT, help="end a job that prints more (default: 1G)")
+    limits.add_argument(
+        "--timeout", type=as_seconds, metavar="TIME", default=0.0, help="end a job after this (default: never)"
+    )
+    limits.add_argument(
+        "--max-output",
+        type=as_bytes,
+        metavar="SIZE",
+        default=OUTPUT_LIMIT,
+        help="end a job that prints more (default: 1G)",
+    )
     keep = parser.add_argument_group("keeping")
-    keep.add_argument("--keep", type=duration, metavar="TIME", default=KEEP_SECONDS, help="forget an ended job after this (default: 7d; 0: never)")
-    keep.add_argument("--keep-bytes", type=size, metavar="SIZE", default=0, help="forget the oldest when outputs exceed this (default: no bound)")
-    keep.add_argument("--reserve", type=share, metavar="SHARE", default=RESERVE, help="of the disk, not to be filled by jobs (default: 5%%)")
-    keep.add_argument("--max-jobs", type=count, metavar="N", default=MAX_JOBS, help=f"running at once (default: {MAX_JOBS})")
-    keep.add_argument("--stop-jobs", action="store_true", help="stop all jobs when the server is ended (default: they go on)")
+    keep.add_argument(
+        "--keep",
+        type=as_seconds,
+        metavar="TIME",
+        default=KEEP_SECONDS,
+        help="forget an ended job after this (default: 7d; 0: never)",
+    )
+    keep.add_argument(
+        "--keep-bytes",
+        type=as_bytes,
+        metavar="SIZE",
+        default=0,
+        help="forget the oldest when outputs exceed this (default: no bound)",
+    )
+    keep.add_argument(
+        "--reserve",
+        type=as_share,
+        metavar="SHARE",
+        default=RESERVE,
+        help="of the disk, not to be filled by jobs (default: 5%%)",
+    )
+    keep.add_argument(
+        "--max-jobs", type=as_count, metavar="N", default=MAX_JOBS, help=f"running at once (default: {MAX_JOBS})"
+    )
+    keep.add_argument(
+        "--stop-jobs", action="store_true", help="stop all jobs when the server is ended (default: they go on)"
+    )
 
 
 def limit_options() -> list[tuple[str, Callable[[str], Any], str]]:
-    return [("cpu", cpus, "1"), ("memory", size, "512M"), ("pids", count, "512"), ("io", size, "64M a second, each way and disk")]
+    return [
+        ("cpu", as_cpus, "1"),
+        ("memory", as_bytes, "512M"),
+        ("pids", as_count, "512"),
+        ("io", as_bytes, "64M a second, each way and disk"),
+    ]
 
 
 def run_serve(options: argparse.Namespace) -> int:
@@ -3121,13 +3265,23 @@ def run_serve(options: argparse.Namespace) -> int:
     made = prepare_folder(certs.absolute(), options.name)
     if made:
         say(made)
-    defaults = Limits(**{name: getattr(options, name) for name, _, _ in limit_options() if getattr(options, name) is not None})
+    defaults = Limits(
+        **{name: getattr(options, name) for name, _, _ in limit_options() if getattr(options, name) is not None}
+    )
     caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in limit_options()}
     worker = WorkerOptions(
-        state=(options.state or default_state()).absolute(), cgroup=options.cgroup, without=chosen_without(options.without),
-        defaults=defaults, caps=Limits(**caps), timeout=options.timeout, max_output=options.max_output, keep=options.keep,
-        keep_bytes=options.keep_bytes, reserve=options.reserve, max_jobs=options.max_jobs,
-    )  # fmt: skip
+        state=(options.state or default_state()).absolute(),
+        cgroup=options.cgroup,
+        without=chosen_without(options.without),
+        defaults=defaults,
+        caps=Limits(**caps),
+        timeout=options.timeout,
+        max_output=options.max_output,
+        keep=options.keep,
+        keep_bytes=options.keep_bytes,
+        reserve=options.reserve,
+        max_jobs=options.max_jobs,
+    )
     return asyncio.run(serve(ServeOptions(worker, options.listen, certs.absolute(), options.stop_jobs)))
 
 
@@ -3144,13 +3298,27 @@ def chosen_without(text: str) -> frozenset[str]:
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     parser.add_argument("-c", dest="command", metavar="COMMAND", help="the command, found on the server's PATH")
-    parser.add_argument("-args", dest="args", metavar="ARG", help="everything after it is the command's, options included (so is `-- COMMAND ARG…`)")
+    parser.add_argument(
+        "-args",
+        dest="args",
+        metavar="ARG",
+        help="everything after it is the command's, options included (so is `-- COMMAND ARG…`)",
+    )
     for name, kind, _ in limit_options():
-        parser.add_argument(f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default")
-    parser.add_argument("--timeout", type=duration, metavar="TIME", help="end the job after this")
-    parser.add_argument("--max-output", type=size, metavar="SIZE", help="end the job when it prints more")
-    parser.add_argument("--run-as", metavar="ACCOUNT", default="", help="an account of the server's machine, root included (admins only)")
-    parser.add_argument("--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job")
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default"
+        )
+    parser.add_argument("--timeout", type=as_seconds, metavar="TIME", help="end the job after this")
+    parser.add_argument("--max-output", type=as_bytes, metavar="SIZE", help="end the job when it prints more")
+    parser.add_argument(
+        "--run-as",
+        metavar="ACCOUNT",
+        default="",
+        help="an account of the server's machine, root included (admins only)",
+    )
+    parser.add_argument(
+        "--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job"
+    )
 
 
 def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
@@ -3212,7 +3380,11 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
 
     def moment(milliseconds: int) -> str | None:
         utc = datetime.timezone.utc
-        return datetime.datetime.fromtimestamp(milliseconds / 1000, utc).isoformat("T", "milliseconds") if milliseconds else None
+        return (
+            datetime.datetime.fromtimestamp(milliseconds / 1000, utc).isoformat("T", "milliseconds")
+            if milliseconds
+            else None
+        )
 
     return {
         "id": job_id,
@@ -3249,7 +3421,7 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     add_id_arguments(parser)
-    parser.add_argument("--offset", type=size, metavar="SIZE", default=0, help="skip so many bytes")
+    parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip so many bytes")
 
 
 def run_stream(options: argparse.Namespace) -> int:
@@ -3278,7 +3450,9 @@ def run_rm(options: argparse.Namespace) -> int:
 
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
-    parser.add_argument("name", metavar="NAME", help="the common name: the owner of its jobs, and the name of its files")
+    parser.add_argument(
+        "name", metavar="NAME", help="the common name: the owner of its jobs, and the name of its files"
+    )
     parser.add_argument("--admin", action="store_true", help="may see and stop everybody's jobs (default: its own)")
 
 
@@ -3286,11 +3460,17 @@ def run_identity(options: argparse.Namespace) -> int:
     folder = Path(options.certs) if options.certs else default_certs()
     name = text_argument(options.name)
     if not re.fullmatch(r"[^/\0]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
-        raise UsageError(f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that serves already")
+        raise UsageError(
+            f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that serves already"
+        )
     if (folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists():
         raise JobWorkerError(f"{folder / name}.pem is there already")
-    write_pair(folder, name, make_identity(load_authority(folder, "client-ca"), name, ["admin" if options.admin else "user"]))
-    print(f"made identity: {folder / name}.pem and {name}.key; with server-ca.pem they are what the client's folder needs")
+    write_pair(
+        folder, name, make_identity(load_authority(folder, "client-ca"), name, ["admin" if options.admin else "user"])
+    )
+    print(
+        f"made identity: {folder / name}.pem and {name}.key; with server-ca.pem they are what the client's folder needs"
+    )
     return 0
 
 
@@ -3324,17 +3504,26 @@ WantedBy={target}
 
 
 def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--user", action="store_true", help="a user's unit, for ~/.config/systemd/user (default: /etc/systemd/system)")
-    parser.add_argument("serve_options", nargs=argparse.REMAINDER, metavar="-- OPTION…", help="options of `serve` for its command line")
+    parser.add_argument(
+        "--user", action="store_true", help="a user's unit, for ~/.config/systemd/user (default: /etc/systemd/system)"
+    )
+    parser.add_argument(
+        "serve_options", nargs=argparse.REMAINDER, metavar="-- OPTION…", help="options of `serve` for its command line"
+    )
 
 
 def run_unit(options: argparse.Namespace) -> int:
     more = options.serve_options[1:] if options.serve_options[:1] == ["--"] else options.serve_options
     words = [os.path.abspath(sys.executable), os.path.abspath(sys.argv[0]), "serve", *more]
-    quoted = " ".join(word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$") for word in words)
+    quoted = " ".join(
+        word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$")
+        for word in words
+    )
     print(
         UNIT.format(
-            place="~/.config/systemd/user/jobworker.service" if options.user else "/etc/systemd/system/jobworker.service",
+            place="~/.config/systemd/user/jobworker.service"
+            if options.user
+            else "/etc/systemd/system/jobworker.service",
             command=quoted,
             protection="" if options.user else "OOMScoreAdjust=-500\n",
             target="default.target" if options.user else "multi-user.target",
@@ -3357,7 +3546,7 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
 
 
 def make_parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):  # type: ignore[misc, name-defined]
+    class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{message} (`{self.prog} --help`)")
 
@@ -3365,7 +3554,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"jobworker {VERSION}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (add_arguments, _, summary) in VERBS.items():
-        add_arguments(verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False))
+        add_arguments(
+            verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+        )
     return parser
 
 

@@ -137,6 +137,13 @@ def reap():
             pass
 
 
+def wait_for_orphans():
+    """Wait until the launcher and the shims of a server that died have ended."""
+    while left := children():
+        assert not all_gone(left)
+        reap()
+
+
 def processes_with(mark):
     """The living processes with this word in their command line."""
     found = []
@@ -166,12 +173,11 @@ def nothing_is_left(request):
     states = []
     before = set(os.listdir("/proc/self/fd")), threading.active_count(), children()
     yield states
-    stuck = all_gone(children() - before[2])
+    stuck = {}
     while left := children() - before[2]:
-        for process in left if stuck else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        all_gone(left)
+        for process in all_gone(left):
+            stuck[process] = Path(f"/proc/{process}/cmdline").read_bytes()
+            os.kill(process, signal.SIGKILL)
         reap()
     cgroups = [str(folder) for state in states for folder in jobs_cgroups(state)]
     for state in states:
@@ -288,18 +294,18 @@ def in_server(state, body, *, wrapper=(), module=HERE, status=0, interpreter=sys
 
 
 def dying_copy(folder, place, last_words="pass"):
-    """A copy of jobworker.py of which one process dies, once, before the statement that begins with `place`.
+    """A copy of jobworker.py of which one process dies, once, before the statement that begins like `place`.
 
     It dies when the file `armed` is there; so that a test can tell that the place was reached.
     """
     text = Path(jobworker.__file__).read_text()
-    lines = [line for line in text.splitlines() if line.strip().startswith(place)]
-    assert len(lines) == 1, f"{place!r} stands {len(lines)} times in jobworker.py"
+    found = re.findall(rf"^ *{re.escape(place)}", text, re.MULTILINE)
+    assert len(found) == 1, f"{place!r} stands {len(found)} times in jobworker.py"
     armed = folder / "armed"
     armed.touch()
-    indent = " " * (len(lines[0]) - len(lines[0].lstrip()))
-    death = f"{indent}if os.path.exists({str(armed)!r}): os.unlink({str(armed)!r}); {last_words}; os.kill(os.getpid(), 9)\n"
-    (folder / "jobworker.py").write_text(text.replace(lines[0], death + lines[0], 1))
+    death = f"if os.path.exists({str(armed)!r}): os.unlink({str(armed)!r}); {last_words}; os.kill(os.getpid(), 9)\n"
+    indent = " " * (len(found[0]) - len(found[0].lstrip()))
+    (folder / "jobworker.py").write_text(text.replace(found[0], indent + death + found[0]))
     specification = importlib.util.spec_from_file_location("dying_jobworker", folder / "jobworker.py")
     module = importlib.util.module_from_spec(specification)
     sys.modules["dying_jobworker"] = module  # where dataclasses look for it
@@ -309,3 +315,1465 @@ def dying_copy(folder, place, last_words="pass"):
 
 ID = "aa0319d4-e37d-420b-ac43-7316f6b032e5"
 ID2 = "bb0319d4-e37d-420b-ac43-7316f6b032e5"
+
+
+# --- 3. Cgroup ----------------------------------------------------------------------------------------
+# Where the tree stands, what the kernel enforces in it, and what holds where there is none.
+
+NO_CGROUP = (  # the words before a command that is to see a machine on which it can make no cgroup
+    "unshare", "-m", "sh", "-c",
+    """awk '$3 == "cgroup2" { print $2 }' /proc/mounts | while read -r point; do umount -l "$point"; done; exec "$@" """,
+    "sh",
+)  # fmt: skip
+READ_ONLY_CGROUP = (
+    "unshare", "-m", "sh", "-c",
+    """awk '$3 == "cgroup2" { print $2 }' /proc/mounts |
+    while read -r point; do mount -o remount,bind,ro "$point"; done; exec "$@" """,
+    "sh",
+)  # fmt: skip
+
+
+@pytest.fixture
+def nested():
+    """A cgroup of the test's own, with all controllers that there are, beside the real root's others."""
+    mount = CgroupMount.find()
+    assert mount
+    cgroup = Cgroup(f"{mount.point}/jobworker-test-{os.urandom(4).hex()}")
+    cgroup.create()
+    for controller in jobworker.CONTROLLERS:
+        Cgroup(mount.point).enable(controller)
+    yield cgroup
+    cgroup.remove()
+
+
+def inside(cgroup, *, container=False, leaf=""):
+    """The words before a command that is to run in a cgroup, as a container does: with nothing above visible."""
+    point = CgroupMount.find().point
+    enter = f'mkdir -p {cgroup.path}{leaf} && echo 0 > {cgroup.path}{leaf}/cgroup.procs && exec "$@"'
+    mount = f'umount -l {point} && mount -t cgroup2 none {point} && exec "$@"'
+    more = ("unshare", "-C", "-m", "sh", "-c", mount, "sh") if container else ()
+    return ("sh", "-c", enter, "sh", *more)
+
+
+SHOW_TREE = """
+    job = await worker.start(JobRequest("cat", ("/proc/self/cgroup",), owner="alice"))
+    text = (await output(job)).decode()
+    line = next(line for line in text.splitlines() if line.startswith("0::"))
+    print("tree", worker._tree.root, "job", line[3:], "controllers", *sorted(worker._tree.controllers))
+"""
+
+
+@as_root
+def test_on_a_host_root_s_tree_is_jobworker_in_the_root_cgroup(state):
+    name, point = jobworker.state_name(state), CgroupMount.find().point
+    assert f"tree {point}/jobworker/{name} job /jobworker/{name}/u" in in_server(state, SHOW_TREE)
+
+
+@as_root
+def test_the_tree_can_be_named(state, nested):
+    place = f"{nested.path}/here"
+    told = in_server(state, SHOW_TREE, options={"cgroup": place})
+    assert f"tree {place}/{jobworker.state_name(state)}" in told
+    Cgroup(place).remove()
+
+
+@as_root
+def test_in_a_container_the_server_leaves_the_visible_root_for_a_leaf_and_only_it(state, nested):
+    name, point = jobworker.state_name(state), CgroupMount.find().point
+    body = SHOW_TREE + '    print("server", open("/proc/self/cgroup").read().split("0::")[1])'
+    told = in_server(state, body, wrapper=inside(nested, container=True))
+    assert f"tree {point}/jobworker/{name} job /jobworker/{name}/u" in told
+    assert "server /jobworker/server" in told
+    assert Path(f"{nested.path}/jobworker/{name}").is_dir()
+    if not missing_controllers():
+        assert "controllers cpu io memory pids" in told
+
+
+@as_root
+def test_a_user_s_tree_stands_in_the_highest_cgroup_that_was_delegated(state, nested):
+    user = 65534
+    os.chown(state, user, user)
+    session = Cgroup(f"{nested.path}/session.scope")
+    session.create()
+    for path in (nested.path, session.path):
+        for file in (".", "cgroup.procs", "cgroup.subtree_control"):
+            os.chown(f"{path}/{file}", user, user)
+    wrapper = (*inside(nested, leaf="/session.scope"), "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    told = in_server(state, SHOW_TREE, wrapper=wrapper, interpreter=PYTHON)
+    assert f"tree {nested.path}/jobworker/{jobworker.state_name(state)} job " in told
+
+
+@as_root
+def test_the_server_s_own_unit_is_refused_as_the_place_of_the_tree(state, nested):
+    user = 65534
+    os.chown(state, user, user)
+    unit = Cgroup(f"{nested.path}/box.service")
+    unit.create()
+    for file in (".", "cgroup.procs", "cgroup.subtree_control"):
+        os.chown(f"{unit.path}/{file}", user, user)
+    wrapper = (*inside(unit), "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    told = in_server(state, "pass", wrapper=wrapper, interpreter=PYTHON, status=1)
+    assert "own unit box.service" in told
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("wrapper", "user", "sentences"),
+    [
+        (NO_CGROUP, None, ["no cgroup2 mount", "cpu and memory and pids and io", "--without"]),
+        (READ_ONLY_CGROUP, None, ["read-only", "cpu and memory and pids and io", "--without"]),
+        ((), 65534, ["may not manage any cgroup", "systemd-run --user --scope", "--without"]),
+    ],
+    ids=["none", "read-only", "session"],
+)
+def test_a_machine_that_cannot_enforce_a_limit_is_refused_in_one_sentence(state, wrapper, user, sentences):
+    if user:
+        os.chown(state, user, user)
+    more = {"user": user, "group": user, "extra_groups": ()} if user else {}
+    told = in_server(
+        state, "pass", wrapper=wrapper, options={"without": frozenset()}, status=1, interpreter=PYTHON, **more
+    )
+    assert told.startswith("refused: ")
+    assert len(told.splitlines()) == 1
+    for sentence in sentences:
+        assert sentence in told
+
+
+@pytest.mark.skipif(not missing_controllers(), reason="this machine has all controllers")
+@in_loop
+async def test_a_missing_controller_is_named_unless_it_is_not_needed(state):
+    with pytest.raises(JobWorkerError, match="memory") as refused:
+        async with worker_on(state, without=frozenset()):
+            pass
+    assert "--without cpu,memory,pids,io" in str(refused.value)
+    async with worker_on(state, without=frozenset(missing_controllers())) as worker:
+        assert await output(worker, await worker.start(shell("echo hello"))) == b"hello\n"
+        assert any("not enforced" in note for note in worker.notes())
+
+
+@as_root
+@pytest.mark.parametrize("wrapper", [NO_CGROUP, READ_ONLY_CGROUP], ids=["none", "read-only"])
+def test_without_any_cgroup_the_shim_kills_what_descends_from_the_job(state, mark, wrapper):
+    burrows = f"env -i {PYTHON} -c '''{BURROWS}''' {mark} & exec {PYTHON} -c '''{BURROWS}''' {mark}"
+    body = f"""
+        first = await worker.start(JobRequest("sh", ("-c", {burrows!r}), owner="alice"))
+        second = await worker.start(JobRequest("sh", ("-c", {burrows!r} + "& while ! [ -e x ]; do :; done"), owner="bob"))
+        for job in first, second:
+            heard = b""
+            async for chunk in worker.stream(job):
+                heard += chunk
+                if heard.count(b"deep") == 2:
+                    break
+            print("said", heard.count(b"deep"))
+        for job in first, second:
+            await worker.stop(job)
+            print(worker.status(job).status, worker.status(job).exit_code)
+        print("cgroup", [note for note in worker.status(first).notes if "no cgroup" in note])
+    """
+    told = in_server(state, body, wrapper=wrapper)
+    assert told.count("said 2") == told.count("STOPPED 137") == 2
+    assert "there is no cgroup" in told
+    assert not processes_with(mark)
+
+
+@as_root
+def test_without_any_cgroup_a_lost_shim_s_job_is_found_and_killed(state, mark):
+    body = f"""
+        job = await worker.start(JobRequest("sh", ("-c", "sleep 1000 {mark} & echo $PPID; exec sleep 1000 {mark}"),
+                                 owner="alice"))
+        async for chunk in worker.stream(job):
+            os.kill(int(chunk), 9)
+        print(worker.status(job).ending)
+    """
+    assert "code=255" in in_server(state, body.replace(f" {mark}", ""), wrapper=NO_CGROUP)
+    assert not processes_with(mark)
+
+
+def test_a_server_without_root_runs_jobs_as_itself_and_says_so(state):
+    user = os.geteuid() or 65534
+    body = """
+        job = await worker.start(JobRequest("id", ("-u",), owner="alice"))
+        print("uid", (await output(job)).decode(), worker.status(job).notes)
+        try:
+            await worker.start(JobRequest("id", owner="alice", run_as="root"))
+        except JobWorkerError as error:
+            print(error)
+    """
+    os.chown(state, user, -1)
+    more = {"user": user, "group": user, "extra_groups": ()} if os.geteuid() == 0 else {}
+    told = in_server(state, body, interpreter=PYTHON, **more)
+    assert f"uid {user}\n" in told
+    assert "the server's own user" in told
+    assert "only root can run a job as 'root'" in told
+
+
+def read_limits(cgroup):
+    files = ("cpu.max", "memory.max", "memory.swap.max", "memory.oom.group", "pids.max", "io.max")
+    return {file: text.strip() for file in files if (text := jobworker.kernel_read(f"{cgroup}/{file}"))}
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_a_job_s_limits_are_the_kernel_s_before_it_runs(state):
+    async with worker_on(state, without=frozenset()) as worker:
+        job = await worker.start(shell(WAITS, cpu=0.5, memory=64 * MIB, pids=10, io=MIB))
+        limits = read_limits(worker.status(job).order.cgroup)
+        assert limits.pop("memory.swap.max", "0") == "0"
+        disks = "\n".join(f"{disk.number} rbps={MIB} wbps={MIB} riops=max wiops=max" for disk in jobworker.whole_disks())
+        assert limits == {
+            "cpu.max": "50000 100000", "memory.max": str(64 * MIB), "memory.oom.group": "1", "pids.max": "10",
+            "io.max": disks,
+        }  # fmt: skip
+        await worker.stop(job)
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_a_cpu_hog_is_throttled_to_its_limit(state):
+    hog = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True)\ntime.sleep(1000)"
+    async with worker_on(state, without=frozenset()) as worker:
+        job = await worker.start(python(hog, cpu=0.25))
+        await said(worker, job, b"done")
+        counted = jobworker.keyed_values(jobworker.kernel_read(f"{worker.status(job).order.cgroup}/cpu.stat"))
+        assert counted["nr_throttled"] > 10
+        assert counted["usage_usec"] <= 1.2 * 25_000 * (counted["nr_periods"] + 1)
+        await worker.stop(job)
+        assert worker.status(job).usage.cpu_seconds >= 0.5
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_a_memory_hog_is_killed_as_a_group_and_said_to_be_out_of_memory(state, mark):
+    hog = "import os, sys, time\nif os.fork() == 0: time.sleep(1000)\nprint('ready', flush=True)\nx = b'x' * (1 << 30)"
+    async with worker_on(state, without=frozenset()) as worker:
+        other = await worker.start(shell(WAITS))
+        job = await worker.start(python(hog, mark, memory=64 * MIB))
+        assert await output(worker, job) == b"ready\n"
+        assert ending(worker, job) == ("STOPPED", 137, "OOM")
+        assert not processes_with(mark)
+        peak = worker.status(job).usage.memory_peak
+        assert peak is None or peak <= 64 * MIB
+        assert ending(worker, other) == ("RUNNING", 0, "")
+        await worker.stop(other)
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_a_fork_bomb_is_held_at_its_limit_and_can_be_stopped(state, mark):
+    bomb = "import os, signal\nwhile True:\n  try: os.fork()\n  except OSError: os.write(1, b'held'), signal.pause()"
+    async with worker_on(state, without=frozenset()) as worker:
+        job = await worker.start(python(bomb, mark, pids=20))
+        await said(worker, job, b"held")
+        cgroup = worker.status(job).order.cgroup
+        assert int(jobworker.kernel_read(f"{cgroup}/pids.current")) <= 20
+        assert jobworker.keyed_values(jobworker.kernel_read(f"{cgroup}/pids.events"))["max"] > 0
+        await worker.stop(job)
+        assert ending(worker, job) == ("STOPPED", 137, "")
+        assert not processes_with(mark)
+
+
+@pytest.mark.controllers
+@pytest.mark.skipif(not os.path.ismount("/scratch"), reason="needs /scratch, a file system on a real disk")
+@in_loop
+async def test_a_writer_is_held_to_its_rate(nothing_is_left):
+    state = new_state(nothing_is_left, "/scratch")
+    rate = 4 * MIB
+    writer = (
+        "import mmap, os, time\n"
+        "file = os.open('file', os.O_WRONLY | os.O_CREAT | os.O_DIRECT)\n"
+        f"block = mmap.mmap(-1, {MIB // 4})\n"
+        "os.write(file, block)\n"
+        "begin = time.monotonic()\n"
+        "for _ in range(64): os.write(file, block)\n"
+        "print(time.monotonic() - begin)"
+    )
+    async with worker_on(state, without=frozenset()) as worker:
+        text, status = await result(worker, python(writer, io=rate))
+        assert status.usage.written_bytes >= 16 * MIB
+        assert 16 * MIB / float(text) == pytest.approx(rate, rel=0.2)
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_a_job_can_neither_raise_its_limits_nor_leave_its_cgroup(state):
+    async with worker_on(state, without=frozenset()) as worker:
+        job = await worker.start(shell('echo ready; while [ ! -e "$HOME/go" ]; do :; done; . "$HOME/go"; echo tried'))
+        cgroup = worker.status(job).order.cgroup
+        limits = read_limits(cgroup)
+        above = [os.path.dirname(cgroup), os.path.dirname(os.path.dirname(cgroup)), CgroupMount.find().point]
+        tries = [f"echo max > {cgroup}/{file}" for file in limits if file != "io.max"]
+        tries += [f"echo $$ > {place}/cgroup.procs" for place in (*above, f"{cgroup}/sub")]
+        tries += [f"mkdir {cgroup}/sub", f"rmdir {cgroup}", f"echo 1 > {cgroup}/cgroup.kill"]
+        home = Path(worker.status(job).order.home)
+        (home / "new").write_text("\n".join(f"({line}) 2>/dev/null && echo did {line!r}" for line in tries))
+        (home / "new").chmod(0o644)
+        (home / "new").rename(home / "go")
+        assert await output(worker, job) == b"ready\ntried\n"
+        assert ending(worker, job)[:2] == ("FINISHED", 0)
+
+
+@in_loop
+async def test_kernels_before_cgroup_kill_have_their_way_of_killing_all(state, mark):
+    async with worker_on(state) as worker:
+        job = await worker.start(python(BURROWS, mark))
+        await said(worker, job, b"deep")
+        cgroup = Cgroup(worker.status(job).order.cgroup)
+        if not cgroup.path:
+            pytest.skip("this machine gives no cgroup")
+        cgroup._kill_frozen()
+        assert await output(worker, job) == b"deep\n"
+        assert not processes_with(mark)
+        assert ending(worker, job) == ("FINISHED", 137, "")
+
+
+LIMITS = [  # what is asked, and what comes of it with a default of 512 MiB and a cap of 1 GiB
+    ({}, 512 * MIB),
+    ({"memory": 1}, 1),
+    ({"memory": 1024 * MIB}, 1024 * MIB),
+    ({"memory": 1024 * MIB + 1}, BadRequestError),
+    ({"memory": 0}, BadRequestError),
+    ({"memory": -1}, BadRequestError),
+    ({"cpu": float("nan")}, BadRequestError),
+    ({"cpu": float("inf")}, BadRequestError),
+    ({"cpu": 1.01}, BadRequestError),
+    ({"pids": 0}, BadRequestError),
+    ({"io": 64 * MIB + 1}, BadRequestError),
+]
+
+
+@pytest.mark.parametrize(("asked", "given"), LIMITS, ids=str)
+def test_a_job_may_ask_for_less_or_for_more_up_to_the_cap(tmp_path, asked, given):
+    options = WorkerOptions(tmp_path, caps=Limits(memory=1024 * MIB))
+    if given is BadRequestError:
+        with pytest.raises(BadRequestError, match=f"{next(iter(asked))}.*--max-"):
+            jobworker.limits_of(JobRequest("true", **asked), options)
+    else:
+        assert jobworker.limits_of(JobRequest("true", **asked), options).memory == given
+
+
+# --- 4. Output log and inotify follower ---------------------------------------------------------------
+# Every follower gets every byte, whatever the others do.
+
+
+@in_loop
+async def test_fifty_followers_at_different_times_each_receive_the_identical_bytes(state):
+    size, followers = 50 * MIB, []
+    expected = memoryview(random.Random(7).randbytes(size))
+
+    async def follow(worker, job, offset):
+        async for chunk in worker.stream(job, offset):
+            assert chunk == expected[offset : offset + len(chunk)]
+            offset += len(chunk)
+        return offset
+
+    async with worker_on(state) as worker:
+        job = await worker.start(python(WRITES_BYTES, str(size)))
+        received = 0
+        async for chunk in worker.stream(job):
+            received += len(chunk)
+            while len(followers) < 50 and received >= len(followers) * MIB:
+                offset = random.Random(len(followers)).choice([0, 0, received // 2, received, size])
+                followers.append(asyncio.create_task(follow(worker, job, offset)))
+        assert received == size
+        assert len(followers) == 50
+        assert await asyncio.gather(*followers) == [size] * 50
+        assert await follow(worker, job, 0) == size  # and once it has ended
+        assert await output(worker, job, size + 1) == b""
+        assert worker.status(job).output_bytes == size
+
+
+@in_loop
+async def test_a_follower_that_is_slow_or_vanishes_disturbs_nobody(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(python(WRITES_BYTES, str(8 * MIB)))
+        slow = worker.stream(job)
+        vanishing = worker.stream(job)
+        cancelled = asyncio.create_task(output(worker, job))
+        first = await anext(slow)
+        await anext(vanishing)
+        await vanishing.aclose()
+        cancelled.cancel()
+        expected = random.Random(7).randbytes(8 * MIB)
+        assert await output(worker, job) == expected
+        assert ending(worker, job) == ("FINISHED", 0, "")
+        assert first + b"".join([chunk async for chunk in slow]) == expected
+        assert worker.job(job).tail is None
+
+
+@in_loop
+async def test_a_stream_is_live(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell("mkfifo gate; echo one; read line < gate; echo $line; read line < gate; echo $line"))
+        gate = Path(worker.status(job).order.home) / "gate"
+        if os.geteuid() != 0:
+            pytest.skip("needs root, for a home of the job's own")
+        heard = b""
+        async with contextlib.aclosing(worker.stream(job)) as chunks:
+            async for chunk in chunks:
+                heard += chunk
+                if heard in (b"one\n", b"one\ntwo\n"):
+                    assert ending(worker, job)[0] == "RUNNING"
+                    gate.write_bytes(b"two\n" if heard == b"one\n" else b"three\n")
+        assert heard == b"one\ntwo\nthree\n"
+
+
+@as_root
+@in_loop
+async def test_an_overflow_of_inotify_loses_nothing(state):
+    queue = Path("/proc/sys/fs/inotify/max_queued_events")
+    usual = queue.read_text()
+    queue.write_text("8")
+    try:
+        worker = worker_on(state)
+        await worker.__aenter__()
+    finally:
+        queue.write_text(usual)
+    overflows, look = [], worker._inotify._overflowed
+    worker._inotify._overflowed = lambda: (overflows.append(1), look())
+    try:
+        script = "echo $PPID; read line < gate; for i in 1 2 3 4 5 6 7 8; do echo $i; done; exit 5"
+        (state / "home").chmod(0o755)
+        jobs = [await worker.start(shell(f"mkfifo gate; {script}", owner=f"owner-{number}")) for number in range(16)]
+        shims = [int(await said(worker, job, b"\n")) for job in jobs]
+        followers = [asyncio.create_task(output(worker, job)) for job in jobs]
+        await asyncio.sleep(0)
+        for job in jobs:
+            (Path(worker.status(job).order.home) / "gate").write_text("go\n")
+        assert not all_gone(shims)  # the loop is not run meanwhile: that is what overflows
+        outputs = await asyncio.gather(*followers)
+        assert overflows
+        for job, shim, text in zip(jobs, shims, outputs, strict=True):
+            assert text == f"{shim}\n1\n2\n3\n4\n5\n6\n7\n8\n".encode()
+            assert ending(worker, job) == ("FINISHED", 5, "")
+        assert len(worker._inotify) == 0
+    finally:
+        await worker.__aexit__(None, None, None)
+
+
+@in_loop
+async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(WAITS))
+        follower = asyncio.create_task(output(worker, job))
+        await said(worker, job, b"ready")
+        worker.dismiss()
+        with pytest.raises(UnavailableError, match="the job goes on"):
+            await follower
+    async with worker_on(state) as worker:
+        assert ending(worker, job) == ("RUNNING", 0, "")
+        await worker.stop(job)
+
+
+# --- 5. Launcher and shim -----------------------------------------------------------------------------
+# The record; what a job is given; that all of it dies; that the small processes may die.
+
+RECORD = [
+    ("born", {}),
+    ("started", {}),
+    ("ended", {"status": "STOPPED", "code": 137, "signal": 9, "reason": "", "by": "al%69."}),
+    ("done", {"reason": "", "cpu_seconds": 0.25, "memory_peak": None, "read_bytes": 0, "written_bytes": 7}),
+]
+
+
+def record_of(folder, lines, cut=None):
+    descriptor = os.open(folder / "exit", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    for word, facts in lines:
+        jobworker.write_record(descriptor, word, **facts)
+    size = os.fstat(descriptor).st_size
+    os.truncate(descriptor, size if cut is None else cut)
+    os.close(descriptor)
+    return size
+
+
+def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
+    size = record_of(tmp_path, RECORD)
+    text = (tmp_path / "exit").read_bytes()
+    for cut in range(size + 1):
+        (tmp_path / "exit").write_bytes(text[:cut])
+        record = jobworker.read_record(str(tmp_path))
+        # A line without its line end is whole too: its dot is its last word.
+        whole = len(re.findall(rb" \.(\n|$)", text[:cut]))
+        assert record.phase == ["", "born", "started", "ended", "done"][whole]
+        assert (record.ending is not None) == (whole >= 3)
+    assert record.ending == jobworker.Ending("STOPPED", 137, 9, "", "al%69.")
+    assert record.usage == jobworker.Usage(0.25, None, 0, 7)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 255), st.sampled_from(["", "OOM", "TIMEOUT"]), st.text(), st.integers(0, 200), st.binary(max_size=40))
+def test_what_is_torn_in_a_record_never_counts(code, reason, by, kept, rubbish):
+    with tempfile.TemporaryDirectory() as folder:
+        ended = {"status": "FINISHED", "code": code, "signal": 0, "reason": reason, "by": jobworker.encode_name(by)}
+        record_of(Path(folder), [("born", {}), ("started", {}), ("ended", ended)])
+        with open(f"{folder}/exit", "r+b") as file:
+            whole = file.read()
+            kept = min(kept, len(whole))
+            file.truncate(kept)
+            file.seek(kept)
+            file.write(b"\n" + rubbish.replace(b".", b"") + b"\n")
+        record = jobworker.read_record(folder)
+        lines = whole[:kept].count(b" .\n") + (whole[kept - 2 : kept] == b" .")
+        assert record.phase == ["", "born", "started", "ended"][lines]
+        if record.phase == "ended":
+            assert record.ending == jobworker.Ending("FINISHED", code, 0, reason, jobworker.encode_name(by).strip("-"))
+
+
+@given(st.text())
+def test_a_name_of_any_characters_is_one_word_and_comes_back(name):
+    word = jobworker.encode_name(name)
+    assert jobworker.decode_name(word) == name
+    assert re.fullmatch(r"[0-9A-Za-z%.]*", word)
+
+
+RECORD_LINES = [  # lines, and the phase that they make
+    ("", ""),
+    ("born at=1 .\n", "born"),
+    ("started at=1 .\n", ""),
+    ("born at=1 .\nfailed at=1 errno=2 .\n", "failed"),
+    ("born at=1 .\nfailed at=1 errno=2 .\nstarted at=1 .\n", "failed"),
+    ("born at=1 .\nstarted at=1 .\nborn at=2 .\n", "started"),
+    ("born at=1 .\nstarted at=1 .\ndone at=1 .\n", "started"),
+    ("born at=1 .\nstarted at=1 .\nended at=1 st\nended at=2 status=FINISHED code=3 signal=0 reason=- by=- .\n", "ended"),
+    ("born at=1 .\ncrashed OSError oh .\nstarted at=1 .\n", "started"),
+    ("born at=1 .\n\0\0\0\xff\n", "born"),
+]
+
+
+@pytest.mark.parametrize(("text", "phase"), RECORD_LINES)
+def test_only_what_may_follow_counts_in_a_record(tmp_path, text, phase):
+    (tmp_path / "exit").write_text(text, "latin-1")
+    assert jobworker.read_record(str(tmp_path)).phase == phase
+
+
+@in_loop
+async def test_a_job_that_forks_twice_at_once_and_exits_leaves_no_process(state, mark):
+    program = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0: time.sleep(1000)\nos._exit(4)"
+    async with worker_on(state) as worker:
+        for _ in range(10):
+            _, status = await result(worker, python(program, mark))
+            assert (status.status, status.exit_code) == ("FINISHED", 4)
+            assert not processes_with(mark)
+            assert not jobs_cgroups(state)
+
+
+@in_loop
+async def test_stop_kills_grandchildren_that_ignore_signals_and_changed_session(state, mark):
+    async with worker_on(state) as worker:
+        job = await worker.start(python(BURROWS, mark))
+        await said(worker, job, b"deep")
+        assert len(processes_with(mark)) == 3
+        await worker.stop(job, by="bob the builder")
+        assert not processes_with(mark)
+        assert ending(worker, job) == ("STOPPED", 137, "")
+        assert worker.status(job).stopped_by == "bob the builder"
+
+
+@in_loop
+async def test_a_fork_storm_cannot_outrun_the_kill(state, mark):
+    async with worker_on(state) as worker:
+        job = await worker.start(python(COMETS, mark))
+        await said(worker, job, b"storm")
+        await worker.stop(job)
+        assert not processes_with(mark)
+        assert not jobs_cgroups(state)
+
+
+OUTPUTS = [  # a command, and all that must arrive
+    ("printf 'last words'", b"last words"),
+    ("(echo child; (sleep 0.1; echo grandchild) & ) ; while ! [ -e done ]; do sleep 0.3; touch done; done", b"child\ngrandchild\n"),
+    ("echo x >/dev/stderr", b"x\n"),
+    ("echo x | tee /dev/stderr", b"x\nx\n"),
+    ("echo x >/proc/self/fd/1; echo y >/proc/self/fd/2; echo z >/dev/stdout", b"x\ny\nz\n"),
+    ("echo out; echo err >&2; echo out; echo err >&2", b"out\nerr\nout\nerr\n"),
+    ("true", b""),
+    ("exec >&- 2>&-; sleep 0.1", b""),
+    ("cat; echo end of stdin", b"end of stdin\n"),
+    ("printf '\\000\\377\\r\\n\\033['", b"\0\xff\r\n\x1b["),
+    ("head -c 3000000 /dev/zero; kill -9 $$", bytes(3_000_000)),
+]
+
+
+@pytest.mark.parametrize(("script", "expected"), OUTPUTS, ids=[script[:30] for script, _ in OUTPUTS])
+@in_loop
+async def test_everything_that_a_job_prints_arrives_in_order(state, script, expected):
+    async with worker_on(state) as worker:
+        assert (await result(worker, shell(script)))[0] == expected
+
+
+@as_root
+@in_loop
+async def test_what_a_child_wrote_after_its_parent_s_end_is_kept(state):
+    # The child says each number before it notes it in a file; so whatever is noted must have arrived.
+    program = (
+        "import os, time\nif os.fork(): os.read(os.open('ready', os.O_RDONLY), 1), os._exit(0)\n"
+        "notes = os.open('notes', os.O_WRONLY | os.O_CREAT)\nn = 0\ngate = None\n"
+        "while True:\n  n += 1\n  os.write(1, b'%d\\n' % n)\n  os.write(notes, b'%d\\n' % n)\n"
+        "  if gate is None and n == 100: gate = os.open('ready', os.O_RDWR); os.write(gate, b'x')"
+    )
+    async with worker_on(state) as worker:
+        text, status = await result(worker, python(f"import os\nos.path.exists('ready') or os.mkfifo('ready')\n{program}"))
+        noted = (Path(status.order.home) / "notes").read_bytes()
+        assert status.exit_code == 0
+        assert noted.count(b"\n") >= 100
+        assert text.startswith(noted)
+
+
+@as_root
+@in_loop
+async def test_no_job_can_touch_its_own_record_output_or_shim(state):
+    tries = [
+        "kill -9 $PPID", "kill -STOP $PPID", "cat $STATE/jobs/$ID/job.json", "ls $STATE/jobs", "ls $STATE",
+        ": > $STATE/jobs/$ID/output", "rm -f $STATE/jobs/$ID/output && [ ! -d $STATE/jobs/$ID ]",
+        "echo 'done at=1 .' >> $STATE/jobs/$ID/exit", "echo 'kill x' > $STATE/jobs/$ID/control",
+        "truncate -s 0 /proc/self/fd/1", "truncate -s 0 /dev/stdout", "ls /proc/$PPID/fd/", "echo x > /proc/$PPID/fd/3",
+        "cat $STATE/lock", "mv $HOME $HOME.x", "mkdir $STATE/home/x", "echo -1000 > /proc/self/oom_score_adj",
+    ]  # fmt: skip
+    script = "\n".join(f"({line}) 2>/dev/null && echo 'could: {line}'" for line in tries)
+    async with worker_on(state) as worker:
+        names = f"STATE={state} ID=$JOBWORKER_JOB_ID"
+        text, status = await result(worker, shell(f"echo first; {names}\n{script}\necho last; exit 3"))
+        assert text == b"first\nlast\n"
+        assert (status.status, status.exit_code) == ("FINISHED", 3)
+
+
+@in_loop
+async def test_a_job_holds_descriptors_0_1_and_2_and_no_other(state):
+    program = "import os\nfor n in range(3000):\n  try: os.fstat(n); print(n, os.readlink(f'/proc/self/fd/{n}'))\n  except OSError: 0"
+    async with worker_on(state) as worker:
+        jobs = await asyncio.gather(*(worker.start(python(program)) for _ in range(16)))  # many on their way at once
+        for job in jobs:
+            lines = [line.split(" ") for line in (await output(worker, job)).decode().splitlines()]
+            assert [number for number, _ in lines] == ["0", "1", "2"]
+            assert lines[0][1] == "/dev/null"
+            assert lines[1][1].startswith("pipe:")
+            assert lines[2][1] == lines[1][1]
+
+
+@in_loop
+async def test_a_job_s_environment_is_a_small_one_of_its_own(state, monkeypatch):
+    monkeypatch.setenv("SECRET", "the server's")
+    async with worker_on(state) as worker:
+        text, status = await result(worker, JobRequest("env", owner="alice"))
+        assert dict(line.split("=", 1) for line in text.decode().splitlines()) == {
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": status.order.home, "USER": status.order.user, "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
+            "JOBWORKER_JOB_ID": status.order.id,
+        }  # fmt: skip
+
+
+def test_a_job_s_signals_limits_and_session_are_the_defaults_whatever_the_server_s(state):
+    body = """
+        import resource
+        job = await worker.start(JobRequest("sh", ("-c", "ulimit -Sn; umask"), owner="alice"))
+        print(await output(job))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        os.kill(worker._launcher.process, 9)
+        script = "ulimit -Sn; umask; cat /proc/self/oom_score_adj; grep Sig[BI] /proc/self/status"
+        job = await worker.start(JobRequest("sh", ("-c", script), owner="alice"))
+        print((await output(job)).decode())
+        job = await worker.start(JobRequest("cat", ("/proc/self/stat",), owner="alice"))
+        process, _, _, parent, group, session, *_ = (await output(job)).decode().split()
+        print("own session", process == group == session != parent)
+    """
+
+    def spoil():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGQUIT])
+        os.umask(0o077)
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+    told = in_server(state, body, preexec_fn=spoil)
+    assert "b'256\\n0022\\n'" in told
+    zeros = "0" * 16
+    expected = f"256\n0022\n0\nSigBlk:\t{zeros}\nSigIgn:\t{zeros}\n"
+    assert expected in told
+    assert "own session True" in told
+
+
+@as_root
+@in_loop
+async def test_a_killed_launcher_is_replaced_and_the_next_start_works(state):
+    async with worker_on(state) as worker:
+        before = await worker.start(shell(WAITS))
+        for _ in range(2):
+            os.kill(worker._launcher.process, signal.SIGKILL)
+            assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
+        assert ending(worker, before) == ("RUNNING", 0, "")
+        await worker.stop(before)
+
+
+@in_loop
+async def test_a_launcher_killed_with_starts_in_hand_costs_no_job(state):
+    async with worker_on(state) as worker:
+        os.kill(worker._launcher.process, signal.SIGSTOP)
+        starts = [asyncio.create_task(worker.start(shell(f"echo {number}"))) for number in range(5)]
+        while worker.running < 5:
+            await asyncio.sleep(0)
+        os.kill(worker._launcher.process, signal.SIGKILL)
+        jobs = await asyncio.gather(*starts)
+        assert [await output(worker, job) for job in jobs] == [b"%d\n" % number for number in range(5)]
+
+
+@in_loop
+async def test_a_killed_shim_is_one_lost_job_and_nothing_else(state, mark, capfd):
+    async with worker_on(state) as worker:
+        jobs = [await worker.start(shell(f"echo $PPID; sh -c 'sleep 1000; : {mark}' & wait")) for _ in range(3)]
+        shims = [int(await said(worker, job, b"\n")) for job in jobs]
+        os.kill(shims[1], signal.SIGKILL)
+        assert await output(worker, jobs[1]) == f"{shims[1]}\n".encode()
+        assert [ending(worker, job) for job in jobs] == [("RUNNING", 0, ""), ("FINISHED", 255, "LOST"), ("RUNNING", 0, "")]
+        assert len(processes_with(mark)) == 4
+        assert len(jobs_cgroups(state)) == 2
+        await worker.stop_all("root")
+        assert [ending(worker, job)[0] for job in jobs] == ["STOPPED", "FINISHED", "STOPPED"]
+    assert f"job {jobs[1]}" in capfd.readouterr().err
+
+
+@as_root
+@in_loop
+async def test_a_hundred_starts_at_once_all_start(state):
+    async with worker_on(state) as worker:
+        jobs = await asyncio.gather(*(worker.start(shell(f"echo {number}")) for number in range(100)))
+        assert [await output(worker, job) for job in jobs] == [b"%d\n" % number for number in range(100)]
+
+
+ENDED_BY = [  # options, request, script; how it ends; bytes of output (None: whatever)
+    ({}, {"timeout": 0.2}, WAITS, ("STOPPED", 137, "TIMEOUT"), None),
+    ({"timeout": 0.2}, {}, WAITS, ("STOPPED", 137, "TIMEOUT"), None),
+    ({"timeout": 0.2}, {"timeout": 0.0}, "sleep 0.4; exit 3", ("FINISHED", 3, ""), 0),
+    ({}, {"timeout": 0.2}, "trap '' TERM; sleep 1000 & sleep 1000", ("STOPPED", 137, "TIMEOUT"), 0),
+    ({"max_output": 100_000}, {}, "yes", ("STOPPED", 137, "OUTPUT_LIMIT"), 100_000),
+    ({}, {"max_output": 3 * MIB + 1}, "yes", ("STOPPED", 137, "OUTPUT_LIMIT"), 3 * MIB + 1),
+    ({}, {"max_output": 6}, "echo hello; sleep 0.1; exit 4", ("FINISHED", 4, ""), 6),
+    ({}, {}, "kill -15 $$", ("FINISHED", 143, ""), 0),
+    ({}, {}, "kill -9 $$", ("FINISHED", 137, ""), 0),
+]
+
+
+@pytest.mark.parametrize(("options", "request_", "script", "how", "size"), ENDED_BY)
+@in_loop
+async def test_limits_of_time_and_output_end_a_job_exactly_there(state, options, request_, script, how, size):
+    async with worker_on(state, **options) as worker:
+        job = await worker.start(shell(script, **request_))
+        text = await output(worker, job)
+        assert ending(worker, job) == how
+        assert size is None or len(text) == size == worker.status(job).output_bytes
+        assert not jobs_cgroups(state)
+
+
+@in_loop
+async def test_a_job_that_ends_by_itself_with_more_than_its_cap_in_the_pipe_is_finished(state):
+    # The shim is stopped while the job writes and ends: so all of it is in the pipe when the shim looks.
+    script = "echo $PPID; kill -STOP $$; head -c 60000 /dev/zero; exit 6"
+    async with worker_on(state, max_output=50_000) as worker:
+        job = await worker.start(shell(script))
+        shim = int(await said(worker, job, b"\n"))
+        (main,) = children(shim)
+        os.kill(shim, signal.SIGSTOP)
+        while jobworker.kernel_read(f"/proc/{main}/stat").rpartition(")")[2].split()[0] != "Z":
+            os.kill(main, signal.SIGCONT)
+            await asyncio.sleep(0.01)
+        os.kill(shim, signal.SIGCONT)
+        text = await output(worker, job)
+        assert ending(worker, job) == ("FINISHED", 6, "OUTPUT_LIMIT")
+        assert len(text) == 50_000
+
+
+def test_limits_hold_while_no_server_lives(state):
+    body = f"""
+        await worker.start(JobRequest("yes", owner="alice", id={ID!r}, max_output=2_000_001))
+        await worker.start(JobRequest("sleep", ("1000",), owner="alice", id={ID2!r}, timeout=1.0))
+        os.kill(os.getpid(), 9)
+    """
+    in_server(state, body, status=-9)
+    wait_for_orphans()  # the shims: nobody else is there to end the jobs
+
+    @in_loop
+    async def look():
+        async with worker_on(state) as worker:
+            assert ending(worker, ID) == ("STOPPED", 137, "OUTPUT_LIMIT")
+            assert worker.status(ID).output_bytes == 2_000_001
+            assert ending(worker, ID2) == ("STOPPED", 137, "TIMEOUT")
+
+    look()
+
+
+# --- 6. Job and job table -----------------------------------------------------------------------------
+# The public face of the library; what survives what.
+
+
+def test_the_example_in_the_worker_s_docstring_runs():
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(recurse=False).find(Worker, "Worker", globs=dict(vars(jobworker))):
+        runner.run(example)
+    assert runner.summarize().failed == 0
+    assert runner.tries > 0
+
+
+def left_in(state):
+    return sorted(os.listdir(state / "jobs"))
+
+
+@pytest.fixture
+def programs():
+    """A folder of things that are not quite programs, which every user can reach."""
+    with tempfile.TemporaryDirectory(prefix="jobworker-programs-") as folder:
+        os.chmod(folder, 0o755)
+        for name, mode, text in (
+            ("plain", 0o644, "#!/bin/sh\n"),
+            ("no-shebang", 0o755, "echo hello\n"),
+            ("no-interpreter", 0o755, "#!/nowhere/sh\n"),
+            ("binary", 0o755, "\x7fELF\0\0"),
+            ("empty", 0o755, ""),
+            ("-dash", 0o755, '#!/bin/sh\necho "$0" "$@"\n'),
+            ("ünï cödé\n☃", 0o755, "#!/bin/sh\nprintf %s, \"$@\"\n"),
+        ):
+            Path(folder, name).write_text(text)
+            Path(folder, name).chmod(mode)
+        os.symlink("loop", f"{folder}/loop")
+        os.symlink("nowhere", f"{folder}/dangling")
+        yield folder
+
+
+REFUSED = [  # command ({}: the folder of programs), arguments, what the sentence says
+    ("", (), "the command is empty"),
+    ("no-such-command", (), "'no-such-command' is not found on PATH, which is /usr/local/sbin:/usr/local/bin"),
+    ("{}/missing", (), "missing' is not found"),
+    ("missing/relative", (), "is not found"),
+    ("{}", (), "is a folder, not a command"),
+    ("{}/plain", (), "is not executable for"),
+    ("{}/plain/x", (), "Not a directory"),
+    ("{}/no-shebang", (), "no `#!` line"),
+    ("{}/empty", (), "no `#!` line"),
+    ("{}/binary", (), "is no program of this machine"),
+    ("{}/no-interpreter", (), "interpreter that it names"),
+    ("{}/dangling", (), "cannot run|not found"),
+    ("{}/loop", (), "Too many levels"),
+    ("x" * 300, (), "too long"),
+    ("true", ("x" * 200_000,), "with its 1 arguments is too long for the kernel"),
+    ("true", ("x" * 100,) * 100_000, "with its 100000 arguments is too long"),
+    ("tr\0ue", (), "the command contains a NUL byte"),
+    ("true", ("a", "b\0c"), "argument 2 contains a NUL byte"),
+    ("true", ("\ud800",), "cannot run"),
+    ("\ud800", (), "cannot run|not found"),
+    (" true", (), "not found"),
+    ("true\n", (), "not found"),
+    ("--", (), "not found"),
+]
+
+
+@pytest.mark.parametrize(("command", "args", "sentence"), REFUSED, ids=[repr(c)[:20] + s[:20] for c, _, s in REFUSED])
+@in_loop
+async def test_what_cannot_run_is_refused_in_a_sentence_and_leaves_nothing(state, programs, command, args, sentence):
+    async with worker_on(state) as worker:
+        with pytest.raises(BadRequestError, match=sentence) as refused:
+            await worker.start(JobRequest(command.format(programs), args, owner="alice"))
+        assert len(str(refused.value).splitlines()) == 1
+        assert left_in(state) == []
+        assert not jobs_cgroups(state)
+        assert worker.running == len(worker._table) == len(worker._inotify) == 0
+
+
+RUN = [  # command, arguments, output
+    ("true", ("x",) * 100_000, b""),
+    ("printf", ("%s|", "two words", "line\nend", "", "-n", "--", "*", "$HOME", "'"), b"two words|line\nend||-n|--|*|$HOME|'|"),
+    ("printf", ("%s", "ünïcödé ☃ \U0001f600 \u202e"), "ünïcödé ☃ \U0001f600 \u202e".encode()),
+    ("printf", ("%s", "\udcff\udc80"), b"\xff\x80"),
+    ("{}/-dash", ("-x",), b"{}/-dash -x\n"),
+    ("{}/ünï cödé\n☃", ("\r",), b"\r,"),
+]
+
+
+@pytest.mark.parametrize(("command", "args", "expected"), RUN, ids=[repr(row[0])[:20] for row in RUN])
+@in_loop
+async def test_odd_words_reach_the_command_as_they_are(state, programs, command, args, expected):
+    async with worker_on(state) as worker:
+        text, status = await result(worker, JobRequest(command.format(programs), args, owner="alice"))
+        assert (text, status.exit_code) == (expected.replace(b"{}", programs.encode()), 0)
+    async with worker_on(state) as worker:  # and they are remembered
+        assert worker.status(status.order.id).order == status.order
+
+
+@pytest.mark.parametrize("job_id", ["x", ID.upper(), ID.replace("-", ""), ID + "\n", "../" + ID, ID.replace("-4", "-1")])
+@in_loop
+async def test_an_id_that_is_no_lower_case_random_uuid_is_refused(state, job_id):
+    async with worker_on(state) as worker:
+        with pytest.raises(BadRequestError, match="not a job id"):
+            await worker.start(shell("true", id=job_id))
+        assert left_in(state) == []
+
+
+@in_loop
+async def test_asking_twice_with_one_id_is_asking_once(state):
+    async with worker_on(state) as worker:
+        requests = [shell("echo hello; exec sleep 1000", id=ID)] * 3
+        assert await asyncio.gather(*map(worker.start, requests)) == [ID] * 3
+        assert left_in(state) == [ID]
+        for other in (shell("echo hello; exec sleep 1000", id=ID, owner="bob"), shell("echo bye", id=ID)):
+            with pytest.raises(IdTakenError):
+                await worker.start(other)
+        await worker.stop(ID)
+        assert await worker.start(requests[0]) == ID
+    async with worker_on(state) as worker:
+        assert await worker.start(requests[0]) == ID
+        assert await output(worker, ID) == b"hello\n"
+        assert ending(worker, ID)[0] == "STOPPED"
+        with pytest.raises(BadRequestError):
+            await worker.start(JobRequest("no-such-command", owner="alice", id=ID2))
+        assert await worker.start(shell("true", id=ID2)) == ID2  # what never ran does not take an id
+
+
+@in_loop
+async def test_an_unknown_job_is_no_such_job_to_every_call(state):
+    async with worker_on(state) as worker:
+        for call in (worker.status, worker.remove, worker.job):
+            with pytest.raises(NoSuchJobError, match=ID):
+                call(ID)
+        with pytest.raises(NoSuchJobError):
+            await worker.stop(ID)
+        with pytest.raises(NoSuchJobError):
+            await output(worker, ID)
+
+
+@in_loop
+async def test_stopping_twice_or_what_has_ended_changes_nothing(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(WAITS))
+        await asyncio.gather(*(worker.stop(job, by=f"user {n}") for n in range(5)))
+        first = worker.status(job)
+        await worker.stop(job, by="late")
+        assert worker.status(job) == first
+        assert first.status == "STOPPED"
+        ended = await worker.start(shell("exit 3"))
+        await output(worker, ended)
+        await worker.stop(ended, by="late")
+        assert ending(worker, ended) == ("FINISHED", 3, "")
+        assert worker.status(ended).stopped_by == ""
+
+
+@in_loop
+async def test_a_stop_that_races_the_end_leaves_one_of_the_two_and_for_good(state):
+    async with worker_on(state) as worker:
+        jobs = []
+        for _ in range(20):
+            jobs.append(await worker.start(shell("exit 3")))
+            await worker.stop(jobs[-1], by="x")
+        before = [ending(worker, job) for job in jobs]
+        assert set(before) <= {("STOPPED", 137, ""), ("FINISHED", 3, "")}
+    async with worker_on(state) as worker:
+        assert [ending(worker, job) for job in jobs] == before
+
+
+@in_loop
+async def test_a_job_that_ends_itself_by_the_kill_signal_before_a_stop_is_finished(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell("kill -9 $$"))
+        await output(worker, job)
+        await worker.stop(job)
+        assert ending(worker, job) == ("FINISHED", 137, "")
+        assert worker.status(job).ending.signal == 9
+
+
+@as_root
+@in_loop
+async def test_each_owner_has_a_uid_and_a_private_home_for_good(state):
+    look = "id -u; id -G; pwd; stat -c %a .; touch mine"
+    homes = {}
+    for _ in range(2):
+        async with worker_on(state) as worker:
+            for owner in ("alice", "bob", "../eve", "", "ünï\ncödé"):
+                text, status = await result(worker, shell(look, owner=owner))
+                uid, groups, place, mode = text.decode().splitlines()
+                assert uid == groups == str(status.order.uid)
+                assert int(uid) >= 1000
+                assert place == status.order.home == str(state / "home" / uid)
+                assert mode == "700"
+                assert homes.setdefault(owner, place) == place
+            text, status = await result(worker, shell(f"ls {homes['alice']} 2>/dev/null || echo private", owner="bob"))
+            assert text == b"private\n"
+    assert len(set(homes.values())) == 5
+
+
+@as_root
+@in_loop
+async def test_a_job_can_run_as_an_account_of_the_machine(state):
+    async with worker_on(state) as worker:
+        text, _ = await result(worker, shell("id -u; echo $USER $HOME", run_as="root"))
+        assert text == b"0\nroot /root\n"
+        with pytest.raises(BadRequestError, match="no account 'nobody-at-all'"):
+            await worker.start(shell("true", run_as="nobody-at-all"))
+
+
+@in_loop
+async def test_more_jobs_than_allowed_are_refused_until_one_ends(state):
+    async with worker_on(state, max_jobs=1) as worker:
+        job = await worker.start(shell(WAITS))
+        with pytest.raises(ExhaustedError, match="1 jobs are running"):
+            await worker.start(shell("true"))
+        await worker.stop(job)
+        assert (await result(worker, shell("exit 2")))[1].exit_code == 2
+
+
+@in_loop
+async def test_an_ended_job_can_be_removed_and_a_running_one_not(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(WAITS))
+        with pytest.raises(StillRunningError):
+            worker.remove(job)
+        await worker.stop(job)
+        stream = worker.stream(job)
+        assert await anext(stream) == b"ready\n"
+        worker.remove(job)
+        assert left_in(state) == []
+        with pytest.raises(NoSuchJobError):
+            worker.status(job)
+        assert [chunk async for chunk in stream] == []
+
+
+@in_loop
+async def test_the_oldest_are_forgotten_when_there_is_no_room_but_an_open_stream_completes(state):
+    async with worker_on(state, keep_bytes=2 * MIB) as worker:
+        jobs = []
+        for number in range(3):
+            jobs.append(await worker.start(python(WRITES_BYTES, str(900 * KIB))))
+            if number == 0:
+                stream = worker.stream(jobs[0])
+                first = await anext(stream)
+            await output(worker, jobs[-1])
+        await forgotten(worker, jobs[0])
+        assert left_in(state) == sorted(jobs[1:])
+        assert first + b"".join([chunk async for chunk in stream]) == random.Random(7).randbytes(900 * KIB)
+        worker.remove(jobs[2])
+        jobs.append(await worker.start(python(WRITES_BYTES, str(900 * KIB))))
+        await output(worker, jobs[-1])
+        assert left_in(state) == sorted([jobs[1], jobs[3]])  # there was room
+
+
+@in_loop
+async def test_ended_jobs_are_forgotten_after_their_time_also_by_a_later_server(state):
+    async with worker_on(state) as worker:
+        running = await worker.start(shell(WAITS))
+        for _ in range(3):
+            await result(worker, shell("echo hello"))
+    async with worker_on(state, keep=0.001) as worker:
+        await forgotten(worker, worker._retention.oldest().id)
+        job = await worker.start(shell("true"))
+        await forgotten(worker, job)
+        assert left_in(state) == [running]
+        await worker.stop(running)
+        await forgotten(worker, running)
+        assert left_in(state) == []
+
+
+@in_loop
+async def test_two_hundred_jobs_leave_nothing_behind_in_the_server(state):
+    def held(worker):
+        assert not all_gone(children(worker._launcher.process))
+        assert children() == {worker._launcher.process}
+        return len(os.listdir("/proc/self/fd")), len(worker._inotify), threading.active_count(), jobs_cgroups(state)
+
+    async with worker_on(state) as worker:
+        await result(worker, shell("true"))
+        before = held(worker)
+        for _ in range(10):
+            results = await asyncio.gather(*(result(worker, shell("echo hello; exit 9")) for _ in range(20)))
+            assert {(text, status.exit_code) for text, status in results} == {(b"hello\n", 9)}
+        assert held(worker) == before
+        assert before[1:] == (0, 1, [])
+
+
+# What a restart keeps
+
+
+@in_loop
+async def test_a_server_that_starts_again_takes_everything_up(state):
+    gate = state / "gate"
+    os.mkfifo(gate)
+    gate.chmod(0o666)
+    async with worker_on(state) as worker:
+        running = await worker.start(shell(f"echo one; read line < {gate}; echo two; exit 6"))
+        stopped = await worker.start(shell(WAITS))
+        ended, status = await result(worker, shell("echo bye; exit 3"))
+        await said(worker, running, b"one")
+    async with worker_on(state) as worker:
+        assert worker.status(status.order.id) == status
+        assert await output(worker, status.order.id) == ended == b"bye\n"
+        assert ending(worker, running) == ("RUNNING", 0, "")
+        assert worker.running == 2
+        follower = asyncio.create_task(output(worker, running))
+        await said(worker, stopped, b"ready")
+        await worker.stop(stopped)
+        assert ending(worker, stopped) == ("STOPPED", 137, "")
+        gate.write_text("go\n")
+        assert await follower == b"one\ntwo\n"
+        assert ending(worker, running) == ("FINISHED", 6, "")
+        last = worker.status(running)
+    async with worker_on(state) as worker:
+        assert worker.status(running) == last
+
+
+def test_jobs_survive_the_kill_of_their_server(state, mark):
+    body = f"""
+        for id in {ID!r}, {ID2!r}:
+            await worker.start(JobRequest("sh", ("-c", "echo ready; sleep 1000; : {mark}"), owner="alice", id=id))
+        os.kill(os.getpid(), 9)
+    """
+    in_server(state, body, status=-9)
+
+    @in_loop
+    async def look():
+        async with worker_on(state) as worker:
+            for job in (ID, ID2):
+                await said(worker, job, b"ready")
+            await worker.stop(ID, by="me")
+            os.kill(worker._launcher.process, 9)
+            await worker.stop(ID2, by="me")
+            assert [ending(worker, job) for job in (ID, ID2)] == [("STOPPED", 137, "")] * 2
+            assert not processes_with(mark)
+
+    look()
+
+
+@in_loop
+async def test_a_second_server_on_one_state_folder_is_refused_by_the_first_s_pid(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(WAITS))
+        with pytest.raises(JobWorkerError, match=f"in use by the server with pid {os.getpid()}"):
+            async with worker_on(state):
+                pass
+        assert ending(worker, job)[0] == "RUNNING"
+        await worker.stop(job)
+    async with worker_on(state):
+        pass
+
+
+def fabricate(state, job_id, record, order="whole"):
+    """A job's folder as a crash might have left it."""
+    folder = state / "jobs" / job_id
+    folder.mkdir(parents=True)
+    if record is None:
+        return folder
+    with contextlib.ExitStack() as handed:
+        jobworker.make_record(str(folder), handed)
+    (folder / "exit").write_bytes(record)
+    (folder / "output").write_text("said\n")
+    account = jobworker.Account.own()
+    jobworker.write_order(str(folder), jobworker.Order(
+        id=job_id, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
+        user=account.name, home="/", cgroup="", controllers=(), limits=Limits(), timeout=0.0, max_output=MIB,
+        reserve=0, created=1.0,
+    ))  # fmt: skip
+    text = (folder / "job.json").read_text()
+    if order == "torn":
+        (folder / "job.json").write_text(text[: len(text) // 2])
+    elif order == "none":
+        (folder / "job.json").unlink()
+    elif order == "strange":
+        (folder / "job.json").write_text(json.dumps({**json.loads(text), "limits": 7}))
+    return folder
+
+
+BORN = b"born at=1.0 .\n"
+STARTED = BORN + b"started at=2.0 .\n"
+ENDED = STARTED + b"ended at=3.0 status=FINISHED code=7 signal=0 reason=- by=- .\n"
+DONE = ENDED + b"done at=4.0 reason=- cpu_seconds=1.5 memory_peak=None read_bytes=0 written_bytes=0 .\n"
+GONE, ASIDE = "gone", "aside"
+FATES = [  # record, job.json; what becomes of the job when its shim is gone
+    (None, "none", GONE),
+    (b"", "none", GONE),
+    (b"", "torn", GONE),
+    (b"", "whole", GONE),
+    (b"bo", "whole", GONE),
+    (BORN + b"failed at=1.0 errno=2 .\n", "whole", GONE),
+    (BORN, "none", ASIDE),
+    (STARTED, "torn", ASIDE),
+    (ENDED, "strange", ASIDE),
+    (BORN, "whole", ("FINISHED", 255, "LOST")),
+    (STARTED, "whole", ("FINISHED", 255, "LOST")),
+    (ENDED[:-2], "whole", ("FINISHED", 255, "LOST")),
+    (STARTED + bytes(100), "whole", ("FINISHED", 255, "LOST")),
+    (ENDED, "whole", ("FINISHED", 7, "")),
+    (DONE[:-10], "whole", ("FINISHED", 7, "")),
+    (DONE, "whole", ("FINISHED", 7, "")),
+]
+
+
+@pytest.mark.parametrize(("record", "order", "fate"), FATES, ids=[f"{(r or b'')[-9:]}-{o}-{f}" for r, o, f in FATES])
+@in_loop
+async def test_what_a_crash_left_of_a_job_has_its_fate(state, capfd, record, order, fate):
+    folder = fabricate(state, ID, record, order)
+    for _ in range(2):  # and a second server finds the same
+        async with worker_on(state) as worker:
+            if isinstance(fate, str):
+                await forgotten(worker, ID)
+                assert not folder.exists()
+                assert len(list(state.glob("aside/*"))) == (fate == ASIDE)
+            else:
+                assert await output(worker, ID) == b"said\n"
+                assert ending(worker, ID) == fate
+            assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
+    # One line for what is set aside or lost without an ending, and silence for the rest.
+    assert len(capfd.readouterr().err.splitlines()) == (fate == ASIDE or fate[-1] == "LOST")
+
+
+@in_loop
+async def test_strangers_in_the_folder_of_jobs_are_set_aside(state):
+    (state / "jobs" / "lost+found").mkdir(parents=True)
+    (state / "jobs" / "notes.txt").write_text("hello")
+    (state / "jobs" / ID).write_text("not a folder")
+    async with worker_on(state):
+        assert left_in(state) == []
+        assert len(list(state.glob("aside/*"))) == 3
+
+
+@in_loop
+async def test_hundreds_of_lost_jobs_are_all_finished(state):
+    ids = [jobworker.new_job_id() for _ in range(200)]
+    for job in ids:
+        fabricate(state, job, STARTED)
+    async with worker_on(state) as worker:
+        assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
+        assert await asyncio.gather(*(output(worker, job) for job in ids)) == [b"said\n"] * 200
+        assert {ending(worker, job) for job in ids} == {("FINISHED", 255, "LOST")}
+
+
+# What dies at each step
+
+FIRST = "echo said; exit 7"
+SERVER_DEATHS = [  # the statement before which the server dies; last words; whether the job is there afterwards
+    ("undo.callback(self._dispose, job)", "pass", False),  # the folder is made
+    ('os.mkfifo(f"{folder}/control", 0o600)', "pass", False),
+    ('os.close(os.open(f"{folder}/output"', "pass", False),  # and control
+    ('record = os.open(f"{folder}/exit", os.O_WRONLY | os.O_CREAT', "pass", False),  # and output
+    ("allocate(descriptors[1], RECORD_BYTES)", "pass", False),  # and exit
+    ("write_order(job.folder, order)", "pass", False),
+    ("file.write(json.dumps(order.plain()))", "file.write('{'); file.flush()", False),
+    ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is whole
+    ("owner.create()", "pass", False),
+    ("cgroup.create()\n        cgroup.limit", "pass", False),
+    ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup is made
+    ('self._launcher.send("start", job.folder, order, descriptors)', "pass", False),
+    ("socket.send_fds(self._channel, [packet], list(descriptors))", "pass", False),
+    ("undo.pop_all()", "pass", True),  # the launcher has it
+    ("await self._until(job, lambda: job.record.phase not in", "pass", True),
+    ("if job.record.phase:", "pass", True),
+]
+FAILED_START_DEATHS = [  # the same, for a command that is not there
+    ("write_record(self._record, \"failed\"", "pass", None),  # in the shim: the server starts it once more
+    ("order.processes().remove()", "pass", False),
+    ("delete_job_folder(job.folder)", "pass", False),
+    ('for name in ("exit", "control", "output", "job.json"):', "pass", False),
+    ("os.rmdir(folder)\n\n\ndef start_failure", "pass", False),
+    ("raise start_failure(job.record.failure, job.order)", "pass", False),
+]
+
+
+def server_dies(state, tmp_path, place, last_words, command, args=()):
+    _, armed = dying_copy(tmp_path, place, last_words)
+    body = f"await worker.start(JobRequest({command!r}, {args!r}, owner='alice', id={ID!r}))"
+    in_server(state, body, module=tmp_path, status=-9)
+    assert not armed.exists()
+
+
+@pytest.mark.parametrize(("place", "last_words", "there"), SERVER_DEATHS, ids=[row[0][:40] for row in SERVER_DEATHS])
+def test_a_server_killed_at_any_step_of_a_start_leaves_the_job_or_nothing(state, tmp_path, place, last_words, there):
+    if "owner.create()" in place and os.geteuid() != 0 and not jobworker.CgroupMount.find():
+        pytest.skip("this machine gives no cgroup")
+    server_dies(state, tmp_path, place, last_words, "sh", ("-c", FIRST))
+
+    @in_loop
+    async def look():
+        async with worker_on(state) as worker:
+            if there:
+                assert await output(worker, ID) == b"said\n"
+                assert ending(worker, ID) == ("FINISHED", 7, "")
+            else:
+                assert left_in(state) == []
+                assert not jobs_cgroups(state)
+                assert not (state / "aside").exists()
+            job = await worker.start(shell(FIRST, id=ID))  # the caller tries again
+            assert await output(worker, job) == b"said\n"
+            assert ending(worker, job) == ("FINISHED", 7, "")
+
+    look()
+
+
+@pytest.mark.parametrize(("place", "last_words", "there"), FAILED_START_DEATHS[1:], ids=lambda value: str(value)[:40])
+def test_a_server_killed_at_any_step_of_a_failed_start_leaves_nothing(state, tmp_path, place, last_words, there):
+    server_dies(state, tmp_path, place, last_words, "no-such-command")
+
+    @in_loop
+    async def look():
+        async with worker_on(state):
+            assert left_in(state) == []
+            assert not jobs_cgroups(state)
+            assert not (state / "aside").exists()
+
+    look()
+
+
+LOST, SEVEN = ("FINISHED", 255, "LOST"), ("FINISHED", 7, "")
+SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the job then ended
+    ('write_record(self._record, "born")', "pass", SEVEN),  # it is started once more
+    ('write_record(self._record, "born")', "os.write(self._record, b'bor')", SEVEN),
+    ('output = os.open(f"{self._folder}/output"', "pass", LOST),
+    ("os.close(stdout)\n        if not self._order.cgroup", "pass", LOST),  # the job runs
+    ('write_record(self._record, "started")', "pass", LOST),
+    ("pump = Pump(pipe, output, self._order)", "pass", LOST),
+    ("ready = {descriptor for descriptor, _ in", "pass", LOST),
+    ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
+    ("assert result is not None", "pass", LOST),
+    ('write_record(record, "ended", **vars(ending))', "pass", LOST),
+    ('write_record(record, "ended", **vars(ending))', "os.write(record, b'ended at=1.0 status=FIN')", LOST),
+    ("processes.kill_all()", "pass", SEVEN),
+    ("rest = pump.drain() if pump else None", "pass", SEVEN),
+    ("usage = processes.usage()", "pass", SEVEN),
+    ("processes.remove()\n    reason", "pass", SEVEN),
+    ("reason = ending.reason or", "pass", SEVEN),
+    ('write_record(record, "done"', "pass", SEVEN),
+    ('write_record(record, "done"', "os.write(record, b'done at=1.0 reason=-')", SEVEN),
+    ("os.fsync(record)", "pass", SEVEN),
+]
+
+
+@pytest.mark.parametrize(("place", "last_words", "how"), SHIM_DEATHS, ids=[row[0][:40] for row in SHIM_DEATHS])
+@in_loop
+async def test_a_shim_killed_at_any_step_is_made_good(state, tmp_path, mark, place, last_words, how):
+    dying, armed = dying_copy(tmp_path, place, last_words)
+    async with worker_on(state, dying) as worker:
+        request = dying.JobRequest("sh", ("-c", f"sleep 1000 {mark} & echo said; exit 7".replace(f" {mark}", "")), owner="alice")
+        job = await worker.start(request)
+        text = await output(worker, job)
+        assert not armed.exists()
+        assert ending(worker, job) == how
+        assert text == b"said\n" or how == LOST
+        before = worker.status(job)
+        assert not jobs_cgroups(state)
+    wait_for_orphans()
+    async with worker_on(state) as worker:
+        assert ending(worker, job) == how
+        assert worker.status(job).ended == before.ended
+        assert await output(worker, job) == text
+
+
+@in_loop
+async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(state, tmp_path):
+    dying, armed = dying_copy(tmp_path, *FAILED_START_DEATHS[0][:2])
+    async with worker_on(state, dying) as worker:
+        job = await worker.start(dying.JobRequest("no-such-command", owner="alice"))
+        await output(worker, job)
+        assert not armed.exists()
+        assert ending(worker, job) == LOST  # `born`: the command may have run
+
+
+# What a full disk costs
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request, nothing_is_left):
+    """A state folder on a file system of 16 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount")
+    with tempfile.TemporaryDirectory(prefix="jobworker-disk-") as folder:
+        os.chmod(folder, 0o711)
+        point = Path(folder, "disk")
+        point.mkdir()
+        if request.param == "tmpfs":
+            mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(point)]
+        else:
+            with open(f"{folder}/image", "wb") as image:
+                image.truncate(16 * MIB)
+            subprocess.run(["mkfs.ext4", "-q", f"{folder}/image"], check=True)
+            mount = ["mount", "-o", "loop", f"{folder}/image", str(point)]
+        if (tried := subprocess.run(mount, stderr=subprocess.PIPE, check=False)).returncode:
+            pytest.skip(f"cannot mount here: {tried.stderr.decode().strip()}")
+        yield new_state(nothing_is_left, point)
+        wait_for_orphans()
+        for state in nothing_is_left:
+            shutil.rmtree(state)
+            state.mkdir()
+        subprocess.run(["umount", str(point)], check=True)
+
+
+def fill(state, leave=0):
+    """Fill the file system of the state folder, but for some blocks."""
+    size = 4 * KIB
+    with open(state / f"filler-{os.urandom(4).hex()}", "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(64 * KIB))
+        with contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(size))
+        os.fsync(file.fileno())
+        file.truncate(max(0, file.seek(0, os.SEEK_END) - leave * size))
+        os.fsync(file.fileno())
+
+
+@in_loop
+async def test_a_job_that_fills_the_disk_is_ended_and_its_record_is_whole(small_disk):
+    async with worker_on(small_disk) as worker:
+        other = await worker.start(shell("echo $PPID; exec sleep 1000"))
+        text, status = await result(worker, JobRequest("yes", owner="alice"))
+        assert (status.status, status.exit_code, status.ending.reason) == ("STOPPED", 137, "DISK_FULL")
+        assert len(text) == status.output_bytes > MIB
+        await worker.stop(other)
+        assert ending(worker, other) == ("STOPPED", 137, "")
+        last = [worker.status(job) for job in (other, status.order.id)]
+    async with worker_on(small_disk) as worker:  # a server starts on a full disk too
+        assert [worker.status(job) for job in (other, status.order.id)] == last
+        worker.remove(status.order.id)
+        assert (await result(worker, shell("echo hello; exit 4")))[1].exit_code == 4
+
+
+@in_loop
+async def test_a_job_keeps_its_exit_code_on_a_disk_that_others_filled(small_disk):
+    gate = small_disk / "gate"
+    os.mkfifo(gate)
+    gate.chmod(0o666)
+    async with worker_on(small_disk) as worker:
+        job = await worker.start(shell(f"read line < {gate}; exit 5"))
+        fill(small_disk)
+        gate.write_text("go\n")
+        assert await output(worker, job) == b""
+        assert ending(worker, job)[:2] == ("FINISHED", 5)
+    async with worker_on(small_disk) as worker:
+        assert ending(worker, job)[:2] == ("FINISHED", 5)
+
+
+@pytest.mark.parametrize("left", range(5))
+@in_loop
+async def test_a_start_on_a_full_disk_is_refused_and_leaves_nothing(small_disk, left):
+    async with worker_on(small_disk) as worker:
+        await result(worker, shell("true"))
+        before = left_in(small_disk)
+        fill(small_disk, left)
+        for owner in ("alice", "a new owner"):
+            try:
+                job = await worker.start(shell("exit 3", owner=owner))
+            except ExhaustedError:
+                assert left_in(small_disk) == before
+            else:
+                await output(worker, job)
+                assert ending(worker, job)[:2] == ("FINISHED", 3)
+                worker.remove(job)
+        (filler,) = small_disk.glob("filler-*")
+        filler.unlink()
+        assert (await result(worker, shell("exit 3", owner="a new owner")))[1].exit_code == 3
+    async with worker_on(small_disk) as worker:
+        assert (await result(worker, shell("id -u", owner="a new owner")))[1].order.uid != worker._accounts.of("alice").uid
+
+
+@in_loop
+async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
+    async with worker_on(small_disk, reserve=0.5) as worker:
+        text, status = await result(worker, JobRequest("yes", owner="alice"))
+        assert (status.status, status.ending.reason) == ("STOPPED", "DISK_FULL")
+        assert MIB < len(text) < 12 * MIB
+        with pytest.raises(ExhaustedError, match="nearly full"):
+            await worker.start(shell("true"))
+        worker.remove(status.order.id)
+        assert (await result(worker, shell("exit 3")))[1].exit_code == 3
