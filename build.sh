@@ -472,7 +472,7 @@ verb=${1-pyz}
 [ $# = 0 ] || shift
 case $verb in
     pyz | demo | lint | stubs) [ $# = 0 ] || { usage >&2; exit 2; }; $verb ;;
-    serve) set_up; exec $venv/bin/python jobworker.py serve --without auto "$@" ;;
+    serve) set_up; mkdir -p certs; exec $venv/bin/python jobworker.py serve --without auto "$@" ;;
     test) run_tests "$@" ;;
     bench) pyz; exec $venv/bin/python bench_jobworker.py "$@" ;;
     chaos) pyz; exec $venv/bin/python -m pytest -m chaos "$@" ;;
