@@ -1415,14 +1415,19 @@ def sync_folder(folder: str) -> bool:
     """Make a job's folder durable, its record aside; False where the disk did not take it all (fsync(2))."""
     try:
         for path in (f"{folder}/job.json", f"{folder}/output", folder, os.path.dirname(folder)):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(path)
     except OSError:
         return False
     return True
+
+
+def sync(path: str | Path) -> None:
+    """Make a file or a folder durable (fsync(2))."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- 6. Job and job table -------------------------------------------------------------------------------
@@ -1534,16 +1539,18 @@ class Accounts:
         self._homes.chmod(0o711)
         for path in self._owners.iterdir():
             if path.name.isdigit():
-                self._uids[path.read_text("utf-8", "surrogateescape")] = int(path.name)
+                self._uids[path.read_bytes().decode("utf-8", "surrogateescape")] = int(path.name)
 
     def of(self, owner: str) -> Account:
-        uid = self._uids.get(owner)
-        if uid is None:
-            uid = self._remember(owner)
-        home = self._homes / str(uid)
-        if not home.is_dir():
-            home.mkdir(mode=0o700)
-            os.chown(home, uid, uid)
+        try:
+            uid = self._uids.get(owner) or self._remember(owner)
+            home = self._homes / str(uid)
+            with contextlib.suppress(FileExistsError):
+                home.mkdir(mode=0o700)
+            if home.stat().st_uid != uid:  # new, or made by a server that died right here
+                os.chown(home, uid, uid)
+        except OSError as error:
+            raise disk_error(f"cannot make a home for {owner!r}", error) from error
         return Account(uid, uid, (), owner, str(home))
 
     def _remember(self, owner: str) -> int:
@@ -1553,8 +1560,10 @@ class Accounts:
         if uid is None:
             raise ExhaustedError(f"all {count} uids of this server are given to owners")
         new = self._owners / f"new-{uid}"
-        new.write_text(owner, "utf-8", "surrogateescape")
+        new.write_bytes(owner.encode("utf-8", "surrogateescape"))
+        sync(new)
         new.rename(self._owners / str(uid))  # whole or not at all: a uid must never change its owner
+        sync(self._owners)
         self._uids[owner] = uid
         return uid
 
@@ -1698,6 +1707,7 @@ class Worker:
         self._launcher = Launcher()
         self._accounts = Accounts(options.state)
         self._retention = Retention(options.keep, options.keep_bytes)
+        self._finishing: set[asyncio.Task[None]] = set()  # an event loop alone would forget its tasks
 
     # -- Opening and closing
 
@@ -1713,6 +1723,7 @@ class Worker:
             resources.callback(self._inotify.close)
             self._launcher.open(self._tree.shims)
             resources.callback(self._launcher.close)
+            resources.push_async_callback(self._stop_finishing)
             self._recover()
             retaining = asyncio.create_task(self._retain())
             resources.push_async_callback(cancelled, retaining)
@@ -1809,7 +1820,10 @@ class Worker:
             self._table[job.id] = job
             with contextlib.ExitStack() as handed:
                 descriptors = make_record(job.folder, handed)
-                write_order(job.folder, order)
+                try:
+                    write_order(job.folder, order)
+                except OSError as error:
+                    raise disk_error(f"cannot write {job.folder}/job.json", error) from error
                 self._watch(job)
                 descriptors += self._make_cgroup(order, handed)
                 self._launcher.send("start", job.folder, order, descriptors)
@@ -1957,9 +1971,25 @@ class Worker:
             return
         if job.record.ending is None:
             say(f"the shim of job {job.id} is gone without a record: killing what is left of it")
-        with contextlib.ExitStack() as handed:
-            descriptors = open_record(job.folder, handed)
-            self._launcher.send("finish", job.folder, job.order, descriptors)
+        task = asyncio.get_running_loop().create_task(self._finish_in_turn(job, job.attempts))
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    async def _finish_in_turn(self, job: Job, attempt: int) -> None:
+        """After a power cut hundreds may be lost, and only so many requests can be on their way at once."""
+        async with self._launcher.places:
+            try:
+                with contextlib.ExitStack() as handed:
+                    descriptors = open_record(job.folder, handed)
+                    self._launcher.send("finish", job.folder, job.order, descriptors)
+                await self._until(job, lambda: job.ended or job.attempts != attempt or not self._holds(job))
+            except (JobWorkerError, OSError) as error:
+                if self._inotify.is_open:
+                    say(f"job {job.id} is not finished yet: {error}")
+
+    async def _stop_finishing(self) -> None:
+        for task in list(self._finishing):
+            await cancelled(task)
 
     def _leave(self, job: Job) -> None:
         """Take a job out of the table; whoever waits for it sees that."""
@@ -2028,8 +2058,14 @@ class Worker:
                 self._dispose(self._retention.oldest())
                 await asyncio.sleep(0)
                 continue
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._retention.bell.wait(), left)
+            # Not asyncio.wait_for, which may swallow a cancellation (until Python 3.12).
+            ring = self._retention.bell.ring
+            timer = None if left is None else asyncio.get_running_loop().call_later(left, ring)
+            try:
+                await self._retention.bell.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
 
 async def cancelled(task: asyncio.Task[None]) -> None:

@@ -185,7 +185,7 @@ def nothing_is_left(request):
             for folder in jobs_cgroups(state):
                 Cgroup(str(folder)).kill_all()
             Cgroup(str(tree)).remove()
-        shutil.rmtree(state)
+        shutil.rmtree(state, ignore_errors=True)
     assert not stuck, "these processes were left"
     assert not cgroups, "these cgroups were left"
     assert set(os.listdir("/proc/self/fd")) == before[0], "descriptors were left"
@@ -1284,7 +1284,7 @@ async def test_each_owner_has_a_uid_and_a_private_home_for_good(state):
     homes = {}
     for _ in range(2):
         async with worker_on(state) as worker:
-            for owner in ("alice", "bob", "../eve", "", "ünï\ncödé"):
+            for owner in ("alice", "bob", "../eve", "", "ünï\r\ncödé", "ünï\ncödé"):
                 text, status = await result(worker, shell(look, owner=owner))
                 uid, groups, place, mode = text.decode().splitlines()
                 assert uid == groups == str(status.order.uid)
@@ -1294,7 +1294,7 @@ async def test_each_owner_has_a_uid_and_a_private_home_for_good(state):
                 assert homes.setdefault(owner, place) == place
             text, status = await result(worker, shell(f"ls {homes['alice']} 2>/dev/null || echo private", owner="bob"))
             assert text == b"private\n"
-    assert len(set(homes.values())) == 5
+    assert len(set(homes.values())) == 6
 
 
 @as_root
@@ -1464,7 +1464,7 @@ def fabricate(state, job_id, record, order="whole"):
     jobworker.write_order(str(folder), jobworker.Order(
         id=job_id, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
         user=account.name, home="/", cgroup="", controllers=(), limits=Limits(), timeout=0.0, max_output=MIB,
-        reserve=0, created=1.0,
+        reserve=0, splice=True, created=1.0,
     ))  # fmt: skip
     text = (folder / "job.json").read_text()
     if order == "torn":
@@ -1506,7 +1506,7 @@ FATES = [  # record, job.json; what becomes of the job when its shim is gone
 async def test_what_a_crash_left_of_a_job_has_its_fate(state, capfd, record, order, fate):
     folder = fabricate(state, ID, record, order)
     for _ in range(2):  # and a second server finds the same
-        async with worker_on(state) as worker:
+        async with worker_on(state, keep=0.0) as worker:
             if isinstance(fate, str):
                 await forgotten(worker, ID)
                 assert not folder.exists()
@@ -1559,7 +1559,7 @@ SERVER_DEATHS = [  # the statement before which the server dies; last words; whe
     ("socket.send_fds(self._channel, [packet], list(descriptors))", "pass", False),
     ("undo.pop_all()", "pass", True),  # the launcher has it
     ("await self._until(job, lambda: job.record.phase not in", "pass", True),
-    ("if job.record.phase:", "pass", True),
+    ('return job.record.phase != ""', "pass", True),
 ]
 FAILED_START_DEATHS = [  # the same, for a command that is not there
     ("write_record(self._record, \"failed\"", "pass", None),  # in the shim: the server starts it once more
@@ -1692,9 +1692,6 @@ def small_disk(request, nothing_is_left):
             pytest.skip(f"cannot mount here: {tried.stderr.decode().strip()}")
         yield new_state(nothing_is_left, point)
         wait_for_orphans()
-        for state in nothing_is_left:
-            shutil.rmtree(state)
-            state.mkdir()
         subprocess.run(["umount", str(point)], check=True)
 
 
