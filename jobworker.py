@@ -69,7 +69,16 @@ if TYPE_CHECKING:
     import ssl
     import subprocess
     import traceback
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Coroutine,
+        Iterable,
+        Mapping,
+        Sequence,
+    )
     from types import TracebackType
 
     import grpc
@@ -1018,11 +1027,19 @@ def shim_lives(folder: str) -> bool:
     return True
 
 
+async def cancelled(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait until it is."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 class Launcher:
     """The server's side of the launcher: exec's it, and again when it died; hands it one request at a time."""
 
     def __init__(self) -> None:
         self.places = asyncio.Semaphore(STARTS_AT_ONCE)  # held while a request is on its way
+        self._waiting: set[asyncio.Task[None]] = set()  # for a place; an event loop alone would forget its tasks
         self._arguments: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -1053,6 +1070,16 @@ class Launcher:
                 here.close()
                 raise KernelError(f"cannot run {sys.executable} as the launcher", error) from error
         self._channel = here
+
+    def run_in_turn(self, request: Coroutine[Any, Any, None]) -> None:
+        """Have a request made that waits for a place by itself, with nobody who waits for it."""
+        task = asyncio.get_running_loop().create_task(request)
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def forget_waiting(self) -> None:
+        for task in list(self._waiting):
+            await cancelled(task)
 
     @property
     def process(self) -> int:
@@ -1707,7 +1734,6 @@ class Worker:
         self._launcher = Launcher()
         self._accounts = Accounts(options.state)
         self._retention = Retention(options.keep, options.keep_bytes)
-        self._finishing: set[asyncio.Task[None]] = set()  # an event loop alone would forget its tasks
 
     # -- Opening and closing
 
@@ -1723,7 +1749,7 @@ class Worker:
             resources.callback(self._inotify.close)
             self._launcher.open(self._tree.shims)
             resources.callback(self._launcher.close)
-            resources.push_async_callback(self._stop_finishing)
+            resources.push_async_callback(self._launcher.forget_waiting)
             self._recover()
             retaining = asyncio.create_task(self._retain())
             resources.push_async_callback(cancelled, retaining)
@@ -1971,9 +1997,7 @@ class Worker:
             return
         if job.record.ending is None:
             say(f"the shim of job {job.id} is gone without a record: killing what is left of it")
-        task = asyncio.get_running_loop().create_task(self._finish_in_turn(job, job.attempts))
-        self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
+        self._launcher.run_in_turn(self._finish_in_turn(job, job.attempts))
 
     async def _finish_in_turn(self, job: Job, attempt: int) -> None:
         """After a power cut hundreds may be lost, and only so many requests can be on their way at once."""
@@ -1986,10 +2010,6 @@ class Worker:
             except (JobWorkerError, OSError) as error:
                 if self._inotify.is_open:
                     say(f"job {job.id} is not finished yet: {error}")
-
-    async def _stop_finishing(self) -> None:
-        for task in list(self._finishing):
-            await cancelled(task)
 
     def _leave(self, job: Job) -> None:
         """Take a job out of the table; whoever waits for it sees that."""
@@ -2066,13 +2086,6 @@ class Worker:
             finally:
                 if timer is not None:
                     timer.cancel()
-
-
-async def cancelled(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait until it is."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 def check_kernel() -> None:
@@ -3179,6 +3192,14 @@ def write_out(chunk: bytes) -> None:
 
 # -- Options that several verbs have
 
+Row = tuple[str, "Callable[[str], Any]", str, Any, str]  # flag, type, metavar, default, help
+LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
+    ("cpu", as_cpus, "1"),
+    ("memory", as_bytes, "512M"),
+    ("pids", as_count, "512"),
+    ("io", as_bytes, "64M a second, each way and disk"),
+]
+
 
 def add_certs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -3232,92 +3253,63 @@ def client_of(options: argparse.Namespace) -> Client:
 # -- serve
 
 
+PLACE_OPTIONS: list[Row] = [
+    ("--listen", host_and_port, "HOST:PORT", ("", DEFAULT_PORT), f"default: all addresses, port {DEFAULT_PORT}"),
+    (
+        "--state",
+        Path,
+        "DIR",
+        None,
+        "jobs and output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)",
+    ),
+    (
+        "--cgroup",
+        str,
+        "PATH",
+        None,
+        "where to make the tree (default: `jobworker` under the highest cgroup we may manage)",
+    ),
+    (
+        "--without",
+        str,
+        "LIST",
+        "",
+        "limits to do without: cpu,memory,pids,io, `all`, or `auto`: whatever is missing here",
+    ),
+]
+ENDING_OPTIONS: list[Row] = [
+    ("--timeout", as_seconds, "TIME", 0.0, "end a job after this (default: never)"),
+    ("--max-output", as_bytes, "SIZE", OUTPUT_LIMIT, "end a job that prints more (default: 1G)"),
+]
+KEEPING_OPTIONS: list[Row] = [
+    ("--keep", as_seconds, "TIME", KEEP_SECONDS, "forget an ended job after this (default: 7d; 0: never)"),
+    ("--keep-bytes", as_bytes, "SIZE", 0, "forget the oldest when outputs exceed this (default: no bound)"),
+    ("--reserve", as_share, "SHARE", RESERVE, "of the disk, not to be filled by jobs (default: 5%%)"),
+    ("--max-jobs", as_count, "N", MAX_JOBS, f"running at once (default: {MAX_JOBS})"),
+]
+
+
+def add_rows(parser: argparse._ActionsContainer, rows: Sequence[Row]) -> None:
+    for flag, kind, metavar, default, text in rows:
+        parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
+
+
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
     place = parser.add_argument_group("where")
-    place.add_argument(
-        "--listen",
-        type=host_and_port,
-        metavar="HOST:PORT",
-        default=("", DEFAULT_PORT),
-        help=f"default: all addresses, port {DEFAULT_PORT}",
-    )
-    place.add_argument(
-        "--name",
-        nargs="+",
-        action="extend",
-        metavar="NAME",
-        default=[],
-        help="also valid for these names or addresses: makes a new server.pem where it lacks one",
-    )
-    place.add_argument(
-        "--state",
-        type=Path,
-        metavar="DIR",
-        help="jobs and their output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)",
-    )
-    place.add_argument(
-        "--cgroup",
-        metavar="PATH",
-        help="the cgroup to make the tree in (default: `jobworker` under the highest that may be managed)",
-    )
-    place.add_argument(
-        "--without",
-        metavar="LIST",
-        default="",
-        help="limits to do without: cpu,memory,pids,io, `all`, or `auto` for whatever this machine lacks",
-    )
+    add_rows(place, PLACE_OPTIONS)
+    names = "also valid for these names or addresses: makes a new server.pem where it lacks one"
+    place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[], help=names)
     limits = parser.add_argument_group("limits of a job (what it gets by default; --max-…: what `start` may ask for)")
-    for name, kind, default in limit_options():
+    for name, kind, default in LIMIT_OPTIONS:
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
         limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
-    limits.add_argument(
-        "--timeout", type=as_seconds, metavar="TIME", default=0.0, help="end a job after this (default: never)"
-    )
-    limits.add_argument(
-        "--max-output",
-        type=as_bytes,
-        metavar="SIZE",
-        default=OUTPUT_LIMIT,
-        help="end a job that prints more (default: 1G)",
-    )
+    add_rows(limits, ENDING_OPTIONS)
     keep = parser.add_argument_group("keeping")
+    add_rows(keep, KEEPING_OPTIONS)
     keep.add_argument(
-        "--keep",
-        type=as_seconds,
-        metavar="TIME",
-        default=KEEP_SECONDS,
-        help="forget an ended job after this (default: 7d; 0: never)",
+        "--stop-jobs", action="store_true", help="stop all jobs when the server ends (default: they go on)"
     )
-    keep.add_argument(
-        "--keep-bytes",
-        type=as_bytes,
-        metavar="SIZE",
-        default=0,
-        help="forget the oldest when outputs exceed this (default: no bound)",
-    )
-    keep.add_argument(
-        "--reserve",
-        type=as_share,
-        metavar="SHARE",
-        default=RESERVE,
-        help="of the disk, not to be filled by jobs (default: 5%%)",
-    )
-    keep.add_argument(
-        "--max-jobs", type=as_count, metavar="N", default=MAX_JOBS, help=f"running at once (default: {MAX_JOBS})"
-    )
-    keep.add_argument(
-        "--stop-jobs", action="store_true", help="stop all jobs when the server is ended (default: they go on)"
-    )
-
-
-def limit_options() -> list[tuple[str, Callable[[str], Any], str]]:
-    return [
-        ("cpu", as_cpus, "1"),
-        ("memory", as_bytes, "512M"),
-        ("pids", as_count, "512"),
-        ("io", as_bytes, "64M a second, each way and disk"),
-    ]
 
 
 def run_serve(options: argparse.Namespace) -> int:
@@ -3327,9 +3319,9 @@ def run_serve(options: argparse.Namespace) -> int:
     if made:
         say(made)
     defaults = Limits(
-        **{name: getattr(options, name) for name, _, _ in limit_options() if getattr(options, name) is not None}
+        **{name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
     )
-    caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in limit_options()}
+    caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
     worker = WorkerOptions(
         state=(options.state or default_state()).absolute(),
         cgroup=options.cgroup,
@@ -3365,7 +3357,7 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ARG",
         help="everything after it is the command's, options included (so is `-- COMMAND ARG…`)",
     )
-    for name, kind, _ in limit_options():
+    for name, kind, _ in LIMIT_OPTIONS:
         parser.add_argument(
             f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default"
         )

@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import doctest
-import errno
 import functools
 import importlib.util
 import json
-import logging
 import os
 import random
 import re
@@ -23,7 +21,6 @@ import resource
 import select
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -1129,7 +1126,7 @@ def programs():
             ("binary", 0o755, "\x7fELF\0\0"),
             ("empty", 0o755, ""),
             ("-dash", 0o755, '#!/bin/sh\necho "$0" "$@"\n'),
-            ("ünï cödé\n☃", 0o755, "#!/bin/sh\nprintf %s, \"$@\"\n"),
+            ("ünï cödé\n☃", 0o755, '#!/bin/sh\nprintf %s, "$@"\n'),
         ):
             Path(folder, name).write_text(text)
             Path(folder, name).chmod(mode)
@@ -1562,7 +1559,7 @@ SERVER_DEATHS = [  # the statement before which the server dies; last words; whe
     ('return job.record.phase != ""', "pass", True),
 ]
 FAILED_START_DEATHS = [  # the same, for a command that is not there
-    ("write_record(self._record, \"failed\"", "pass", None),  # in the shim: the server starts it once more
+    ('write_record(self._record, "failed"', "pass", None),  # in the shim: the server starts it once more
     ("order.processes().remove()", "pass", False),
     ("delete_job_folder(job.folder)", "pass", False),
     ('for name in ("exit", "control", "output", "job.json"):', "pass", False),
