@@ -2476,7 +2476,7 @@ class Service:
         try:
             yield authenticate(context.auth_context(), self._authorities())
         except JobWorkerError as error:
-            await context.abort(grpc.StatusCode[error.status], str(error))
+            await context.abort(grpc.StatusCode[error.status], shortened(str(error)))
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  a mistake of ours is one line here and no traceback there
@@ -2512,6 +2512,11 @@ class Service:
             async with contextlib.aclosing(self._worker.stream(job.id, message.offset)) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
+
+
+def shortened(sentence: str) -> str:
+    """A sentence that fits the headers in which gRPC sends it (8 KiB, each of these characters up to 12 bytes)."""
+    return sentence if len(sentence) <= 400 else f"{sentence[:400]}…"
 
 
 def status_message(status: JobStatus) -> pb.GetStatusResponse:

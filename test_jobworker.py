@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import datetime
 import doctest
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,11 +24,13 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -49,7 +54,14 @@ from jobworker import (
     UnavailableError,
     Worker,
     WorkerOptions,
+    ec,
+    grpc,
+    hashes,
+    pb,
+    x509,
 )
+
+pb_grpc = jobworker.Deferred("gen.workerservice_pb2_grpc")
 
 # --- Commands, machine, fixtures ----------------------------------------------------------------------
 # What all sections' tests use. `nothing_is_left` looks after every test.
@@ -112,8 +124,11 @@ def in_loop(test):
 
 def children(process="self"):
     """The processes that a process is the parent of."""
-    tasks = Path(f"/proc/{process}/task")
-    return {int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()}
+    found = set()
+    for task in Path(f"/proc/{process}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread of gRPC's that ended
+            found |= set(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def all_gone(processes):
@@ -161,6 +176,17 @@ def jobs_cgroups(state):
     return [folder for tree in trees_of(state) for folder in tree.glob("u*/*") if folder.is_dir()]
 
 
+def descriptors():
+    """This process's descriptors, but for those that gRPC, once it is here, opens and closes when it likes."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the folder's own
+            kind = os.readlink(f"/proc/self/fd/{number}").split("[")[0]
+            if "grpc" not in sys.modules or not kind.startswith(("socket:", "anon_inode:")):
+                found.add(number)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
     """After every test: no descriptor, process, thread or cgroup that was not there before."""
@@ -168,7 +194,7 @@ def nothing_is_left(request):
         pytest.skip(f"this machine's cgroup2 has no controllers {', '.join(missing_controllers())}")
     jobworker.libc_call("prctl", jobworker.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what is orphaned becomes ours
     states = []
-    before = set(os.listdir("/proc/self/fd")), threading.active_count(), children()
+    before = descriptors(), threading.active_count(), children()
     yield states
     stuck = {}
     while left := children() - before[2]:
@@ -185,7 +211,7 @@ def nothing_is_left(request):
         shutil.rmtree(state, ignore_errors=True)
     assert not stuck, "these processes were left"
     assert not cgroups, "these cgroups were left"
-    assert set(os.listdir("/proc/self/fd")) == before[0], "descriptors were left"
+    assert descriptors() == before[0], "descriptors were left"
     assert threading.active_count() <= before[1], "threads were left"
 
 
@@ -1771,3 +1797,433 @@ async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
             await worker.start(shell("true"))
         worker.remove(status.order.id)
         assert (await result(worker, shell("exit 3")))[1].exit_code == 3
+
+
+# --- A server over mutual TLS ---------------------------------------------------------------------------
+# What the tests of the sections below share: certificates, a server process, a client process, a channel.
+
+DEFAULT_CHANNEL = jobworker.CLIENT_OPTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A server process that listens, and the folder of its clients."""
+
+    process: subprocess.Popen[str]
+    port: int
+    certs: Path
+
+    @property
+    def address(self):
+        return f"localhost:{self.port}"
+
+    def run(self, *words, role="user", program=None, **popen):
+        """Run one client command to its end."""
+        environment = {**os.environ, "JOBWORKER_SERVER": self.address, "JOBWORKER_CERTS": str(self.certs)}
+        place = () if role == "user" else ("-r", role)
+        command = [*(program or PROGRAM), *words[:1], *place, *words[1:]]
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False,
+            **{"env": environment, **popen},
+        )  # fmt: skip
+
+    def start(self, *words, role="user"):
+        """Start a job from the command line; its id."""
+        done = self.run("start", *words, role=role)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[-1]
+
+    def popen(self, *words, role="user", **popen):
+        environment = {**os.environ, "JOBWORKER_SERVER": self.address, "JOBWORKER_CERTS": str(self.certs)}
+        command = [*PROGRAM, *words[:1], "-r", role, *words[1:]]
+        return subprocess.Popen(command, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": environment, **popen})
+
+
+PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
+
+
+@contextlib.contextmanager
+def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0, **popen):
+    """A server process, until the block ends; it then stops its jobs."""
+    words = ["serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto", "--reserve", "0"]
+    process = subprocess.Popen(
+        [*program, *map(str, words), "--stop-jobs", *options],
+        stdin=subprocess.DEVNULL, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("jobworker: serving on "), line
+        yield Served(process, int(line.split(",")[0].rsplit(":", 1)[1]), Path(certs))
+    finally:
+        if process.poll() is None:
+            process.send_signal(end)
+        process.wait(PATIENCE)
+        process.stdout.close()
+        if process.stderr:
+            process.stderr.close()
+        wait_for_orphans_of(process.pid)
+
+
+def wait_for_orphans_of(_server):
+    """The launcher and shims of a server that ended become ours, and end: only those of other servers stay."""
+    for child in children():
+        words = Path(f"/proc/{child}/cmdline").read_bytes() if os.path.exists(f"/proc/{child}/cmdline") else b""
+        if b"launcher_main" in words:
+            all_gone([child])
+    reap_zombies()
+
+
+def reap_zombies():
+    """Reap what has ended and is nobody's Popen."""
+    for child in children():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                os.waitpid(child, os.WNOHANG)
+
+
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory):
+    """A folder as `serve` makes it, with one identity more."""
+    folder = tmp_path_factory.mktemp("tls") / "certs"
+    jobworker.prepare_grpc()
+    jobworker.prepare_folder(folder, [])
+    authority = jobworker.load_authority(folder, "client-ca")
+    jobworker.write_pair(folder, "user2", jobworker.make_identity(authority, "user2", ["user"]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared(certs, tmp_path_factory):
+    """One server for all tests that do nothing to it."""
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-shared-"))
+    folder.chmod(0o711)
+    jobworker.libc_call("prctl", jobworker.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with serving(folder, certs) as served:
+        call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))  # so that what gRPC keeps for ever is there before
+        asyncio.run(open_and_close(served))
+        yield served
+    for tree in trees_of(folder):
+        Cgroup(str(tree)).remove()
+    shutil.rmtree(folder)
+
+
+async def open_and_close(served):
+    async with grpc.aio.insecure_channel(served.address):
+        pass
+
+
+def channel_to(served, identity=None, role="user"):
+    """A channel as a client of any make would open it."""
+    folder = served.certs
+    pair = identity or jobworker_pair(folder, role)
+    credentials = grpc.ssl_channel_credentials((folder / "server-ca.pem").read_bytes(), *pair)
+    return grpc.secure_channel(served.address, credentials, DEFAULT_CHANNEL)
+
+
+def jobworker_pair(folder, role):
+    return (folder / f"{role}.key").read_bytes(), (folder / f"{role}.pem").read_bytes()
+
+
+def ask(channel, method, request, timeout=PATIENCE):
+    """One call; its reply, or the name of its status with its sentence."""
+    reply = {"StartJob": pb.StartJobResponse, "StopJob": pb.StopJobResponse, "GetJobStatus": pb.GetStatusResponse,
+             "RemoveJob": pb.RemoveJobResponse}  # fmt: skip
+    path = f"/proto.WorkerService/{method}"
+    try:
+        if method == "GetOutputStream":
+            chunks = channel.unary_stream(path, type(request).SerializeToString, pb.GetStreamResponse.FromString)
+            return b"".join(chunk.result for chunk in chunks(request, timeout=timeout))
+        unary = channel.unary_unary(path, type(request).SerializeToString, reply[method].FromString)
+        return unary(request, timeout=timeout)
+    except grpc.RpcError as error:
+        told = error.code().name, error.details()
+    assert "Traceback" not in told[1]
+    return told
+
+
+def call(served, method, request, identity=None, role="user"):
+    with channel_to(served, identity, role) as channel:
+        return ask(channel, method, request)
+
+
+# --- 7. Identity and authorization ----------------------------------------------------------------------
+# Which certificates are refused, and who sees what.
+
+UTF8 = jobworker.encode_roles(["user"])
+
+
+def certificate(authority, *, names=("mallory",), roles=UTF8, purposes=("CLIENT_AUTH",), start=-1.0, days=1.0):
+    """A client's key and certificate in which anything may be wrong."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name) for name in names]))
+        .issuer_name(authority.certificate.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + datetime.timedelta(days=start))
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+    if purposes:
+        oids = [getattr(x509.oid.ExtendedKeyUsageOID, purpose) for purpose in purposes]
+        builder = builder.add_extension(x509.ExtendedKeyUsage(oids), critical=False)
+    if roles is not None:
+        value = x509.UnrecognizedExtension(x509.ObjectIdentifier(jobworker.ROLES_OID), roles)
+        builder = builder.add_extension(value, critical=False)
+    made = jobworker.Signed(builder.sign(authority.key, hashes.SHA256()), key)
+    return made.key_pem(), made.certificate_pem()
+
+
+REFUSED = [  # what is wrong; the certificate; the status (UNAVAILABLE: no connection comes about)
+    ("expired", {"start": -3.0, "days": -1.0}, "UNAVAILABLE"),
+    ("not yet valid", {"start": 1.0, "days": 2.0}, "UNAVAILABLE"),
+    ("no role", {"roles": None}, "PERMISSION_DENIED"),
+    ("an unknown role", {"roles": jobworker.encode_roles(["operator"])}, "PERMISSION_DENIED"),
+    ("an unknown role beside a known one", {"roles": jobworker.encode_roles(["admin", "operator"])}, "PERMISSION_DENIED"),
+    ("an empty extension", {"roles": b""}, "PERMISSION_DENIED"),
+    ("an empty string", {"roles": b"\x0c\x00"}, "PERMISSION_DENIED"),
+    ("another type of string", {"roles": b"\x16\x04user"}, "PERMISSION_DENIED"),
+    ("a length that is too long", {"roles": b"\x0c\x05user"}, "PERMISSION_DENIED"),
+    ("a length that is too short", {"roles": b"\x0c\x03user"}, "PERMISSION_DENIED"),
+    ("no DER at all", {"roles": b"user"}, "PERMISSION_DENIED"),
+    ("bytes that are not UTF-8", {"roles": b"\x0c\x04\xff\xfe\xfd\xfc"}, "PERMISSION_DENIED"),
+    ("a role in capitals", {"roles": jobworker.encode_roles(["USER"])}, "PERMISSION_DENIED"),
+    ("no purpose", {"purposes": ()}, "PERMISSION_DENIED"),
+    ("the purpose of a server", {"purposes": ("SERVER_AUTH",)}, "UNAVAILABLE"),
+    ("two common names", {"names": ("user", "admin")}, "PERMISSION_DENIED"),
+    ("no common name", {"names": ()}, "PERMISSION_DENIED"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "how", "status"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_a_certificate_with_anything_wrong_is_refused(shared, wrong, how, status):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), **how)
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == status
+    assert call(shared, "StartJob", pb.StartJobRequest(cmd="true"), identity)[0] == status
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=ID), identity)[0] == status
+
+
+def test_a_certificate_with_nothing_wrong_is_not_refused(shared):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"))
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "NOT_FOUND"
+
+
+def test_a_foreign_authority_s_certificate_is_refused(shared):
+    identity = certificate(jobworker.make_authority("jobworker client authority"), names=("admin",))
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "UNAVAILABLE"
+
+
+def test_the_server_s_own_certificate_is_no_client_s(shared):
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), role="server")[0] == "UNAVAILABLE"
+
+
+def test_no_certificate_is_no_connection(shared):
+    credentials = grpc.ssl_channel_credentials((shared.certs / "server-ca.pem").read_bytes())
+    with grpc.secure_channel(shared.address, credentials, DEFAULT_CHANNEL) as channel:
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "UNAVAILABLE"
+    with grpc.insecure_channel(shared.address, DEFAULT_CHANNEL) as channel:
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "UNAVAILABLE"
+
+
+def test_a_certificate_that_expires_while_connected_is_refused_from_then_on(shared):
+    life = 3
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), days=life / 86400)
+    with channel_to(shared, identity) as channel:
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+        time.sleep(life + 1)  # the promise is about this time, and no event tells of its end
+        status, sentence = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))
+    assert (status, "out of date" in sentence) in [("PERMISSION_DENIED", True), ("UNAVAILABLE", False)]
+
+
+def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connection(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+        authority = jobworker.make_authority("another")
+        jobworker.write_pair(folder, "client-ca", authority)
+        jobworker.write_pair(folder, "new", jobworker.make_identity(authority, "new", ["user"]))
+        served.process.send_signal(signal.SIGHUP)
+        for line in served.process.stderr:
+            if "read again" in line:
+                break
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "PERMISSION_DENIED"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="new")[0] == "NOT_FOUND"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize(("version", "spoken"), [("-tls1_3", True), ("-tls1_2", False), ("-tls1_1", False)])
+def test_nothing_older_than_tls_1_3_is_spoken(shared, version, spoken):
+    words = ["openssl", "s_client", version, "-connect", shared.address, "-alpn", "h2", "-CAfile", shared.certs / "server-ca.pem",
+             "-cert", shared.certs / "user.pem", "-key", shared.certs / "user.key", "-cipher", "ALL:@SECLEVEL=0"]  # fmt: skip
+    told = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False).stdout
+    assert ("Verify return code: 0" in told and "New, TLSv1.3" in told) == spoken
+    assert ("Cipher is (NONE)" in told) != spoken
+
+
+def test_whose_a_job_is_decides_who_sees_it(shared):
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo mine; exec sleep 1000"])).ID
+    calls = [("GetJobStatus", pb.GetStatusRequest), ("GetOutputStream", pb.GetStreamRequest), ("RemoveJob", pb.RemoveJobRequest),
+             ("StopJob", pb.StopJobRequest)]  # fmt: skip
+    for method, request in calls:
+        foreign = call(shared, method, request(id=job), role="user2")
+        nobody_s = call(shared, method, request(id=ID2), role="user2")
+        assert foreign[0] == nobody_s[0] == "NOT_FOUND"
+        assert foreign[1].replace(job, ID2) == nobody_s[1]
+    taken = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo mine; exec sleep 1000"], id=job), role="user2")
+    assert taken[0] == "ALREADY_EXISTS"
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").owner == "user"
+    assert call(shared, "RemoveJob", pb.RemoveJobRequest(id=job))[0] == "FAILED_PRECONDITION"
+    assert call(shared, "StopJob", pb.StopJobRequest(id=job), role="admin") == pb.StopJobResponse()
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job)).stopped_by == "admin"
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job), role="admin") == b"mine\n"
+    assert call(shared, "RemoveJob", pb.RemoveJobRequest(id=job)) == pb.RemoveJobResponse()
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "NOT_FOUND"
+
+
+@as_root
+def test_only_an_admin_runs_a_job_as_another_account(shared):
+    request = pb.StartJobRequest(cmd="id", args=["-u"], run_as="root")
+    assert call(shared, "StartJob", request)[0] == "PERMISSION_DENIED"
+    job = call(shared, "StartJob", request, role="admin").ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job), role="admin") == b"0\n"
+    nobody = pb.StartJobRequest(cmd="id", run_as="no such account")
+    assert call(shared, "StartJob", nobody, role="admin")[0] == "INVALID_ARGUMENT"
+
+
+# --- 8. gRPC service ------------------------------------------------------------------------------------
+# The contract, as clients know it that were written against it.
+
+CONTRACT = {  # message: its fields with their numbers and types, which never change
+    "StartJobRequest": {"cmd": (1, "string"), "args": (2, "string"), "id": (3, "string")},
+    "StartJobResponse": {"ID": (1, "string")},
+    "StopJobRequest": {"id": (1, "string")},
+    "StopJobResponse": {},
+    "GetStatusRequest": {"id": (1, "string")},
+    "GetStatusResponse": {"status": (1, "enum"), "exitcode": (2, "int32"), "reason": (3, "string"), "signal": (4, "int32")},
+    "GetStreamRequest": {"id": (1, "string"), "offset": (2, "uint64")},
+    "GetStreamResponse": {"result": (1, "bytes")},
+}
+
+
+def test_the_public_contract_is_unchanged():
+    types = {"string": 9, "enum": 14, "int32": 5, "uint64": 4, "bytes": 12}
+    for message, fields in CONTRACT.items():
+        there = pb.DESCRIPTOR.message_types_by_name[message].fields_by_name
+        for name, (number, kind) in fields.items():
+            assert (there[name].number, there[name].type) == (number, types[kind]), f"{message}.{name}"
+    assert dict(pb.Status.items()) == {"RUNNING": 0, "STOPPED": 1, "FINISHED": 2}
+    assert pb.DESCRIPTOR.package == "proto"
+    assert {"StartJob", "StopJob", "GetJobStatus", "GetOutputStream"} <= set(
+        pb.DESCRIPTOR.services_by_name["WorkerService"].methods_by_name
+    )
+
+
+def test_a_client_with_only_the_generated_stubs_works(shared):
+    with channel_to(shared) as channel:
+        stub = pb_grpc.WorkerServiceStub(channel)
+        job = stub.StartJob(pb.StartJobRequest(cmd="sh", args=["-c", "echo out; echo err >&2; exit 3"])).ID
+        assert b"".join(chunk.result for chunk in stub.GetOutputStream(pb.GetStreamRequest(id=job))) == b"out\nerr\n"
+        status = stub.GetJobStatus(pb.GetStatusRequest(id=job))
+        assert (status.status, status.exitcode) == (pb.FINISHED, 3)
+        assert stub.StopJob(pb.StopJobRequest(id=job)) == pb.StopJobResponse()
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.StopJob(pb.StopJobRequest(id=ID2))
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+BAD_REQUESTS = [
+    ("StartJob", pb.StartJobRequest(), "INVALID_ARGUMENT", "empty"),
+    ("StartJob", pb.StartJobRequest(cmd="no-such-command"), "INVALID_ARGUMENT", jobworker.JOB_PATH),
+    ("StartJob", pb.StartJobRequest(cmd="/etc"), "INVALID_ARGUMENT", "folder"),
+    ("StartJob", pb.StartJobRequest(cmd="/etc/passwd"), "INVALID_ARGUMENT", "not executable"),
+    ("StartJob", pb.StartJobRequest(cmd="true", args=["a\0b"]), "INVALID_ARGUMENT", "NUL"),
+    ("StartJob", pb.StartJobRequest(cmd="true", args=["x" * 200_000]), "INVALID_ARGUMENT", "too long"),
+    ("StartJob", pb.StartJobRequest(cmd="true", args=["x" * 5_000_000]), "RESOURCE_EXHAUSTED", "larger"),
+    ("StartJob", pb.StartJobRequest(cmd="true", id="me"), "INVALID_ARGUMENT", "not a job id"),
+    ("StartJob", pb.StartJobRequest(cmd="true", memory=1 << 40), "INVALID_ARGUMENT", "max-memory"),
+    ("StartJob", pb.StartJobRequest(cmd="true", cpu=-1), "INVALID_ARGUMENT", "cpu"),
+    ("StartJob", pb.StartJobRequest(cmd="true", timeout=float("nan")), "INVALID_ARGUMENT", "timeout"),
+    ("StopJob", pb.StopJobRequest(), "INVALID_ARGUMENT", "not a job id"),
+    ("StopJob", pb.StopJobRequest(id=ID2), "NOT_FOUND", ID2),
+    ("GetJobStatus", pb.GetStatusRequest(id=ID2.upper()), "INVALID_ARGUMENT", "lower case"),
+    ("GetJobStatus", pb.GetStatusRequest(id="../../etc/passwd"), "INVALID_ARGUMENT", "not a job id"),
+    ("GetOutputStream", pb.GetStreamRequest(id=ID2), "NOT_FOUND", ID2),
+    ("GetOutputStream", pb.GetStreamRequest(id="x" * 100_000), "INVALID_ARGUMENT", "xxx…"),  # fits what gRPC sends
+    ("StartJob", pb.StartJobRequest(cmd="☃" * 50_000), "INVALID_ARGUMENT", "☃☃…"),
+    ("RemoveJob", pb.RemoveJobRequest(id=ID2), "NOT_FOUND", ID2),
+]
+
+
+@pytest.mark.parametrize(("method", "request_", "status", "word"), BAD_REQUESTS, ids=lambda value: str(value)[:30])
+def test_a_request_that_cannot_be_met_is_told_so_in_one_sentence(shared, method, request_, status, word):
+    told, sentence = call(shared, method, request_)
+    assert told == status
+    assert word in sentence
+    assert "\n" not in sentence
+
+
+def test_garbage_on_the_wire_hurts_nobody(shared):
+    with channel_to(shared) as channel:
+        for rubbish in (b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f", os.urandom(1000)):
+            raw = channel.unary_unary("/proto.WorkerService/StartJob")
+            with pytest.raises(grpc.RpcError):
+                raw(rubbish, timeout=PATIENCE)
+        with pytest.raises(grpc.RpcError) as unknown:
+            channel.unary_unary("/proto.WorkerService/NoSuchCall")(b"", timeout=PATIENCE)
+        assert unknown.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    for rubbish in (b"GET / HTTP/1.0\r\n\r\n", os.urandom(4096), b""):
+        with socket.create_connection(("localhost", shared.port), PATIENCE) as plain:
+            plain.sendall(rubbish)
+            plain.shutdown(socket.SHUT_WR)
+            while plain.recv(4096):
+                pass
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+
+
+@given(st.binary(max_size=300))
+def test_a_framed_result_is_what_protobuf_writes_and_reads(chunk):
+    assert jobworker.frame_result(chunk) == pb.GetStreamResponse(result=chunk).SerializeToString() or not chunk
+    assert jobworker.result_of(jobworker.frame_result(chunk)) == chunk
+    assert pb.GetStreamResponse.FromString(jobworker.frame_result(chunk)).result == chunk
+    # a later server's message, with a field that this one does not know
+    assert jobworker.result_of(pb.GetStreamResponse(result=chunk).SerializeToString() + b"\x10\x01") == chunk
+
+
+def test_starting_twice_with_one_id_is_starting_once(shared):
+    request = pb.StartJobRequest(cmd="sh", args=["-c", "echo once"], id=jobworker.new_job_id())
+    assert {call(shared, "StartJob", request).ID for _ in range(3)} == {request.id}
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=request.id)) == b"once\n"
+    other = pb.StartJobRequest(cmd="sh", args=["-c", "echo twice"], id=request.id)
+    assert call(shared, "StartJob", other)[0] == "ALREADY_EXISTS"
+
+
+def test_a_stream_skips_the_bytes_that_it_is_told_to(shared):
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="printf", args=["0123456789"])).ID
+    for offset, rest in ((0, b"0123456789"), (4, b"456789"), (10, b""), (11, b""), (2**62, b"")):
+        assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job, offset=offset)) == rest
+
+
+def test_fifty_clients_at_different_times_each_receive_the_identical_bytes(shared, tmp_path):
+    size = 50 * MIB
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=["-c", WRITES_BYTES, str(size)])).ID
+    whole = hashlib.sha256(random.Random(7).randbytes(size)).hexdigest()
+
+    begun = [asyncio.Event() for _ in range(51)]  # each client begins when the one before has a part
+
+    async def client(number):
+        await begun[number].wait()
+        files = (shared.certs / "server-ca.pem").read_bytes(), *jobworker_pair(shared.certs, "user")
+        async with grpc.aio.secure_channel(shared.address, grpc.ssl_channel_credentials(*files), DEFAULT_CHANNEL) as channel:
+            path, encode = "/proto.WorkerService/GetOutputStream", pb.GetStreamRequest.SerializeToString
+            digest = hashlib.sha256()
+            async for chunk in channel.unary_stream(path, encode, jobworker.result_of)(pb.GetStreamRequest(id=job)):
+                digest.update(chunk)
+                begun[number + 1].set()
+            return digest.hexdigest()
+
+    async def everybody():
+        begun[0].set()
+        return await asyncio.gather(*(client(number) for number in range(50)))
+
+    assert set(asyncio.run(everybody())) == {whole}
