@@ -2858,7 +2858,7 @@ class Client:
         if (
             status == "UNAVAILABLE"
             and not self._reached
-            and re.match(r"failed to connect|DNS|.*name resolution", details)
+            and re.match(r"failed to connect|DNS|errors? resolving", details)
         ):
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
             failure: JobWorkerError = UnavailableError(sentence) if tried else JobWorkerError(sentence)
@@ -2894,7 +2894,15 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
     try:
         context.load_cert_chain(*map(str, options.identity))
         with context.wrap_socket(raw, server_hostname=options.host) as channel:
-            channel.recv(1)  # in TLS 1.3 the server's verdict on the client comes after the handshake
+            with contextlib.suppress(ConnectionResetError):
+                if channel.recv(
+                    1
+                ):  # HTTP/2's first frame: in TLS 1.3 the verdict on the client comes after the handshake
+                    return ""
+            return (
+                f"{options.address} refuses {options.identity[0]}: it is out of date, not for clients, or not from "
+                f"the client authority of that server"
+            )
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
             return (
@@ -2905,8 +2913,7 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         return f"the certificate of {options.address} is not trusted by {authority}: {error.verify_message}"
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"{options.address} refuses {options.identity[0]} or does not speak TLS 1.3: {reason}"
-    return ""
+        return f"{options.address} does not speak TLS 1.3 with {options.identity[0]}: {reason}"
 
 
 # --- 11. Certificates -----------------------------------------------------------------------------------
@@ -3319,28 +3326,26 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(options: argparse.Namespace) -> int:
     prepare_grpc()
-    certs = Path(options.certs) if options.certs else default_certs()
-    made = prepare_folder(certs.absolute(), options.name)
+    worker = worker_options(options)
+    certs = (Path(options.certs) if options.certs else default_certs()).absolute()
+    made = prepare_folder(certs, options.name)
     if made:
         say(made)
-    defaults = Limits(
-        **{name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
-    )
+    return asyncio.run(serve(ServeOptions(worker, options.listen, certs, options.stop_jobs)))
+
+
+def worker_options(options: argparse.Namespace) -> WorkerOptions:
+    limits = {name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
+    defaults = Limits(**limits)
     caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
-    worker = WorkerOptions(
+    same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
+    return WorkerOptions(
         state=(options.state or default_state()).absolute(),
-        cgroup=options.cgroup,
         without=chosen_without(options.without),
         defaults=defaults,
         caps=Limits(**caps),
-        timeout=options.timeout,
-        max_output=options.max_output,
-        keep=options.keep,
-        keep_bytes=options.keep_bytes,
-        reserve=options.reserve,
-        max_jobs=options.max_jobs,
+        **{name: getattr(options, name) for name in same},
     )
-    return asyncio.run(serve(ServeOptions(worker, options.listen, certs.absolute(), options.stop_jobs)))
 
 
 def chosen_without(text: str) -> frozenset[str]:

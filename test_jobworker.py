@@ -1861,16 +1861,7 @@ def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0,
         process.stdout.close()
         if process.stderr:
             process.stderr.close()
-        wait_for_orphans_of(process.pid)
-
-
-def wait_for_orphans_of(_server):
-    """The launcher and shims of a server that ended become ours, and end: only those of other servers stay."""
-    for child in children():
-        words = Path(f"/proc/{child}/cmdline").read_bytes() if os.path.exists(f"/proc/{child}/cmdline") else b""
-        if b"launcher_main" in words:
-            all_gone([child])
-    reap_zombies()
+        reap_zombies()
 
 
 def reap_zombies():
@@ -2227,3 +2218,552 @@ def test_fifty_clients_at_different_times_each_receive_the_identical_bytes(share
         return await asyncio.gather(*(client(number) for number in range(50)))
 
     assert set(asyncio.run(everybody())) == {whole}
+
+
+# --- 9. Server ------------------------------------------------------------------------------------------
+# What a server does when it ends, starts again, or finds another one in its place.
+
+
+def fds_of(served):
+    return sorted(os.readlink(f"/proc/{served.process.pid}/fd/{number}") for number in os.listdir(f"/proc/{served.process.pid}/fd"))
+
+
+def watches_of(served):
+    """The inotify watches of a server (proc_pid_fdinfo(5))."""
+    folder = Path(f"/proc/{served.process.pid}/fdinfo")
+    return sum(path.read_text().count("inotify wd:") for path in folder.iterdir())
+
+
+def end_of_stream(served, job):
+    """Wait until a job has ended; its status."""
+    call(served, "GetOutputStream", pb.GetStreamRequest(id=job))
+    return call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
+
+
+def test_certificates_identities_and_jobs_survive_a_restart(state, certs):
+    with serving(state, certs) as served:
+        ended = served.start("--", "sh", "-c", "echo kept; exit 5")
+        assert end_of_stream(served, ended).exitcode == 5
+    with serving(state, certs) as served:
+        assert call(served, "GetOutputStream", pb.GetStreamRequest(id=ended)) == b"kept\n"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ended)).exitcode == 5
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ended), role="user2")[0] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stream_goes_on_at_its_byte_in_the_next_server(state, certs, end):
+    """And the job does not notice: a Ctrl-C at `serve` reaches no job."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    words = [*PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto"]
+    first = subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert first.stdout.readline()
+    served = Served(first, port, certs)
+    job = served.start("--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6")
+    with served.popen("stream", job, stderr=subprocess.DEVNULL) as stream:
+        assert stream.stdout.readline() == b"before\n"
+        os.kill(first.pid, end)
+        assert first.wait(PATIENCE) == (-9 if end == signal.SIGKILL else 0)
+        first.stdout.close()
+        with serving(state, certs, port=port) as served:
+            home = next((state / "home").iterdir()) if os.geteuid() == 0 else Path.home()
+            (home / "gate").write_text("go\n")
+            assert stream.stdout.read() == b"after\n"
+            assert stream.wait(PATIENCE) == 0
+            assert end_of_stream(served, job).exitcode == 6
+
+
+def test_serve_stop_jobs_stops_them(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("--", "sleep", "1000")
+    with serving(state, certs) as served:
+        status = call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
+        assert (status.status, status.stopped_by) == (pb.STOPPED, "serve --stop-jobs")
+
+
+def test_a_second_server_is_refused_by_the_state_and_by_the_port(state, certs, nothing_is_left):
+    with serving(state, certs) as served:
+        words = ["serve", "--certs", certs, "--without", "auto", "--listen"]
+        same_state = served.run(*map(str, words), "127.0.0.1:0", "--state", str(state))
+        assert same_state.returncode == 1
+        assert f"in use by the server with pid {served.process.pid}\n" in same_state.stderr
+        same_port = served.run(*map(str, words), f"127.0.0.1:{served.port}", "--state", str(new_state(nothing_is_left)))
+        assert same_port.returncode == 1
+        assert f"127.0.0.1:{served.port}" in same_port.stderr
+        assert "Traceback" not in same_state.stderr + same_port.stderr
+
+
+def test_clients_that_vanish_or_read_slowly_cost_the_server_nothing(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("--", PYTHON, "-c", "import sys, time\nwhile True: sys.stdout.write('x' * 65536)")
+        end_of = [served.popen("stream", job, stderr=subprocess.DEVNULL) for _ in range(3)]
+        for client in end_of:
+            assert client.stdout.read(1000) == b"x" * 1000
+        end_of[0].kill()
+        end_of[1].send_signal(signal.SIGSTOP)
+        with served.popen("stream", job, stderr=subprocess.DEVNULL) as other:
+            assert other.stdout.read(4 * MIB) == b"x" * 4 * MIB
+            other.kill()
+        assert served.run("stop", job).returncode == 0
+        size = call(served, "GetJobStatus", pb.GetStatusRequest(id=job)).output_bytes
+        end_of[1].send_signal(signal.SIGCONT)  # a sleeping one resumes, and misses nothing
+        assert len(end_of[1].stdout.read()) == size - 1000
+        assert len(end_of[2].stdout.read()) == size - 1000
+        for client in end_of:
+            client.stdout.close()
+            client.wait(PATIENCE)
+
+
+def test_after_many_calls_the_server_holds_what_it_held_before(state, certs):
+    with serving(state, certs) as served, channel_to(served) as channel:
+        def round_of_jobs():
+            for _ in range(50):
+                job = ask(channel, "StartJob", pb.StartJobRequest(cmd="echo", args=["x"])).ID
+                assert ask(channel, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"x\n"
+            threads = len(os.listdir(f"/proc/{served.process.pid}/task"))
+            return sorted(name.split(":")[0] for name in fds_of(served)), watches_of(served), threads
+
+        first = round_of_jobs()
+        second = round_of_jobs()
+        assert (second[0], second[1]) == (first[0], first[1])
+        assert second[2] <= first[2] + 2  # gRPC's own pool breathes
+        assert second[1] == 0
+        assert jobs_cgroups(state) == []
+
+
+def test_half_open_clients_are_gone_within_seconds(state, certs):
+    """A client whose machine vanished answers no ping: here, one that is stopped."""
+    with serving(state, certs) as served:
+        job = served.start("--", "sh", "-c", WAITS)
+        with served.popen("stream", job, stderr=subprocess.DEVNULL) as client:
+            assert client.stdout.readline() == b"ready\n"
+            followed = watches_of(served)
+            client.send_signal(signal.SIGSTOP)
+            deadline = time.monotonic() + PATIENCE
+            while watches_of(served) == followed and time.monotonic() < deadline:
+                time.sleep(0.2)  # no event tells what another process lets go of
+            assert watches_of(served) == followed - 1
+            client.kill()
+
+
+# --- 10. Client -----------------------------------------------------------------------------------------
+# What a client says when it does not reach its server.
+
+
+def test_an_unreachable_server_is_one_sentence_that_says_why(certs):
+    with socket.socket() as silent, socket.socket() as refused:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        refused.bind(("127.0.0.1", 0))
+        for place, why in (
+            (f"127.0.0.1:{refused.getsockname()[1]}", "is `serve` running there?"),
+            (f"127.0.0.1:{silent.getsockname()[1]}", "cannot reach"),
+            ("no-such-host.invalid", "there is no host 'no-such-host.invalid'"),
+        ):
+            served = Served(None, 0, certs)
+            for words in (("status", ID), ("stream", ID), ("start", "--", "true")):
+                done = served.run(*words, "--server", place) if words[0] != "start" else served.run("start", "--server", place, *words[1:])
+                assert (done.returncode, done.stdout) == (1, "")
+                assert done.stderr.startswith("jobworker: ")
+                assert why in done.stderr
+                assert done.stderr.count("\n") == 1
+
+
+def served_names(folder):
+    certificate = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+    return {str(name.value) for name in jobworker.extension(certificate, x509.SubjectAlternativeName)}
+
+
+def test_a_server_reached_by_another_name_is_told_with_the_remedy_that_works(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    authority = jobworker.load_authority(folder, "server-ca")
+    jobworker.write_pair(folder, "server", jobworker.make_server_certificate(authority, ["box.example"]))
+    with serving(state, folder) as served:
+        done = served.run("status", ID)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "is not for 'localhost'" in done.stderr
+        assert "`serve --name localhost`" in done.stderr
+    with serving(state, folder, "--name", "localhost") as served:
+        assert served.run("status", ID).stderr == f"jobworker: there is no job {ID}\n"
+    assert served_names(folder) == {"box.example", "localhost"}
+
+
+def test_a_wrong_folder_of_certificates_is_told_which_file_is_wrong(shared, tmp_path):
+    done = shared.run("status", ID, "--certs", str(tmp_path))
+    assert done.returncode == 1
+    assert f"{tmp_path}/server-ca.pem: No such file" in done.stderr
+    stranger = tmp_path / "stranger"
+    jobworker.prepare_folder(stranger, [])
+    done = shared.run("status", ID, "--certs", str(stranger))
+    assert done.returncode == 1
+    assert f"is not trusted by {stranger}/server-ca.pem" in done.stderr
+    shutil.copy(shared.certs / "server-ca.pem", stranger)
+    done = shared.run("status", ID, "--certs", str(stranger))
+    assert done.returncode == 1
+    assert f"refuses {stranger}/user.pem" in done.stderr
+
+
+def test_a_client_gives_up_after_the_time_that_it_was_given(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("--", "sh", "-c", WAITS)
+        client = served.popen("stream", "--retry-for", "1s", job, stderr=subprocess.PIPE)
+        assert client.stdout.readline() == b"ready\n"
+        served.process.kill()
+        _, told = client.communicate(timeout=PATIENCE)
+        assert client.returncode == 1
+        assert b"gave up after 1 s" in told
+        assert told.count(b"\n") == 2
+    with serving(state, certs):
+        pass  # it stops the job
+
+
+# --- 11. Certificates -----------------------------------------------------------------------------------
+# What a folder must hold, and what is done with one that does not.
+
+
+def serve_once(folder, state, *words):
+    """`serve` that is expected to refuse."""
+    return Served(None, 0, folder).run("serve", "--certs", str(folder), "--state", str(state), "--listen", "127.0.0.1:0", "--without", "auto", *words)
+
+
+def contents(folder):
+    return {path.name: (path.read_bytes() if os.access(path, os.R_OK) else b"", path.stat().st_mode) for path in folder.iterdir()}
+
+
+def test_an_empty_folder_is_filled_with_keys_for_their_owner_s_eyes_only(certs):
+    assert {path.name for path in certs.iterdir()} == {*jobworker.MADE_FILES, "user2.pem", "user2.key"}
+    for path in certs.iterdir():
+        assert path.stat().st_mode & 0o777 == (0o600 if path.suffix == ".key" else 0o644)
+
+
+@pytest.mark.parametrize("missing", ["server.pem", "server.key", "client-ca.pem"])
+def test_a_half_filled_folder_is_refused_and_left_as_it_is(state, certs, tmp_path, missing):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    (folder / missing).unlink()
+    before = contents(folder)
+    done = serve_once(folder, state)
+    assert done.returncode == 1
+    assert f"it lacks {missing}" in done.stderr
+    assert contents(folder) == before
+
+
+WRONG_FILES = [
+    ("server.pem", b"rubbish", "cannot be read"),
+    ("server.key", b"rubbish", "cannot be read"),
+    ("client-ca.pem", b"", "cannot be read"),
+    ("server.key", "ed25519", "a kind that gRPC cannot serve"),
+    ("server.key", "another", "is not the certificate of"),
+]
+
+
+@pytest.mark.parametrize(("name", "what", "told"), WRONG_FILES)
+def test_a_folder_that_cannot_be_served_is_refused_in_one_sentence(state, certs, tmp_path, name, what, told):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    made = {"ed25519": openssl("genpkey", "-algorithm", "ed25519"), "another": (certs / "user.key").read_bytes()}
+    (folder / name).write_bytes(made.get(what, what))
+    before = contents(folder)
+    done = serve_once(folder, state)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert contents(folder) == before
+
+
+def openssl(*words, **popen):
+    return subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=PATIENCE, **popen).stdout
+
+
+def by_hand(folder, name, issuer, extensions, *, key=("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")):
+    """A key and a certificate as a person with openssl makes them."""
+    (folder / f"{name}.key").write_bytes(openssl("genpkey", *key))
+    (folder / "extensions").write_text(extensions)
+    request = openssl("req", "-new", "-key", folder / f"{name}.key", "-subj", f"/CN={name}")
+    signer = ("-signkey", folder / f"{name}.key") if issuer is None else (
+        "-CA", folder / f"{issuer}.pem", "-CAkey", folder / f"{issuer}.key", "-CAcreateserial")  # fmt: skip
+    made = openssl("x509", "-req", "-days", "30", *signer, "-extfile", folder / "extensions", input=request)
+    (folder / f"{name}.pem").write_bytes(made)
+
+
+@pytest.mark.parametrize("kind", [("-algorithm", "RSA"), ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384")])
+def test_a_folder_made_by_hand_with_openssl_is_used_as_it_stands(state, tmp_path, kind):
+    folder, ed25519 = tmp_path, ("-algorithm", "ed25519")
+    authority = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n"
+    client = f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:"
+    by_hand(folder, "server-ca", None, authority, key=ed25519)
+    by_hand(folder, "client-ca", None, authority, key=ed25519)
+    by_hand(folder, "server", "server-ca", "subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", key=kind)
+    by_hand(folder, "user", "client-ca", f"{client}user\n", key=kind)
+    by_hand(folder, "boss", "client-ca", f"{client}user,admin\n", key=kind)
+    for authority_key in folder.glob("*-ca.key"):
+        authority_key.unlink()  # a folder without them is complete
+    before = contents(folder)
+    with serving(state, folder) as served:
+        job = served.start("--", "echo", "by hand")
+        assert served.run("stream", job, role="boss").stdout == "by hand\n"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job)).owner == "user"
+    assert contents(folder) == before
+
+
+def test_one_more_identity_is_one_command(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    with serving(state, folder) as served:
+        for name, more in (("alice", ()), ("chief", ("--admin",))):
+            done = subprocess.run([*PROGRAM, "identity", name, *more, "--certs", folder], capture_output=True, text=True, check=True)
+            assert f"{folder}/{name}.pem" in done.stdout
+        job = served.start("--", "echo", "hers", role="alice")
+        assert served.run("status", job).returncode == 1
+        assert served.run("stream", job, role="chief").stdout == "hers\n"
+        again = subprocess.run([*PROGRAM, "identity", "alice", "--certs", folder], capture_output=True, text=True, check=False)
+        assert again.returncode == 1
+
+
+# --- 12. Command line -----------------------------------------------------------------------------------
+# The lines and exit codes that scripts rely on.
+
+UUID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+
+
+def test_the_lines_that_scripts_rely_on(shared):
+    done = shared.run("start", "-c", "sh", "-args", "-c", "echo hello; exit 3")
+    assert re.fullmatch(f"started JobID: {UUID}\n", done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    job = done.stdout.split()[-1]
+    done = shared.run("stream", "-j", job)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
+    done = shared.run("status", "-j", job)
+    assert (done.returncode, done.stdout) == (0, f"jobID: {job}, status: FINISHED, exitCode: 3\n")
+    done = shared.run("stop", "-j", job)
+    assert (done.returncode, done.stdout) == (0, f"stopped Job: {job}\n")
+    assert shared.run("status", job).stdout == f"jobID: {job}, status: FINISHED, exitCode: 3\n"
+    running = shared.start("-c", "sleep", "-args", "1000")
+    assert shared.run("status", running).stdout == f"jobID: {running}, status: RUNNING, exitCode: 0\n"
+    assert shared.run("stop", running).stdout == f"stopped Job: {running}\n"
+    assert shared.run("status", running).stdout == f"jobID: {running}, status: STOPPED, exitCode: 137\n"
+    assert shared.run("rm", job, running).stdout == f"removed Job: {job}\nremoved Job: {running}\n"
+    assert shared.run("status", running).returncode == 1
+
+
+COMMAND_LINES = [  # the words after `start`; what the job prints
+    (("-c", "printf", "-args", "%s|", "-c", "--json", "-args", "--", "-j"), "-c|--json|-args|--|-j|"),
+    (("-c", "sh", "-args", "-c", "for i in 1 2; do echo $i; done"), "1\n2\n"),
+    (("--timeout", "60", "-c", "echo"), "\n"),
+    (("-c", "echo", "-args"), "\n"),
+    (("--", "printf", "%s|", "--help", "-args", "", "a b", "$HOME", "ünï☃"), "--help|-args||a b|$HOME|ünï☃|"),
+    (("--timeout=60", "--", "echo", "--"), "--\n"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), COMMAND_LINES)
+def test_what_follows_the_command_is_passed_on_verbatim(shared, words, said):
+    assert shared.run("stream", shared.start(*words)).stdout == said
+
+
+WRONG_USAGE = [
+    (),
+    ("no-such-verb",),
+    ("start",),
+    ("start", "--"),
+    ("start", "--no-such-option", "--", "true"),
+    ("start", "--memory", "much", "--", "true"),
+    ("status",),
+    ("status", "-j", ID, ID2),
+    ("stream", "--server", "host:port:port/"),
+    ("serve", "--without", "gravity"),
+    ("serve", "--reserve", "200%"),
+    ("identity", "a/b"),
+    ("rm",),
+]
+
+
+@pytest.mark.parametrize("words", WRONG_USAGE, ids=" ".join)
+def test_wrong_usage_is_one_sentence_and_exit_status_2(shared, words):
+    done = shared.run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"jobworker: [^\n]+\n", done.stderr)
+
+
+@pytest.mark.parametrize("verb", [*jobworker.VERBS, None])
+def test_the_help_of_every_verb_is_enough(capsys, verb):
+    assert jobworker.main([*([verb] if verb else []), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "usage: jobworker.pyz" in told
+    assert all(name in told for name in ([] if verb else jobworker.VERBS))
+
+
+def test_status_as_json_tells_all(shared):
+    job = shared.start("--timeout", "1m", "--", "sh", "-c", "echo four; kill -TERM $$")
+    shared.run("stream", job)
+    facts = json.loads(shared.run("status", "--json", job).stdout)
+    assert (facts["status"], facts["exitCode"], facts["signal"], facts["reason"]) == ("FINISHED", 143, 15, None)
+    assert facts["command"] == ["sh", "-c", "echo four; kill -TERM $$"]
+    assert (facts["owner"], facts["outputBytes"], facts["limits"]["timeout"]) == ("user", 5, 60)
+    assert facts["created"] <= facts["started"] <= facts["ended"]
+
+
+def test_control_c_ends_a_client_quietly_and_not_its_job(shared):
+    job = shared.start("--", "sh", "-c", WAITS)
+    client = shared.popen("stream", job, stderr=subprocess.PIPE)
+    assert client.stdout.readline() == b"ready\n"
+    client.send_signal(signal.SIGINT)
+    assert client.communicate(timeout=PATIENCE) == (b"", b"")
+    assert client.returncode == 130
+    assert "RUNNING" in shared.run("status", job).stdout
+    shared.run("stop", job)
+
+
+def test_a_closed_pipe_ends_a_client_quietly(shared):
+    job = shared.start("--", "yes")
+    client = shared.popen("stream", job, stderr=subprocess.PIPE)
+    assert client.stdout.read(4) == b"y\ny\n"
+    client.stdout.close()
+    assert client.stderr.read() == b""
+    client.stderr.close()
+    assert client.wait(PATIENCE) == 128 + signal.SIGPIPE
+    shared.run("stop", job)
+
+
+def test_binary_output_arrives_byte_for_byte(shared):
+    job = shared.start("--", PYTHON, "-c", WRITES_BYTES, "300000")
+    with shared.popen("stream", job) as client:
+        assert client.stdout.read() == random.Random(7).randbytes(300_000)
+
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("box", ("box", 8010)), ("box:1", ("box", 1)), (":9", ("", 9)), ("[::1]:7", ("::1", 7)), ("::1", ("::1", 8010)), ("10.0.0.1:80", ("10.0.0.1", 80)),
+])  # fmt: skip
+def test_a_place_is_a_host_and_a_port(text, place):
+    assert jobworker.host_and_port(text) == place
+
+
+@pytest.mark.parametrize(("convert", "text", "value"), [
+    (jobworker.as_bytes, "512M", 512 * MIB), (jobworker.as_bytes, "1.5G", 3 << 29), (jobworker.as_bytes, "10k", 10 * KIB), (jobworker.as_bytes, "7", 7),
+    (jobworker.as_bytes, "1GiB", 1 << 30), (jobworker.as_seconds, "90", 90), (jobworker.as_seconds, "10s", 10), (jobworker.as_seconds, "10m", 600),
+    (jobworker.as_seconds, "7d", 604800), (jobworker.as_cpus, "0.5", 0.5), (jobworker.as_share, "5%", 0.05), (jobworker.as_share, "0.1", 0.1),
+])  # fmt: skip
+def test_quantities_read_as_people_write_them(convert, text, value):
+    assert convert(text) == value
+
+
+def test_the_folder_of_certificates_here_is_used_only_if_nobody_else_could_have_made_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    elsewhere = Path("/etc/jobworker") if os.geteuid() == 0 else tmp_path / "config" / "jobworker"
+    assert jobworker.default_certs() == elsewhere
+    (tmp_path / "certs").mkdir(mode=0o755)
+    assert jobworker.default_certs() == Path("certs")
+    (tmp_path / "certs").chmod(0o777)
+    assert jobworker.default_certs() == elsewhere
+    if os.geteuid() == 0:
+        (tmp_path / "certs").chmod(0o755)
+        os.chown(tmp_path / "certs", 12345, 12345)
+        assert jobworker.default_certs() == elsewhere
+
+
+# --- The .pyz -------------------------------------------------------------------------------------------
+# One file that runs anywhere, or says why not. ./build.sh test has built it.
+
+PYZ = HERE / "jobworker.pyz"
+needs_pyz = pytest.mark.skipif(not PYZ.exists(), reason="needs jobworker.pyz: ./build.sh")
+LIKE_PYZ = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"  # the interpreter that built it, without its packages
+
+
+def run_pyz(*words, program=LIKE_PYZ, pyz=PYZ, wrapper=(), **environment):
+    whole = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run([*wrapper, str(program), str(pyz), *words], env=whole, cwd="/", stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, timeout=PATIENCE, check=False)  # fmt: skip
+
+
+def unpacked(cache):
+    return [folder for folder in (cache / "jobworker").iterdir() if folder.is_dir()]
+
+
+@needs_pyz
+def test_the_pyz_serves_and_calls_with_nothing_but_python(state, certs, tmp_path):
+    program = (str(LIKE_PYZ), "-I", "-S", str(PYZ))
+    with serving(state, certs, program=program, cwd="/") as served:
+        done = served.run("start", "--", "echo", "hello", program=program)
+        job = done.stdout.split()[-1]
+        assert served.run("stream", job, program=program).stdout == "hello\n"
+
+
+@needs_pyz
+def test_the_pyz_unpacks_itself_once_where_only_its_user_can_write(tmp_path):
+    for _ in range(2):
+        done = run_pyz("--version", XDG_CACHE_HOME=str(tmp_path))
+        assert (done.returncode, done.stdout) == (0, f"jobworker {jobworker.VERSION}\n")
+    (cache,) = unpacked(tmp_path)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(cache / "grpc")  # half of it is gone: it is made anew
+    assert run_pyz("status", ID, "--certs", "/nowhere", XDG_CACHE_HOME=str(tmp_path)).stderr.startswith("jobworker: cannot read /nowhere")
+    assert (cache / "grpc").exists()
+
+
+@needs_pyz
+def test_two_first_runs_at_once_both_run(tmp_path):
+    runs = [subprocess.Popen([str(LIKE_PYZ), str(PYZ), "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.PIPE) for _ in range(4)]
+    assert {run.communicate(timeout=PATIENCE)[0] for run in runs} == {f"jobworker {jobworker.VERSION}\n".encode()}
+    assert len(unpacked(tmp_path)) == 1
+
+
+@needs_pyz
+@as_root
+def test_the_pyz_runs_from_a_read_only_place_as_anybody_and_without_a_home(tmp_path):
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    place = tmp_path / "place"
+    place.mkdir()
+    shutil.copy(PYZ, place)
+    mounted = ("unshare", "-m", "sh", "-c", f'mount --bind {place} {place}; mount -o remount,bind,ro {place}; exec "$@"', "sh")
+    other = (*mounted, "setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
+    for wrapper, environment in ((mounted, {}), (mounted, {"HOME": "/nowhere"}), (other, {}), (other, {"HOME": "/root"})):
+        done = run_pyz("--version", program=PYTHON_FOR_ALL, pyz=place / "jobworker.pyz", wrapper=wrapper, **environment)
+        assert done.stdout == f"jobworker {jobworker.VERSION}\n" or "is for CPython" in done.stderr or "needs" in done.stderr, done.stderr
+    shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
+
+
+PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is nobody else's to run
+
+
+@needs_pyz
+@as_root
+def test_a_cache_that_another_could_have_written_is_not_used(tmp_path):
+    tmp_path.chmod(0o755)
+    (tmp_path / "jobworker").mkdir()
+    os.chown(tmp_path / "jobworker", 12345, 12345)
+    done = run_pyz("--version", XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path / "none"))
+    assert done.stdout == f"jobworker {jobworker.VERSION}\n"
+    assert list((tmp_path / "jobworker").iterdir()) == []
+
+
+@needs_pyz
+@as_root
+def test_a_cache_on_a_noexec_file_system_is_one_sentence(tmp_path):
+    wrapper = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs -o noexec none {tmp_path}; exec "$@"', "sh")
+    done = run_pyz("status", ID, wrapper=wrapper, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert re.fullmatch(r"jobworker: [^\n]*noexec[^\n]*\n", done.stderr)
+
+
+OTHER_PYTHONS = [path for path in sorted(Path("/root/.pyenv/versions").glob("3.*/bin/python3")) if not path.parts[4].startswith(f"3.{sys.version_info[1]}.")]
+
+
+@needs_pyz
+@pytest.mark.skipif(not OTHER_PYTHONS, reason="needs another Python than the one that built the .pyz")
+def test_a_wrong_python_is_told_so_in_one_sentence():
+    for python in OTHER_PYTHONS:
+        done = run_pyz("--version", program=python)
+        assert done.returncode == 1
+        assert re.fullmatch(r"jobworker: [^\n]+\n", done.stderr)
+        assert f"3.{sys.version_info[1]}" in done.stderr
+        assert python.parts[4].rsplit(".", 1)[0] in done.stderr
+
+
+def test_the_readme_s_session_is_what_a_newcomer_gets():
+    """./build.sh demo plays it; ids and dates aside, each line is the README's."""
+    done = subprocess.run([HERE / "build.sh", "demo"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = re.search(r"<!-- session -->\n```\w*\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    plain = [re.sub(UUID, "ID", text) for text in (shown, done.stdout)]
+    assert plain[0] == plain[1]
