@@ -192,6 +192,8 @@ def nothing_is_left(request):
     """After every test: no descriptor, process, thread or cgroup that was not there before."""
     if request.node.get_closest_marker("controllers") and missing_controllers():
         pytest.skip(f"this machine's cgroup2 has no controllers {', '.join(missing_controllers())}")
+    if request.node.get_closest_marker("systemd") and (systemd := Path("/proc/1/comm").read_text().strip()) != "systemd":
+        pytest.skip(f"process 1 is {systemd}, not systemd")
     jobworker.libc_call("prctl", jobworker.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what is orphaned becomes ours
     states = []
     before = descriptors(), threading.active_count(), children()
@@ -1861,15 +1863,6 @@ def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0,
         process.stdout.close()
         if process.stderr:
             process.stderr.close()
-        reap_zombies()
-
-
-def reap_zombies():
-    """Reap what has ended and is nobody's Popen."""
-    for child in children():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                os.waitpid(child, os.WNOHANG)
 
 
 @pytest.fixture(scope="session")
@@ -2234,6 +2227,14 @@ def watches_of(served):
     return sum(path.read_text().count("inotify wd:") for path in folder.iterdir())
 
 
+def until(reached):
+    """Wait for what another process holds, of which no event tells."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def end_of_stream(served, job):
     """Wait until a job has ended; its status."""
     call(served, "GetOutputStream", pb.GetStreamRequest(id=job))
@@ -2338,13 +2339,12 @@ def test_half_open_clients_are_gone_within_seconds(state, certs):
         job = served.start("--", "sh", "-c", WAITS)
         with served.popen("stream", job, stderr=subprocess.DEVNULL) as client:
             assert client.stdout.readline() == b"ready\n"
-            followed = watches_of(served)
+            until(lambda: watches_of(served) == 2)  # on the record, and on the followed output
             client.send_signal(signal.SIGSTOP)
-            deadline = time.monotonic() + PATIENCE
-            while watches_of(served) == followed and time.monotonic() < deadline:
-                time.sleep(0.2)  # no event tells what another process lets go of
-            assert watches_of(served) == followed - 1
-            client.kill()
+            try:
+                until(lambda: watches_of(served) == 1)
+            finally:
+                client.kill()
 
 
 # --- 10. Client -----------------------------------------------------------------------------------------
@@ -2767,3 +2767,236 @@ def test_the_readme_s_session_is_what_a_newcomer_gets():
     shown = re.search(r"<!-- session -->\n```\w*\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
     plain = [re.sub(UUID, "ID", text) for text in (shown, done.stdout)]
     assert plain[0] == plain[1]
+
+
+# --- Outliving the server -------------------------------------------------------------------------------
+# Whole servers that are killed, replaced, restarted by systemd, or lose their power.
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def launchers_of(process):
+    return [child for child in children(process) if b"launcher_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+CHATTERS = """
+import random, sys, time
+seed, size = int(sys.argv[1]), int(sys.argv[2])
+chance = random.Random(seed)
+data = chance.randbytes(size)
+while data:
+    part = chance.choice((1, 80, 4096, 100_000))
+    sys.stdout.buffer.write(data[:part])
+    sys.stdout.buffer.flush()
+    data = data[part:]
+    time.sleep(chance.random() * 0.02)
+sys.exit(seed % 200)
+"""
+LONG_CHAOS = os.environ.get("JOBWORKER_CHAOS") == "long"
+
+
+@needs_pyz
+@pytest.mark.chaos
+def test_no_byte_and_no_exit_code_is_lost_to_servers_that_are_killed(state, certs, tmp_path):
+    """Jobs of different speeds, each followed by a client, under a server that dies again and again."""
+    jobs, kills = (50, 20) if LONG_CHAOS else (8, 4)
+    seed = int.from_bytes(os.urandom(4), "big")
+    print("seed:", seed)
+    chance, port = random.Random(seed), free_port()
+    sizes = {seed + number: chance.randrange(1, 3 * MIB) for number in range(jobs)}
+    program = (str(LIKE_PYZ), str(PYZ))
+    with serving(state, certs, program=program, port=port, end=signal.SIGKILL) as served:
+        ids = {seed_: served.start("--", PYTHON, "-c", CHATTERS, str(seed_), str(size)) for seed_, size in sizes.items()}
+        followers = {}
+        for seed_, job in ids.items():
+            stream = served.popen("stream", "--retry-for", "10m", job, bufsize=0, stderr=subprocess.DEVNULL)
+            with (tmp_path / str(seed_)).open("wb", buffering=0) as file:
+                file.write(stream.stdout.read(1))  # it has reached the server: what is lost now is tried again
+                followers[seed_] = stream, subprocess.Popen(["cat"], stdin=stream.stdout, stdout=file)
+            stream.stdout.close()
+    for _ in range(kills):
+        with serving(state, certs, program=program, port=port, end=signal.SIGKILL) as served:
+            time.sleep(chance.random())  # a random moment is the point
+            if chance.random() < 0.3:
+                os.kill(launchers_of(served.process.pid)[0], signal.SIGKILL)
+                assert served.run("stream", served.start("--", "echo", "still")).stdout == "still\n"
+    with serving(state, certs, program=program, port=port) as served:
+        for seed_, (stream, copy) in followers.items():
+            assert stream.wait(10 * PATIENCE) == copy.wait(10 * PATIENCE) == 0
+            source = random.Random(seed_)
+            assert (tmp_path / str(seed_)).read_bytes() == source.randbytes(sizes[seed_])
+            status = call(served, "GetJobStatus", pb.GetStatusRequest(id=ids[seed_]))
+            assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, seed_ % 200, "")
+        assert watches_of(served) == 0
+        assert jobs_cgroups(state) == []
+
+
+@needs_pyz
+def test_a_newer_pyz_takes_over_from_the_old_under_running_jobs(state, certs, tmp_path):
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    for name in ("build.sh", "gen", "jobworker.py", "pyproject.toml", "requirements.txt", "workerservice.proto", "LICENSE", "README.md"):
+        (shutil.copytree if (HERE / name).is_dir() else shutil.copy)(HERE / name, newer / name)
+    (newer / ".venv").symlink_to(HERE / ".venv")
+    with (newer / "jobworker.py").open("a") as file:
+        file.write("# newer\n")
+    subprocess.run([newer / "build.sh", "pyz"], check=True, capture_output=True, timeout=4 * PATIENCE)
+    place, port = tmp_path / "jobworker.pyz", free_port()
+    shutil.copy(PYZ, place)
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path)}
+    program = (str(LIKE_PYZ), str(place))
+    with serving(state, certs, program=program, port=port, end=signal.SIGKILL, env=environment) as served:
+        job = served.start("--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6")
+        assert served.run("stream", served.start("--", "echo", "old")).stdout == "old\n"
+        os.replace(newer / "jobworker.pyz", place)
+        os.kill(launchers_of(served.process.pid)[0], signal.SIGKILL)
+        assert served.run("stream", served.start("--", "echo", "old still")).stdout == "old still\n"
+    with serving(state, certs, program=program, port=port, env=environment) as served:
+        assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
+        home = next((state / "home").iterdir()) if os.geteuid() == 0 else Path.home()
+        (home / "gate").write_text("go\n")
+        assert served.run("stream", job).stdout == "before\nafter\n"
+        assert "exitCode: 6" in served.run("status", job).stdout
+    assert len(unpacked(tmp_path)) == 2
+
+
+def systemctl(*words):
+    subprocess.run(["systemctl", *words], check=True, timeout=PATIENCE, capture_output=True)
+
+
+LIMIT_NAMES = ("cpu.max", "memory.max", "memory.swap.max", "memory.oom.group", "pids.max", "io.max")
+UNIT_EVENTS = [
+    [("restart", "jobworker-test")],
+    [("kill", "--kill-whom=main", "--signal=KILL", "jobworker-test"), ("start", "jobworker-test")],
+    [("daemon-reload",)],
+    [("daemon-reexec",)],
+    [("reload", "jobworker-test")],
+    [("stop", "jobworker-test"), ("daemon-reload",), ("start", "jobworker-test")],
+]
+
+
+@pytest.mark.systemd
+@needs_pyz
+def test_no_job_ends_when_systemd_restarts_reloads_or_loses_its_server(nothing_is_left, certs):
+    state, port = new_state(nothing_is_left, "/scratch"), free_port()
+    printed = run_pyz("unit", "--", "--listen", f"127.0.0.1:{port}", "--state", str(state), "--certs", str(certs)).stdout
+    unit = Path("/etc/systemd/system/jobworker-test.service")
+    unit.write_text(printed)
+    systemctl("daemon-reload")
+    systemctl("start", "jobworker-test")  # Type=notify: it listens when this returns
+    try:
+        served = Served(None, port, certs)
+        job = served.start("--", "sh", "-c", 'mkfifo gate; exec 3<>gate; echo ready; while read line <&3; do echo "$line"; [ "$line" != end ] || exit 7; done')
+        (home,), (cgroup,) = (state / "home").iterdir(), jobs_cgroups(state)
+        limits = {name: (cgroup / name).read_text() for name in LIMIT_NAMES if (cgroup / name).exists()}
+        assert limits["memory.max"] == f"{512 * MIB}\n"
+        assert "wbps=" in limits["io.max"]
+        assert "jobworker-test" not in str(cgroup)
+        with served.popen("stream", job, stderr=subprocess.DEVNULL) as stream:
+            assert stream.stdout.readline() == b"ready\n"
+            for number, event in enumerate(UNIT_EVENTS):
+                for words in event:
+                    systemctl(*words)
+                (home / "gate").write_text(f"after {number}\n")
+                assert stream.stdout.readline() == b"after %d\n" % number
+                assert {name: jobworker.kernel_read(f"{cgroup}/{name}") for name in limits} == limits, event
+                assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
+            (home / "gate").write_text("end\n")
+            assert stream.stdout.read() == b"end\n"
+            assert stream.wait(PATIENCE) == 0
+        assert "FINISHED, exitCode: 7" in served.run("status", job).stdout
+    finally:
+        systemctl("stop", "jobworker-test")
+        unit.unlink()
+        systemctl("daemon-reload")
+
+
+@pytest.mark.systemd
+@needs_pyz
+def test_a_user_serves_from_a_scope_of_their_manager_and_is_told_so_elsewhere(nothing_is_left, certs, tmp_path):
+    subprocess.run(["useradd", "--uid", "4321", "--create-home", "tester"], check=True, capture_output=True)
+    systemctl("start", "user@4321.service")
+    state, own = new_state(nothing_is_left, "/scratch"), Path(shutil.copytree(certs, "/run/tester-certs"))
+    for path in (state, own, *own.iterdir()):
+        os.chown(path, 4321, 4321)
+    runtime = "/run/user/4321"
+    user = ("setpriv", "--reuid=4321", "--regid=4321", "--clear-groups", "env", f"XDG_RUNTIME_DIR={runtime}", "HOME=/home/tester",
+            f"DBUS_SESSION_BUS_ADDRESS=unix:path={runtime}/bus")  # fmt: skip
+    program = (str(PYTHON_FOR_ALL), str(PYZ))
+    try:
+        refused = subprocess.run([*user, *program, "serve", "--certs", own, "--state", state], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert refused.returncode == 1
+        assert "`systemd-run --user --scope python3 jobworker.pyz serve --without io`" in refused.stderr
+        with serving(state, own, "--without", "io", program=(*user, "systemd-run", "--user", "--scope", "--quiet", *program)) as served:
+            job = served.start("--", "sh", "-c", "cat /proc/self/cgroup; id -u; exec sleep 1000")
+            (cgroup,) = jobs_cgroups(state)
+            assert "/user@4321.service/jobworker/" in str(cgroup)
+            assert (cgroup / "memory.max").read_text() == f"{512 * MIB}\n"
+            assert (cgroup / "cpu.max").read_text() == "100000 100000\n"
+            notes = json.loads(served.run("status", "--json", job).stdout)["notes"]
+            assert any("limits on io" in note for note in notes)
+            assert any("server's own user" in note for note in notes)
+            served.run("stop", job)
+    finally:
+        systemctl("stop", "user@4321.service")
+
+
+def before_the_cut(folder):
+    """In a guest that is about to lose its power: jobs that ended, that run, and that are being started."""
+    with serving("/scratch/state", folder / "certs", end=signal.SIGKILL) as served, channel_to(served) as channel:
+
+        def start(*words):
+            return ask(channel, "StartJob", pb.StartJobRequest(cmd=words[0], args=words[1:])).ID
+
+        running, ended = [start("sh", "-c", "echo run; exec sleep 1000") for _ in range(3)], {}
+        for number in range(6):
+            job = start(PYTHON, "-c", WRITES_BYTES + f"; sys.exit({number})", str(number * 100_000))
+            ask(channel, "GetOutputStream", pb.GetStreamRequest(id=job))
+            ended[job] = number
+        (folder / "reported").write_text(json.dumps([running, ended]))
+        for number in range(1000):
+            start("sh", "-c", "echo x; sleep 0.01")
+            if number == 5:
+                (folder / "now").touch()  # and the power is gone
+
+
+def after_the_cut(folder):
+    """In the next guest, on the same disk."""
+    running, ended = json.loads((folder / "reported").read_text())
+    with serving("/scratch/state", folder / "certs") as served:
+        for job, number in ended.items():
+            assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == random.Random(7).randbytes(number * 100_000)
+            status = call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
+            assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, number, "")
+        for job in running:
+            status = end_of_stream(served, job)
+            assert status[0] == "NOT_FOUND" if isinstance(status, tuple) else (status.exitcode, status.reason) == (255, "LOST")
+        assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
+        for folder_ in Path("/scratch/state/jobs").iterdir():
+            end_of_stream(served, folder_.name)
+
+
+def no_guest():
+    """Why there can be no guest here, if so."""
+    if Path("/scratch").is_dir():
+        return "this is a guest already"
+    return "" if os.geteuid() == 0 and os.uname().machine == "x86_64" and shutil.which("linux.uml") else "needs root, x86_64 and user-mode-linux"
+
+
+@pytest.mark.skipif(no_guest() != "", reason=no_guest())
+def test_what_was_reported_before_a_power_cut_is_there_after_it(certs):
+    with tempfile.TemporaryDirectory(prefix=".power-", dir=HERE) as name:
+        folder = Path(name)
+        shutil.copytree(certs, folder / "certs")
+        body = "import pathlib, test_jobworker as t; t.jobworker.prepare_grpc(); t.{}(pathlib.Path({!r}))"
+        boot = [HERE / ".ci" / "guest", "--timeout", "300", "--disk-image", folder / "disk"]
+        first = subprocess.run([*boot, "--power-cut-when", folder / "now", "--", sys.executable, "-c", body.format("before_the_cut", name)],
+                               stdin=subprocess.DEVNULL, cwd=HERE, capture_output=True, text=True, check=False)  # fmt: skip
+        assert first.returncode == 137, first.stdout + first.stderr
+        second = subprocess.run([*boot, "--", sys.executable, "-c", body.format("after_the_cut", name)],
+                                stdin=subprocess.DEVNULL, cwd=HERE, capture_output=True, text=True, check=False)  # fmt: skip
+        assert second.returncode == 0, second.stdout + second.stderr
