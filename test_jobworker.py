@@ -1807,6 +1807,14 @@ async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
 DEFAULT_CHANNEL = jobworker.CLIENT_OPTIONS
 
 
+class ClientProcess(subprocess.Popen):
+    """A client that does not outlive its block, however that ends."""
+
+    def __exit__(self, *how):
+        self.kill()
+        super().__exit__(*how)
+
+
 @dataclasses.dataclass(frozen=True)
 class Served:
     """A server process that listens, and the folder of its clients."""
@@ -1838,7 +1846,7 @@ class Served:
     def popen(self, *words, role="user", **popen):
         environment = {**os.environ, "JOBWORKER_SERVER": self.address, "JOBWORKER_CERTS": str(self.certs)}
         command = [*PROGRAM, *words[:1], "-r", role, *words[1:]]
-        return subprocess.Popen(command, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": environment, **popen})
+        return ClientProcess(command, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": environment, **popen})
 
 
 PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
