@@ -151,6 +151,7 @@ JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-
 ROLES = ("admin", "user")
 
 READ_BYTES = 256 * KIB  # one read of an output, and so one message of a stream
+PACE_SECONDS = 0.002  # between two wake-ups of an output's followers: lines that come faster share a message
 STARTS_AT_ONCE = 64  # beyond, descriptors in flight make sends to the launcher fail
 STOP_SECONDS = 30.0  # how long a stop waits for the record before it says that the job will not die
 
@@ -769,6 +770,8 @@ class Tail:
         self._followers = 0
         self._descriptor = -1
         self._watch: int | None = None
+        self._woken = 0.0  # when, by the loop's clock
+        self.armings = 0  # how often it was armed: what was read before an arming may not have been the end
         self._recent = (0, b"")  # the last bytes read, with their offset: others at that byte take them from here
         self._bell = Bell()
 
@@ -806,8 +809,18 @@ class Tail:
         """
         if self._watch is not None:
             return False
-        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, lambda _mask: self.wake())
+        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, self._grew)
+        self.armings += 1
         return True
+
+    def _grew(self, _mask: int) -> None:
+        """Wake the followers, at once when that is rare. Until then it counts as armed: who comes now waits too."""
+        loop = asyncio.get_running_loop()
+        rest = self._woken + PACE_SECONDS - loop.time()
+        if rest > 0:
+            loop.call_later(rest, self.wake)
+        else:
+            self.wake()
 
     def _disarm(self) -> None:
         if self._watch is not None:
@@ -816,6 +829,7 @@ class Tail:
 
     def wake(self) -> None:
         """It may have grown, or it will not grow any more: everybody looks."""
+        self._woken = asyncio.get_running_loop().time()
         self._disarm()
         self._bell.ring()
 
@@ -1917,14 +1931,17 @@ class Worker:
         try:
             while True:
                 over = job.ended or not self._holds(job)  # asked before the read, which then has every byte
+                armings = tail.armings
                 if chunk := tail.read(offset):
                     offset += len(chunk)
                     yield chunk
                 elif over:
                     return
-                elif not self._inotify.is_open:
+                if over or len(chunk) == READ_BYTES:
+                    continue
+                if not self._inotify.is_open:
                     raise UnavailableError("the server is stopping; the job goes on")
-                elif not tail.arm():
+                if not tail.arm() and tail.armings == armings:
                     await tail.changed()
         finally:
             if tail.release() == 0:
