@@ -247,12 +247,13 @@ def unpacked(archive):
 def main():
     compare(here(), BUILT["for"])
     archive = sys.path[0]
-    folder = unpacked(archive)
-    sys.dont_write_bytecode = True  # the folder is complete as it is
     # What was there before has no say: not the working directory, nor PYTHONPATH, nor other packages of this Python.
     library = os.path.dirname(os.__file__)
     keep = ("lib-dynload", "python%d%d.zip" % sys.version_info[:2])
-    sys.path[:] = [folder] + [p for p in sys.path if p == library or os.path.basename(p) in keep]
+    sys.path[:] = [p for p in sys.path if p == library or os.path.basename(p) in keep]
+    folder = unpacked(archive)
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True  # the folder is complete as it is
     for name in list(sys.modules):
         if name.split(".")[0] in BUILT["names"]:
             del sys.modules[name]

@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from cryptography import exceptions, x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+    from google.protobuf import message as protobuf
     from typing_extensions import Self
 
     import gen.workerservice_pb2 as pb
@@ -117,6 +118,7 @@ else:
     traceback = Deferred("traceback")
     grpc = Deferred("grpc")
     pb = Deferred("gen.workerservice_pb2")
+    protobuf = Deferred("google.protobuf.message")
     x509 = Deferred("cryptography.x509")
     exceptions = Deferred("cryptography.exceptions")
     hashes = Deferred("cryptography.hazmat.primitives.hashes")
@@ -887,8 +889,11 @@ class Order:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Order:
+        """What a later version added is left out, so that an older one can take over; it must have a default here."""
+        known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
         tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
-        return cls(**{**plain, **tuples, "limits": Limits(**plain["limits"])})
+        limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
+        return cls(**{**known, **tuples, "limits": Limits(**limits)})
 
     def environment(self) -> dict[str, str]:
         return {
@@ -1072,11 +1077,11 @@ class Launcher:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here.setblocking(False)
         folder = str(Path(__file__).resolve().parent)
-        program = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
+        code = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
         with there:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", program, str(there.fileno()), *self._arguments],
+                    [sys.executable, "-I", "-S", "-c", code, str(there.fileno()), *self._arguments],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     pass_fds=[there.fileno()], start_new_session=True, cwd="/", env={},
                 )  # fmt: skip
@@ -2368,8 +2373,13 @@ def is_trusted(
     for _ in range(len(between) + 1):
         if current is None or any(signed(current, authority) for authority in authorities):
             break
-        current = next((issuer for issuer in between if signed(current, issuer)), None)
+        current = next((issuer for issuer in between if is_authority(issuer) and signed(current, issuer)), None)
     return current is not None and any(signed(current, authority) for authority in authorities)
+
+
+def is_authority(certificate: x509.Certificate) -> bool:
+    basics = extension(certificate, x509.BasicConstraints)
+    return basics is not None and basics.ca
 
 
 def signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
@@ -2454,6 +2464,14 @@ def result_of(message: bytes) -> bytes:
     return bytes(pb.GetStreamResponse.FromString(message).result)
 
 
+def parsed(kind: Any, message: bytes) -> Any:
+    """A request of this kind. Raises BadRequestError for bytes that are none, texts that are not UTF-8 included."""
+    try:
+        return kind.FromString(message)
+    except protobuf.DecodeError:
+        raise BadRequestError(f"these bytes are no {kind.DESCRIPTOR.name}, or a text in it is not UTF-8") from None
+
+
 def optional(message: Any, field: str) -> Any:
     """The value of a proto3 `optional` field; None when the caller left it out."""
     return getattr(message, field) if message.HasField(field) else None
@@ -2468,12 +2486,12 @@ class Service:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
-            async def handle(message: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async def handle(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self._answered(context) as caller:
-                    return await answer(caller, message)
+                    return await answer(caller, parsed(request, message))
 
             return grpc.unary_unary_rpc_method_handler(
-                handle, request.FromString, lambda reply: reply.SerializeToString()
+                handle, response_serializer=lambda reply: reply.SerializeToString()
             )
 
         calls = {
@@ -2481,9 +2499,7 @@ class Service:
             "StopJob": unary(self._stop, pb.StopJobRequest),
             "GetJobStatus": unary(self._status, pb.GetStatusRequest),
             "RemoveJob": unary(self._remove, pb.RemoveJobRequest),
-            "GetOutputStream": grpc.unary_stream_rpc_method_handler(
-                self._stream, pb.GetStreamRequest.FromString, frame_result
-            ),
+            "GetOutputStream": grpc.unary_stream_rpc_method_handler(self._stream, response_serializer=frame_result),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
 
@@ -2523,10 +2539,12 @@ class Service:
         self._worker.remove(allowed_job(self._worker, caller, message.id).id)
         return pb.RemoveJobResponse()
 
-    async def _stream(self, message: pb.GetStreamRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _stream(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with self._answered(context) as caller:
-            job = allowed_job(self._worker, caller, message.id)
-            async with contextlib.aclosing(self._worker.stream(job.id, message.offset)) as chunks:
+            request = parsed(pb.GetStreamRequest, message)
+            job = allowed_job(self._worker, caller, request.id)
+            offset = min(request.offset, 1 << 62)  # beyond every file, and still an offset to the kernel
+            async with contextlib.aclosing(self._worker.stream(job.id, offset)) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
 
@@ -2653,12 +2671,19 @@ def check_server_folder(folder: Path) -> None:
         raise JobWorkerError(
             f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}"
         ) from None
-    if not isinstance(key, (rsa.RSAPrivateKey, ec.EllipticCurvePrivateKey)):
+    if not can_be_served(key):
         raise JobWorkerError(f"{paths[1]} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
     if key.public_key() != certificate.public_key():
         raise JobWorkerError(f"{paths[0]} is not the certificate of {paths[1]}")
     if not certificate.not_valid_before_utc.timestamp() <= time.time() <= certificate.not_valid_after_utc.timestamp():
         raise JobWorkerError(f"{paths[0]} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
+
+
+def can_be_served(key: Any) -> bool:
+    """Whether gRPC's BoringSSL offers TLS 1.3 with this kind of key."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.key_size >= 1024
+    return isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in ("secp256r1", "secp384r1")
 
 
 async def serve(options: ServeOptions) -> int:
@@ -2750,7 +2775,8 @@ def announce(worker: Worker, address: str) -> None:
     for note in worker.notes():
         say(f"warning: on this server {note}")
     account = Account.own()
-    if account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):
+    systemd = os.path.isdir("/run/systemd/system")  # sd_booted(3)
+    if systemd and account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):
         say(f"warning: {account.name} has no linger, so a logout ends jobs; `loginctl enable-linger` gives it")
     print(f"jobworker: serving on {address}, with {count_of(worker.running, 'job', 'jobs')} running", flush=True)
     notify("READY=1")
@@ -2893,7 +2919,7 @@ def why_unreachable(options: ClientOptions) -> str:
     """Why no connection comes about, in one sentence: tried again by hand, since gRPC does not tell. Empty: unknown."""
     try:
         raw = socket.create_connection((options.host, options.port), CONNECT_SECONDS)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # not found, or not even a name
         return f"there is no host {options.host!r} (`--server HOST[:PORT]`)"
     except TimeoutError:
         return f"{options.address} does not answer"
@@ -3030,10 +3056,11 @@ def general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(name.encode("idna").decode("ascii"))
-    except (UnicodeError, ValueError):
-        raise UsageError(f"{name!r} is neither a host's name nor an address") from None
+    with contextlib.suppress(UnicodeError):
+        ascii_name = name.encode("idna").decode("ascii")
+        if re.fullmatch(r"[\w*.-]+", ascii_name, re.ASCII):
+            return x509.DNSName(ascii_name)
+    raise UsageError(f"{name!r} is neither a host's name nor an address")
 
 
 def own_names() -> list[str]:
@@ -3125,6 +3152,7 @@ def add_names(folder: Path, names: Sequence[str]) -> str:
     """A new server.pem with the names that the present one lacks, besides those that it has."""
     present = extension(x509.load_pem_x509_certificate(read_file(folder / "server.pem")), x509.SubjectAlternativeName)
     has = [str(name.value) for name in present or ()]
+    names = [str(general_name(name).value) for name in names]
     if set(names) <= set(has):
         return ""
     authority = load_authority(folder, "server-ca")
@@ -3144,7 +3172,10 @@ def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]?)(?:i?b)?", text.strip().lower())
     if found is None or found[2] not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {kind}")
-    return float(found[1]) * units[found[2]]
+    value = float(found[1]) * units[found[2]]
+    if value >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large")
+    return value
 
 
 def as_bytes(text: str) -> int:
@@ -3235,7 +3266,6 @@ LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
 def add_certs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--certs",
-        type=Path,
         metavar="DIR",
         default=os.environ.get("JOBWORKER_CERTS"),
         help="the folder of certificates and keys (env JOBWORKER_CERTS; default: ./certs if it is yours, else "
@@ -3288,7 +3318,7 @@ PLACE_OPTIONS: list[Row] = [
     ("--listen", host_and_port, "HOST:PORT", ("", DEFAULT_PORT), f"default: all addresses, port {DEFAULT_PORT}"),
     (
         "--state",
-        Path,
+        str,
         "DIR",
         None,
         "jobs and output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)",
@@ -3359,7 +3389,7 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
     caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
-        state=(options.state or default_state()).absolute(),
+        state=Path(options.state or default_state()).absolute(),
         without=chosen_without(options.without),
         defaults=defaults,
         caps=Limits(**caps),
@@ -3420,8 +3450,9 @@ def run_start(options: argparse.Namespace) -> int:
     limits = {name: getattr(options, name) for name in ("cpu", "memory", "pids", "io", "timeout", "max_output")}
     with client_of(options) as client:
         request = pb.StartJobRequest(
-            cmd=text_argument(command), args=[text_argument(arg) for arg in args], id=options.id or new_job_id(),
-            run_as=options.run_as, **{name: value for name, value in limits.items() if value is not None},
+            cmd=text_argument(command), args=[text_argument(arg) for arg in args],
+            id=text_argument(options.id) or new_job_id(), run_as=text_argument(options.run_as),
+            **{name: value for name, value in limits.items() if value is not None},
         )  # fmt: skip
         print(f"started JobID: {client.call('StartJob', request, pb.StartJobResponse).ID}")
     return 0
@@ -3657,9 +3688,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def fill_standard_descriptors() -> None:
+    """What was closed (`>&-`, old daemons) is /dev/null: the next file or socket must not become standard output."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  as long as the process
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code. What fails is one line on standard error."""
     try:
+        fill_standard_descriptors()
         options = parse(sys.argv[1:] if arguments is None else arguments)
         code = VERBS[options.verb][1](options)
         sys.stdout.flush()

@@ -18,13 +18,17 @@ import hashlib
 import importlib.util
 import json
 import os
+import pty
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1240,6 +1244,7 @@ async def test_asking_twice_with_one_id_is_asking_once(state):
         for other in (shell("echo hello; exec sleep 1000", id=ID, owner="bob"), shell("echo bye", id=ID)):
             with pytest.raises(IdTakenError):
                 await worker.start(other)
+        await said(worker, ID, b"hello")
         await worker.stop(ID)
         assert await worker.start(requests[0]) == ID
     async with worker_on(state) as worker:
@@ -1348,6 +1353,7 @@ async def test_an_ended_job_can_be_removed_and_a_running_one_not(state):
         job = await worker.start(shell(WAITS))
         with pytest.raises(StillRunningError):
             worker.remove(job)
+        await said(worker, job, b"ready")
         await worker.stop(job)
         stream = worker.stream(job)
         assert await anext(stream) == b"ready\n"
@@ -1496,6 +1502,9 @@ def fabricate(state, job_id, record, order="whole"):
         (folder / "job.json").write_text(text[: len(text) // 2])
     elif order == "none":
         (folder / "job.json").unlink()
+    elif order == "newer":
+        newer = {**json.loads(text), "colour": "red", "limits": {**json.loads(text)["limits"], "gpu": 1}}
+        (folder / "job.json").write_text(json.dumps(newer))
     elif order == "strange":
         (folder / "job.json").write_text(json.dumps({**json.loads(text), "limits": 7}))
     return folder
@@ -1523,6 +1532,8 @@ FATES = [  # record, job.json; what becomes of the job when its shim is gone
     (ENDED, "whole", ("FINISHED", 7, "")),
     (DONE[:-10], "whole", ("FINISHED", 7, "")),
     (DONE, "whole", ("FINISHED", 7, "")),
+    (DONE, "newer", ("FINISHED", 7, "")),  # a later version wrote it, and this one took over again
+    (STARTED, "newer", ("FINISHED", 255, "LOST")),
 ]
 
 
@@ -1567,8 +1578,11 @@ async def test_hundreds_of_lost_jobs_are_all_finished(state):
 
 # What dies at each step
 
-FIRST = "echo said; exit 7"
+FIRST = "[ -w . ] && echo said; exit 7"  # says that its home is its own
 SERVER_DEATHS = [  # the statement before which the server dies; last words; whether the job is there afterwards
+    ("new.rename(self._owners / str(uid))", "pass", False),
+    ("self._uids[owner] = uid", "pass", False),  # the owner has a uid
+    ("if home.stat().st_uid != uid:", "pass", False),  # and a home, which is still the server's
     ("undo.callback(self._dispose, job)", "pass", False),  # the folder is made
     ('os.mkfifo(f"{folder}/control", 0o600)', "pass", False),
     ('os.close(os.open(f"{folder}/output"', "pass", False),  # and control
@@ -1605,8 +1619,8 @@ def server_dies(state, tmp_path, place, last_words, command, args=()):
 
 @pytest.mark.parametrize(("place", "last_words", "there"), SERVER_DEATHS, ids=[row[0][:40] for row in SERVER_DEATHS])
 def test_a_server_killed_at_any_step_of_a_start_leaves_the_job_or_nothing(state, tmp_path, place, last_words, there):
-    if "owner.create()" in place and os.geteuid() != 0 and not jobworker.CgroupMount.find():
-        pytest.skip("this machine gives no cgroup")
+    if os.geteuid() != 0 and re.search("owner|home|cgroup", place):
+        pytest.skip("needs root: uids of owners, and a cgroup")
     server_dies(state, tmp_path, place, last_words, "sh", ("-c", FIRST))
 
     @in_loop
@@ -1697,27 +1711,49 @@ async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(sta
 # What a full disk costs
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
+@pytest.fixture(params=["tmpfs", "ext4", pytest.param("/scratch", marks=pytest.mark.controllers)])
 def small_disk(request, nothing_is_left):
-    """A state folder on a file system of 16 MiB."""
+    """A state folder on a file system with about 16 MiB of room; /scratch is the guest's real disk."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount")
+    with contextlib.ExitStack() as resources:
+        if request.param == "/scratch":
+            if not os.path.ismount("/scratch"):
+                pytest.skip("needs /scratch, a file system on a real disk")
+            filler = resources.enter_context(tempfile.NamedTemporaryFile(dir="/scratch"))
+            os.posix_fallocate(filler.fileno(), 0, room("/scratch") - 16 * MIB)
+            point = Path("/scratch")
+        else:
+            point = resources.enter_context(mounted(request.param))
+        yield new_state(nothing_is_left, point)
+        wait_for_orphans()
+        shutil.rmtree(nothing_is_left[-1])
+
+
+def room(folder):
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+@contextlib.contextmanager
+def mounted(kind):
+    """A new file system of 16 MiB."""
     with tempfile.TemporaryDirectory(prefix="jobworker-disk-") as folder:
         os.chmod(folder, 0o711)
         point = Path(folder, "disk")
         point.mkdir()
-        if request.param == "tmpfs":
-            mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(point)]
-        else:
+        words = ["-t", "tmpfs", "-o", "size=16m", "none"]
+        if kind == "ext4":
             with open(f"{folder}/image", "wb") as image:
                 image.truncate(16 * MIB)
             subprocess.run(["mkfs.ext4", "-q", f"{folder}/image"], check=True)
-            mount = ["mount", "-o", "loop", f"{folder}/image", str(point)]
-        if (tried := subprocess.run(mount, stderr=subprocess.PIPE, check=False)).returncode:
+            words = ["-o", "loop", f"{folder}/image"]
+        if (tried := subprocess.run(["mount", *words, str(point)], stderr=subprocess.PIPE, check=False)).returncode:
             pytest.skip(f"cannot mount here: {tried.stderr.decode().strip()}")
-        yield new_state(nothing_is_left, point)
-        wait_for_orphans()
-        subprocess.run(["umount", str(point)], check=True)
+        try:
+            yield point
+        finally:
+            subprocess.run(["umount", str(point)], check=True)
 
 
 def fill(state, leave=0):
@@ -1791,7 +1827,9 @@ async def test_a_start_on_a_full_disk_is_refused_and_leaves_nothing(small_disk, 
 
 @in_loop
 async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
-    async with worker_on(small_disk, reserve=0.5) as worker:
+    disk = os.statvfs(small_disk)
+    share = (room(small_disk) - 8 * MIB) / (disk.f_blocks * disk.f_frsize)
+    async with worker_on(small_disk, reserve=share) as worker:
         text, status = await result(worker, JobRequest("yes", owner="alice"))
         assert (status.status, status.ending.reason) == ("STOPPED", "DISK_FULL")
         assert MIB < len(text) < 12 * MIB
@@ -1805,6 +1843,10 @@ async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
 # What the tests of the sections below share: certificates, a server process, a client process, a channel.
 
 DEFAULT_CHANNEL = jobworker.CLIENT_OPTIONS
+PYZ = HERE / "jobworker.pyz"
+needs_pyz = pytest.mark.skipif(not PYZ.exists(), reason="needs jobworker.pyz: ./build.sh")
+LIKE_PYZ = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"  # the interpreter that built it, without its packages
+PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is nobody else's to run
 
 
 class ClientProcess(subprocess.Popen):
@@ -1936,6 +1978,14 @@ def ask(channel, method, request, timeout=PATIENCE):
 def call(served, method, request, identity=None, role="user"):
     with channel_to(served, identity, role) as channel:
         return ask(channel, method, request)
+
+
+def one_sentence(done, *words, status=1):
+    """A client or a server that failed with one line on standard error, and with these words in it."""
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert re.fullmatch(r"jobworker: [^\n]+\n", done.stderr), done.stderr
+    for word in words:
+        assert word in done.stderr
 
 
 # --- 7. Identity and authorization ----------------------------------------------------------------------
@@ -2083,6 +2133,118 @@ def test_only_an_admin_runs_a_job_as_another_account(shared):
     assert call(shared, "StartJob", nobody, role="admin")[0] == "INVALID_ARGUMENT"
 
 
+@pytest.mark.parametrize("value", [
+    b"\x0c\x81\x04user", b"\x0c\x80user\x00\x00", b"\x0c\x04user\x00", b"\x0c\x05user\x00", b"\x0c\x05 user", b"\x0c\x05user,", b"\x0c\x05,user",
+    b"\x0c\x0auser,,user", b"\x0c\x09user;user", b"\x30\x06\x0c\x04user", b"\x04\x06\x0c\x04user", b"\x1e\x08\0u\0s\0e\0r", b"\x0c", b"\x0c\x01,",
+    b"\x0c\x05\xef\xbb\xbfad", b"\x0c" * 5000,
+], ids=repr)  # fmt: skip
+def test_a_roles_extension_that_is_not_exactly_right_is_no_role(shared, value):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), roles=value)
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "PERMISSION_DENIED"
+
+
+def test_several_roles_are_one_identity(shared):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), roles=jobworker.encode_roles(["user", "admin"]))
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="true")).ID
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), identity).owner == "user"
+
+
+@pytest.mark.parametrize("purpose", ["ANY_EXTENDED_KEY_USAGE", "CODE_SIGNING", "EMAIL_PROTECTION"])
+def test_another_purpose_than_a_client_s_is_refused(shared, purpose):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), purposes=(purpose,))
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] in {"PERMISSION_DENIED", "UNAVAILABLE"}
+
+
+def test_nobody_makes_an_identity_with_an_identity_s_key(shared):
+    """`user` signs a certificate for `admin`, and sends its own along as if it were an authority."""
+    key, own = jobworker_pair(shared.certs, "user")
+    signer = jobworker.Signed(x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None))
+    forged_key, forged = certificate(signer, names=("admin",), roles=jobworker.encode_roles(["admin"]))
+    for chain in (forged, forged + own, forged + own + (shared.certs / "client-ca.pem").read_bytes()):
+        assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), (forged_key, chain))[0] == "UNAVAILABLE"
+
+
+def test_a_signature_by_what_is_no_authority_is_no_trust(shared):
+    """The same, as every call checks it anew: TLS looked only when the connection came about."""
+    key, own = jobworker_pair(shared.certs, "user")
+    signer = jobworker.Signed(x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None))
+    _, forged = certificate(signer, names=("admin",))
+    peer = jobworker.read_peer_certificate(forged, own, (shared.certs / "client-ca.pem").read_bytes())
+    assert not peer.trusted
+
+
+def test_an_authority_below_the_authority_vouches_for_clients(shared, tmp_path):
+    for name in ("client-ca.pem", "client-ca.key", "server-ca.pem"):
+        shutil.copy(shared.certs / name, tmp_path)
+    by_hand(tmp_path, "team", "client-ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n")
+    by_hand(tmp_path, "carol", "team", f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:user\n")
+    with (tmp_path / "carol.pem").open("ab") as file:
+        file.write((tmp_path / "team.pem").read_bytes())
+    job = shared.run("start", "--certs", str(tmp_path), "--", "echo", "hers", role="carol").stdout.split()[-1]
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").owner == "carol"
+
+
+ODD_NAMES = ["../../etc", "a/b", "two\nlines", "a b\tc", "ünï☃", "-j", "%s", "x" * 64, "root", "jobs", ".", "\x1b[31m", "user "]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=repr)
+def test_an_owner_may_have_any_name_and_owns_what_is_started_in_it(shared, name):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), names=(name,))
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "id -u; pwd"]), identity).ID
+    uid, home = call(shared, "GetOutputStream", pb.GetStreamRequest(id=job), identity).decode().splitlines()
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), identity).owner == name
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "NOT_FOUND"
+    if os.geteuid() == 0:
+        assert int(uid) >= jobworker.UID_RANGES_BASE
+        assert home.endswith(f"/home/{uid}")
+
+
+def test_whose_an_id_is_cannot_be_told_from_its_being_taken(shared):
+    mine = call(shared, "StartJob", pb.StartJobRequest(cmd="true"), role="user2").ID
+    foreign = call(shared, "StartJob", pb.StartJobRequest(cmd="true")).ID
+    other_command = call(shared, "StartJob", pb.StartJobRequest(cmd="false", id=mine), role="user2")
+    other_owner = call(shared, "StartJob", pb.StartJobRequest(cmd="true", id=foreign), role="user2")
+    admin_s_own = call(shared, "StartJob", pb.StartJobRequest(cmd="true", id=foreign), role="admin")
+    assert other_command[0] == other_owner[0] == admin_s_own[0] == "ALREADY_EXISTS"
+    assert other_command[1].replace(mine, foreign) == other_owner[1] == admin_s_own[1]
+
+
+def reloaded(served):
+    """Ask a server to read its certificates again; what it says."""
+    served.process.send_signal(signal.SIGHUP)
+    return next(line for line in served.process.stderr if "the certificates" in line)
+
+
+def test_a_reload_takes_a_new_server_certificate_and_leaves_connections_alone(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
+        job = ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
+        before = presented(served)
+        jobworker.write_pair(folder, "server", jobworker.make_server_certificate(jobworker.load_authority(folder, "server-ca"), ["localhost"]))
+        assert "are read again" in reloaded(served)
+        assert presented(served) == (folder / "server.pem").read_text().strip() != before
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job)).owner == "user"
+
+
+def presented(served):
+    words = ("openssl", "s_client", "-connect", served.address, "-alpn", "h2", "-cert", served.certs / "user.pem", "-key", served.certs / "user.key")
+    told = subprocess.run(list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False).stdout
+    return re.search("-----BEGIN CERTIFICATE-----.*-----END CERTIFICATE-----", told.decode(errors="replace"), re.DOTALL)[0]
+
+
+@pytest.mark.parametrize(("name", "content"), [("server.pem", b"rubbish"), ("client-ca.pem", b""), ("client-ca.pem", None), ("server.key", None)])
+def test_a_reload_of_a_folder_that_cannot_be_served_changes_nothing(state, certs, tmp_path, name, content):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(Served(None, served.port, certs)) as channel:
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        assert "stay as they were" in reloaded(served)
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+        assert call(Served(None, served.port, certs), "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+
+
 # --- 8. gRPC service ------------------------------------------------------------------------------------
 # The contract, as clients know it that were written against it.
 
@@ -2221,6 +2383,147 @@ def test_fifty_clients_at_different_times_each_receive_the_identical_bytes(share
     assert set(asyncio.run(everybody())) == {whole}
 
 
+def text_field(number, text):
+    return bytes([number << 3 | 2, len(text)]) + text
+
+
+def fields_of(message):
+    """What a client that knows no more than wire types reads (protobuf's encoding, fields below 16)."""
+    found, position = {}, 0
+    while position < len(message):
+        tag, size = message[position], message[position + 1]
+        position += 2
+        if tag & 7 == 2:
+            found[tag >> 3], position = message[position : position + size], position + size
+        else:
+            assert tag & 7 == 0
+            shift = 7
+            while message[position - 1] >= 0x80:
+                size = size & (1 << shift) - 1 | message[position] << shift
+                position, shift = position + 1, shift + 7
+            found[tag >> 3] = size
+        if tag >> 3 >= 5:
+            break
+    return found
+
+
+def test_the_bytes_that_existing_clients_send_are_answered_with_those_that_they_read(shared):
+    with channel_to(shared) as channel:
+        def raw(method, request):
+            return channel.unary_unary(f"/proto.WorkerService/{method}")(request, timeout=PATIENCE)
+
+        answer = raw("StartJob", text_field(1, b"sh") + text_field(2, b"-c") + text_field(2, b"echo old; exit 300"))
+        assert answer[:2] == b"\x0a\x24"
+        assert re.fullmatch(UUID, answer[2:].decode())
+        stream = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+        assert b"".join(stream(text_field(1, answer[2:]), timeout=PATIENCE)) == b"\x0a\x04old\n"
+        status = fields_of(raw("GetJobStatus", text_field(1, answer[2:])))
+        assert (status[1], status[2]) == (2, 300 & 255)
+        assert raw("StopJob", text_field(1, answer[2:])) == b""
+        # fields of a later version are passed over
+        assert raw("StopJob", text_field(1, answer[2:]) + text_field(15, b"new")) == b""
+
+
+@pytest.mark.parametrize("message", [
+    text_field(1, b"\xff\xfe"), text_field(1, b"true") + text_field(2, b"\xc3\x28"), text_field(3, b"\xed\xa0\x80"), b"\x0a\x7fshort", b"\x08\x01", b"\x0b", b"\x00", b"",
+], ids=repr)  # fmt: skip
+def test_bytes_that_are_no_request_start_nothing(shared, message):
+    with channel_to(shared) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/proto.WorkerService/StartJob")(message, timeout=PATIENCE)
+    assert refused.value.code().name == "INVALID_ARGUMENT"
+    assert not re.search("Traceback|google|\n", refused.value.details())
+
+
+def tls_to(served):
+    """A TLS 1.3 connection of Python's own OpenSSL, as far as HTTP/2 (ALPN)."""
+    context = ssl.create_default_context(cafile=served.certs / "server-ca.pem")
+    context.load_cert_chain(served.certs / "user.pem", served.certs / "user.key")
+    context.set_alpn_protocols(["h2"])
+    raw = socket.create_connection(("localhost", served.port), PATIENCE)
+    return context.wrap_socket(raw, server_hostname="localhost")
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
+
+
+def frame(kind, flags, stream, content):
+    return len(content).to_bytes(3, "big") + bytes([kind, flags]) + struct.pack(">I", stream) + content
+
+
+def headers(path):
+    """HPACK, all literal (RFC 7541, 6.2.2)."""
+    pairs = [(":method", "POST"), (":scheme", "https"), (":path", path), (":authority", "x"), ("te", "trailers"), ("content-type", "application/grpc")]
+    return b"".join(b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in pairs)
+
+
+RUBBISH = [
+    ("no HTTP/2", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("noise after the preface", PREFACE + random.Random(7).randbytes(4096)),
+    ("a frame larger than allowed", PREFACE + b"\xff\xff\xff\x00\0\0\0\0\x01" + b"x" * 100_000),
+    ("a message said to be 4 GiB", PREFACE + frame(1, 4, 1, headers("/proto.WorkerService/StartJob")) + frame(0, 1, 1, b"\0\xff\xff\xff\xff" + b"x" * 100)),
+    ("a compressed message that is not", PREFACE + frame(1, 4, 1, headers("/proto.WorkerService/StartJob")) + frame(0, 1, 1, b"\1\0\0\0\4rubb")),
+    ("a header block that never ends", PREFACE + frame(1, 0, 1, headers("/x")) + frame(9, 0, 1, b"\0\x01a\x01b" * 3000) * 10),
+    ("ten thousand streams begun and reset", PREFACE + b"".join(
+        frame(1, 4, number, headers("/proto.WorkerService/StartJob")) + frame(3, 0, number, b"\0\0\0\x08") for number in range(1, 20001, 2))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "rubbish"), RUBBISH, ids=[row[0] for row in RUBBISH])
+def test_rubbish_of_a_client_that_is_trusted_hurts_nobody(shared, what, rubbish):
+    with tls_to(shared) as connection, contextlib.suppress(OSError):
+        connection.sendall(rubbish)
+        connection.settimeout(1)  # it may answer or hang up; whatever it does, others are served
+        while connection.recv(65536):
+            pass
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="echo", args=["fine"])).ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"fine\n"
+    assert shared.process.poll() is None
+
+
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**63, 2**64 - 1])
+def test_an_offset_beyond_every_file_is_an_empty_stream(shared, offset):
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="echo")).ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job, offset=offset)) == b""
+
+
+ENDS_OF_NUMBERS = [
+    *({name: value} for name in ("cpu", "timeout") for value in (0.0, -0.0, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"))),
+    *({name: value} for name in ("memory", "pids", "io", "max_output") for value in (0, 1, 2**63 - 1, 2**63, 2**64 - 1)),
+]
+
+
+@pytest.mark.parametrize("fields", ENDS_OF_NUMBERS, ids=repr)
+def test_a_limit_is_taken_or_refused_in_a_sentence_whatever_number_it_is(shared, fields):
+    answer = call(shared, "StartJob", pb.StartJobRequest(cmd="true", **fields))
+    if isinstance(answer, tuple):
+        assert answer[0] == "INVALID_ARGUMENT"
+        assert next(iter(fields)).replace("_", "-") in answer[1]
+    else:
+        assert end_of_stream(shared, answer.ID).status in {pb.FINISHED, pb.STOPPED}
+
+
+def test_a_hundred_thousand_arguments_and_odd_words_arrive_as_they_are(shared):
+    words = ["", " ", "-", "--", "a\nb", "\t", "\\", "'", '"', "$(id)", "ünï☃", "\x7f", "\x01"]
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="printf", args=["%s|", *words])).ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)).decode() == "|".join([*words, ""])
+    many = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo $#", "sh", *["x"] * 100_000]))
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=many.ID)) == b"100000\n"
+
+
+def test_a_server_that_is_full_says_so_and_what_allows_more(state, certs):
+    with serving(state, certs, "--max-jobs", "1") as served:
+        job = served.start("--", "sleep", "1000")
+        status, sentence = call(served, "StartJob", pb.StartJobRequest(cmd="true"))
+        assert (status, "--max-jobs" in sentence) == ("RESOURCE_EXHAUSTED", True)
+        again = pb.StartJobRequest(cmd="sleep", args=["1000"], id=job)
+        assert call(served, "StartJob", again) == pb.StartJobResponse(ID=job)  # which is not one more
+        served.run("stop", job)
+        assert served.run("stream", served.start("--", "echo", "room")).stdout == "room\n"
+    with serving(state, certs, "--reserve", "99.99%") as served:
+        status, sentence = call(served, "StartJob", pb.StartJobRequest(cmd="true"))
+        assert (status, "disk" in sentence or "free" in sentence) == ("RESOURCE_EXHAUSTED", True), sentence
+
+
 # --- 9. Server ------------------------------------------------------------------------------------------
 # What a server does when it ends, starts again, or finds another one in its place.
 
@@ -2355,6 +2658,194 @@ def test_half_open_clients_are_gone_within_seconds(state, certs):
                 client.kill()
 
 
+def test_when_a_server_ends_its_followers_are_told_and_the_job_goes_on(state, certs):
+    port = free_port()
+    words = [*PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto"]
+    server = subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.stdout.readline().startswith("jobworker: serving on ")
+    served = Served(server, port, certs)
+    with channel_to(served) as channel:
+        job = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", WAITS])).ID
+        path = "/proto.WorkerService/GetOutputStream"
+        chunks = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, pb.GetStreamResponse.FromString)(pb.GetStreamRequest(id=job))
+        assert next(chunks).result == b"ready\n"
+        server.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as ended:
+            next(chunks)
+    assert (ended.value.code().name, ended.value.details()) == ("UNAVAILABLE", "the server is stopping; the job goes on")
+    told = server.communicate(timeout=PATIENCE)[1]
+    assert server.returncode == 0
+    assert told.endswith("jobworker: stopping; 1 job goes on\n")
+    assert "Traceback" not in told
+    with serving(state, certs, port=port) as served:
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job)).status == pb.RUNNING
+
+
+def test_control_c_in_the_terminal_of_serve_reaches_no_job(state, certs):
+    master, terminal = pty.openpty()
+    words = ["setsid", "--ctty", *PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", "127.0.0.1:0", "--without", "auto"]
+    server = subprocess.Popen(list(map(str, words)), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.close(terminal)
+    line = server.stdout.readline()
+    served = Served(server, int(line.split(",")[0].rsplit(":", 1)[1]), certs)
+    job = served.start("--", "sh", "-c", WAITS)
+    with served.popen("stream", "--retry-for", "0", job, stderr=subprocess.DEVNULL) as client:
+        assert client.stdout.readline() == b"ready\n"
+        os.write(master, b"\x03")
+        told = server.communicate(timeout=PATIENCE)[1]
+    os.close(master)
+    assert (server.returncode, "1 job goes on" in told) == (0, True)
+    with serving(state, certs) as served:
+        assert served.run("status", job).stdout == f"jobID: {job}, status: RUNNING, exitCode: 0\n"
+
+
+def test_a_service_manager_is_told_when_it_serves_and_when_it_stops(state, certs, tmp_path):
+    """Also with standard input, output and error closed, as old daemons are started (sd_notify(3))."""
+    for place, closed in ((str(tmp_path / "notify"), ""), ("@jobworker-test-" + os.urandom(8).hex(), "<&- >&- 2>&-")):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(place.replace("@", "\0"))
+            manager.settimeout(PATIENCE)
+            port = free_port()
+            words = [*PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto", "--stop-jobs"]
+            command = f"exec {shlex.join(map(str, words))} {closed}"
+            server = subprocess.Popen(["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                      env={**os.environ, "NOTIFY_SOCKET": place})  # fmt: skip
+            assert manager.recv(100) == b"READY=1"
+            served = Served(server, port, certs)
+            assert served.run("stream", served.start("--", "sh", "-c", "ls -l /proc/self/fd | wc -l; echo err >&2")).stdout == "5\nerr\n"
+            server.send_signal(signal.SIGTERM)
+            assert manager.recv(100) == b"STOPPING=1"
+            assert server.wait(PATIENCE) == 0
+
+
+def test_clients_that_vanish_leave_nothing_in_the_server(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("--", "sh", "-c", WAITS)
+        before = watches_of(served), len(fds_of(served))
+        clients = [served.popen("stream", job, stderr=subprocess.DEVNULL) for _ in range(8)]
+        for client in clients:
+            assert client.stdout.readline() == b"ready\n"
+        for client in clients:
+            client.kill()
+            client.wait(PATIENCE)
+            client.stdout.close()
+        until(lambda: (watches_of(served), len(fds_of(served))) == before)
+
+
+def test_clients_that_do_not_read_cost_bounded_memory_and_miss_nothing(state, certs):
+    def memory():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{served.process.pid}/status").read_text())[1]) << 10
+
+    size = 100 * MIB
+    whole = hashlib.sha256(random.Random(7).randbytes(size)).digest()
+    with serving(state, certs) as served, contextlib.ExitStack() as stack:
+        job = served.start("--", PYTHON, "-c", WRITES_BYTES, str(size))
+        slow = [stack.enter_context(served.popen("stream", job)) for _ in range(8)]
+        for client in slow:
+            stack.callback(client.kill)
+        first = [client.stdout.read(1) for client in slow]
+        end_of_stream(served, served.start("--", "true"))
+        before = memory()
+        with served.popen("stream", job) as fast:
+            digest = hashlib.sha256()
+            while part := fast.stdout.read(MIB):
+                digest.update(part)
+            assert digest.digest() == whole
+        assert memory() - before < 64 * MIB
+        for client, begun in zip(slow, first, strict=True):
+            digest = hashlib.sha256(begun)
+            while part := client.stdout.read(MIB):
+                digest.update(part)
+            assert digest.digest() == whole
+            assert client.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("connect", [lambda served: socket.create_connection(("localhost", served.port)), tls_to], ids=["TCP", "TLS"])
+def test_connections_that_say_nothing_are_closed_and_hold_up_nobody(shared, connect):
+    before = len(fds_of(shared))
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(shared)) for _ in range(20)]
+        assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+        for connection in silent:
+            connection.settimeout(PATIENCE)
+            with contextlib.suppress(ConnectionResetError):
+                while connection.recv(4096):
+                    pass
+    until(lambda: len(fds_of(shared)) <= before)
+
+
+def can_make_networks():
+    return os.geteuid() == 0 and shutil.which("ip") and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=PATIENCE)
+
+
+@pytest.fixture
+def cable():
+    """A network of its own: its name, its link, and the address of this side."""
+    name = f"jw{os.urandom(3).hex()}"
+    net = random.SystemRandom().randrange(1, 250)
+    here, there = f"10.203.{net}.1", f"10.203.{net}.2"
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", name, "type", "veth", "peer", "name", "far", "netns", name)
+        ip("address", "add", f"{here}/24", "dev", name)
+        ip("link", "set", name, "up")
+        ip("-n", name, "address", "add", f"{there}/24", "dev", "far")
+        ip("-n", name, "link", "set", "far", "up")
+        yield name, here
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=False)
+        ip("netns", "del", name)
+
+
+@pytest.mark.skipif(not can_make_networks(), reason="needs root, ip and network namespaces")
+def test_a_cut_cable_frees_the_server_and_costs_the_client_no_byte(state, certs, tmp_path, cable):
+    """Half open: neither side hears of the other's end. Both find out; the client goes on where it was."""
+    name, address = cable
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    with serving(state, folder, "--name", address, "--listen", f"{address}:0") as served:
+        local = ("--server", f"{address}:{served.port}", "--certs", str(folder))
+        def here(*words):
+            return subprocess.run([*PROGRAM, words[0], *local, *words[1:]], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+
+        job = here("start", "--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6").split()[-1]
+        before = watches_of(served)
+        words = ["ip", "netns", "exec", name, *PROGRAM, "stream", *local, job]
+        with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as client:
+            try:
+                assert client.stdout.readline() == b"before\n"
+                until(lambda: watches_of(served) == before + 1)
+                ip("link", "set", name, "down")
+                until(lambda: watches_of(served) == before)
+                assert b"was lost" in client.stderr.readline()
+                home = next((state / "home").iterdir())
+                (home / "gate").write_text("go\n")
+                assert here_ended(here, job)
+                ip("link", "set", name, "up")
+                assert client.stdout.read() == b"after\n"
+                assert client.wait(PATIENCE) == 0
+            finally:
+                client.kill()
+
+
+def here_ended(here, job):
+    return "FINISHED, exitCode: 6" in (here("stream", job), here("status", job))[1]
+
+
+def test_an_ipv6_address_is_served_and_called(state, certs):
+    if not jobworker.has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with serving(state, certs, "--listen", "[::1]:0") as served:
+        job = served.run("start", "--server", f"[::1]:{served.port}", "--", "echo", "six").stdout.split()[-1]
+        assert served.run("stream", "--server", f"[::1]:{served.port}", job).stdout == "six\n"
+    with serving(state, certs, "--listen", ":0") as served:
+        for host in ("[::1]", "127.0.0.1", "localhost"):
+            assert served.run("status", "--server", f"{host}:{served.port}", job).returncode == 0
+
+
 # --- 10. Client -----------------------------------------------------------------------------------------
 # What a client says when it does not reach its server.
 
@@ -2424,6 +2915,84 @@ def test_a_client_gives_up_after_the_time_that_it_was_given(state, certs):
         assert told.count(b"\n") == 2
     with serving(state, certs):
         pass  # it stops the job
+
+
+SAYS = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    while True:
+        connection = server.accept()[0]
+        {}
+"""
+STRANGERS = [  # what listens there instead
+    ("hangs up", "connection.close()"),
+    ("ssh", "connection.sendall(b'SSH-2.0-OpenSSH_9.2\\r\\n'); connection.recv(9999); connection.close()"),
+    ("http", "connection.recv(9999); connection.sendall(b'HTTP/1.1 400 Bad Request\\r\\n\\r\\n'); connection.close()"),
+    ("a plain HTTP/2 server", "connection.recv(9999); connection.sendall(b'\\0\\0\\0\\4\\0\\0\\0\\0\\0'); connection.recv(9999)"),
+    ("TLS 1.2", ("-tls1_2",)),
+    ("TLS 1.3 without HTTP/2", ("-tls1_3", "-www")),
+    ("TLS 1.3 that then says nothing", ("-tls1_3", "-alpn", "h2", "-quiet")),
+]
+
+
+@pytest.fixture
+def stranger(request, certs):
+    """The port of a server of another kind."""
+    if isinstance(request.param, str):
+        words = [sys.executable, "-c", SAYS.format(request.param)]
+    else:
+        words = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-cert", certs / "server.pem", "-key", certs / "server.key", *request.param]
+    quiet = "-quiet" in words
+    if quiet:  # then it does not say its port
+        port = free_port()
+        words[3] = f"127.0.0.1:{port}"
+    process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace")
+    if quiet:
+        until(lambda: f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text())
+    else:
+        port = next(int(line.rsplit(":", 1)[-1]) for line in process.stdout if re.search(r"(^|ACCEPT .*:)\d+$", line.strip()))
+    yield port
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("stranger", [row[1] for row in STRANGERS], ids=[row[0] for row in STRANGERS], indirect=True)
+def test_a_port_that_is_something_else_is_said_in_one_sentence(certs, stranger):
+    served = Served(None, stranger, certs)
+    one_sentence(served.run("status", ID), f"localhost:{stranger}")
+    one_sentence(served.run("stream", ID), f"localhost:{stranger}")
+
+
+def test_an_answer_that_was_lost_with_its_server_costs_no_second_job(state, certs, tmp_path):
+    _, armed = dying_copy(tmp_path, "return job.id")
+    (tmp_path / "gen").symlink_to(HERE / "gen")
+    port = free_port()
+    with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py")), port=port) as served:
+        client = served.popen("start", "--", "sh", "-c", "echo once >>runs; cat runs", stderr=subprocess.PIPE)
+        served.process.wait(PATIENCE)  # it died with the job begun and the answer unsent
+        assert not armed.exists()
+    with serving(state, certs, port=port) as served:
+        out, told = client.communicate(timeout=PATIENCE)
+        assert (client.returncode, told.count(b"\n")) == (0, 1)
+        assert b"was lost" in told
+        job = out.split()[-1].decode()
+        assert served.run("stream", job).stdout == "once\n"
+        assert [folder.name for folder in (state / "jobs").iterdir()] == [job]
+
+
+@pytest.mark.parametrize("environment", [
+    {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "grpc_proxy": "http://127.0.0.1:9"},
+    {"GRPC_SSL_CIPHER_SUITES": "ECDHE-ECDSA-AES128-GCM-SHA256", "GRPC_VERBOSITY": "DEBUG", "GRPC_TRACE": "http"},
+    {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": "/nowhere", "SSL_CERT_FILE": "/nowhere", "GRPC_DNS_RESOLVER": "native"},
+    {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
+], ids=lambda environment: next(iter(environment)))  # fmt: skip
+def test_a_client_is_not_led_astray_by_its_environment(shared, environment):
+    with_it = {**os.environ, "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs), **environment}
+    done = shared.run("start", "--", "printf", "%s", "ünï☃", env=with_it)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([*PROGRAM, "stream", done.stdout.split()[-1]], env=with_it, capture_output=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ünï☃".encode(), b"")
 
 
 # --- 11. Certificates -----------------------------------------------------------------------------------
@@ -2524,6 +3093,111 @@ def test_one_more_identity_is_one_command(state, certs, tmp_path):
         assert served.run("stream", job, role="chief").stdout == "hers\n"
         again = subprocess.run([*PROGRAM, "identity", "alice", "--certs", folder], capture_output=True, text=True, check=False)
         assert again.returncode == 1
+
+
+def expire(folder):
+    key, pem = certificate(jobworker.load_authority(folder, "server-ca"), days=-0.5, purposes=("SERVER_AUTH",))
+    (folder / "server.key").write_bytes(key), (folder / "server.pem").write_bytes(pem)
+
+
+def server_of_kind(folder, *kind):
+    by_hand(folder, "server", "server-ca", "subjectAltName=DNS:localhost\nextendedKeyUsage=serverAuth\n", key=kind)
+
+
+UNUSABLE = [  # what is done to a copy of a whole folder; what the sentence says
+    ("a key with a password", lambda f: (f / "server.key").write_bytes(openssl("ec", "-in", f / "server.key", "-aes256", "-passout", "pass:x")), "password"),
+    ("a certificate out of date", expire, "`serve --name NAME`"),
+    ("a public key", lambda f: (f / "server.key").write_bytes(openssl("ec", "-in", f / "server.key", "-pubout")), "cannot be read"),
+    ("DER", lambda f: (f / "server.pem").write_bytes(openssl("x509", "-in", f / "server.pem", "-outform", "DER")), "cannot be read"),
+    ("a folder in a file's place", lambda f: ((f / "server.key").unlink(), (f / "server.key").mkdir()), "server.key"),
+    ("a link to nowhere", lambda f: ((f / "server.pem").unlink(), (f / "server.pem").symlink_to("gone")), "server.pem"),
+    ("an Ed448 key", lambda f: (f / "server.key").write_bytes(openssl("genpkey", "-algorithm", "ed448")), "cannot serve"),
+    ("a curve that TLS 1.3 has not", lambda f: server_of_kind(f, "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:secp256k1"), "cannot serve"),
+    ("a curve that BoringSSL does not offer", lambda f: server_of_kind(f, "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-521"), "cannot serve"),
+    ("an RSA key that is too short", lambda f: server_of_kind(f, "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:512"), "cannot serve"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "spoil", "told"), UNUSABLE, ids=[row[0] for row in UNUSABLE])
+def test_a_folder_with_one_unusable_file_is_refused_and_left_as_it_is(state, certs, tmp_path, what, spoil, told):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    spoil(folder)
+    before = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
+    one_sentence(serve_once(folder, state), told)
+    assert {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", [("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"), ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:4096")])
+def test_rsa_keys_of_other_sizes_are_served(state, certs, tmp_path, kind):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    server_of_kind(folder, *kind)
+    with serving(state, folder) as served:
+        assert served.run("stream", served.start("--", "echo", "rsa")).stdout == "rsa\n"
+
+
+def test_a_renewed_server_certificate_is_one_option_and_an_expired_one_names_it(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    expire(folder)
+    with serving(state, folder, "--name", "localhost") as served:
+        assert served.run("status", ID).stderr == f"jobworker: there is no job {ID}\n"
+
+
+def test_a_name_without_the_authority_s_key_is_refused_and_changes_nothing(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    (folder / "server-ca.key").unlink()
+    before = contents(folder)
+    one_sentence(serve_once(folder, state, "--name", "box.example"), "server-ca.key")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["", "a..b", "no host", "x" * 70, "a/b", "a\nb"], ids=repr)
+def test_a_name_that_no_host_has_is_wrong_usage_and_changes_nothing(state, certs, tmp_path, name):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    before = contents(folder)
+    one_sentence(serve_once(folder, state, "--name", name), "neither a host's name nor an address", status=2)
+    assert contents(folder) == before
+    one_sentence(serve_once(tmp_path / "new", state, "--name", name), status=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_may_be_addresses_or_of_any_script_and_are_kept(certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    assert jobworker.prepare_folder(folder, ["10.9.8.7", "2001:db8::7", "bücher.example", "box"])
+    made = (folder / "server.pem").read_bytes()
+    names = jobworker.extension(x509.load_pem_x509_certificate(made), x509.SubjectAlternativeName)
+    assert {"10.9.8.7", "2001:db8::7", "xn--bcher-kva.example", "box", "localhost"} <= {str(name.value) for name in names}
+    assert jobworker.prepare_folder(folder, ["10.9.8.7", "bücher.example", "2001:DB8::7"]) == ""
+    assert (folder / "server.pem").read_bytes() == made
+
+
+def test_a_place_that_can_be_no_folder_of_certificates_is_said_in_one_sentence(state, tmp_path):
+    (tmp_path / "file").write_text("x")
+    one_sentence(serve_once(tmp_path / "file", state), f"{tmp_path}/file")
+    one_sentence(serve_once(tmp_path / "file" / "below", state), f"{tmp_path}/file")
+    assert (tmp_path / "file").read_text() == "x"
+    one_sentence(serve_once(Path("/proc/nowhere"), state), "/proc/nowhere")
+
+
+@needs_pyz
+@as_root
+def test_a_folder_that_may_not_be_read_is_refused_and_left_as_it_is(certs, tmp_path):
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    user, before = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"), contents(folder)
+    shutil.copy(PYZ, tmp_path)
+    words = ("serve", "--listen", "127.0.0.1:0", "--without", "auto", "--state", "/var/tmp/jobworker-54321/state", "--certs")
+    try:
+        for mode, told in ((0o755, "server.key: Permission denied"), (0o700, f"{folder}")):
+            folder.chmod(mode)
+            done = run_pyz(*words, str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user)
+            one_sentence(done, told, "Permission denied")
+        done = run_pyz("status", ID, "--certs", str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user)
+        one_sentence(done, "Permission denied", "--certs DIR")
+    finally:
+        shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
+    folder.chmod(0o755)
+    assert contents(folder) == before
 
 
 # --- 12. Command line -----------------------------------------------------------------------------------
@@ -2668,12 +3342,203 @@ def test_the_folder_of_certificates_here_is_used_only_if_nobody_else_could_have_
         assert jobworker.default_certs() == elsewhere
 
 
+CANNOT_RUN = [  # the words after `start`; the exit status; words of the sentence
+    (("--", "no-such-command"), 1, (jobworker.JOB_PATH,)),
+    (("--", "/etc"), 1, ("folder",)),
+    (("--", "/etc/passwd"), 1, ("not executable",)),
+    (("--", ""), 1, ("empty",)),
+    (("-c", ""), 1, ("empty",)),
+    (("--", "true", b"\xff\xfe"), 2, ("UTF-8",)),
+    (("--", b"\xff"), 2, ("UTF-8",)),
+    (("--id", "me", "--", "true"), 1, ("not a job id",)),
+    (("--id", ID.upper(), "--", "true"), 1, ("lower case",)),
+    (("--run-as", "root", "--", "true"), 1, ("admin",)),
+    (("--memory", "1T", "--", "true"), 1, ("max-memory",)),
+    (("-args", "x", "-c", "true"), 2, ("needs a command",)),
+    (("-c",), 2, ("-c",)),
+    (("-r", "nobody-s", "--", "true"), 1, ("nobody-s", "-r NAME")),
+    (("--server", ":1", "--", "true"), 1, ("localhost:1",)),
+    (("--server", "..", "--", "true"), 1, ("there is no host '..'",)),
+    (("--server", "a" * 70 + ".invalid", "--", "true"), 1, ("there is no host",)),
+    (("--certs", "/nowhere", "--", "true"), 1, ("/nowhere/server-ca.pem",)),
+    (("--run-as", b"\xff", "--", "true"), 2, ("UTF-8",)),
+    (("--id", b"\xff", "--", "true"), 2, ("UTF-8",)),
+    (("--memory", "99999999T", "--", "true"), 2, ("--memory", "too large")),
+    (("--pids", "9" * 400, "--", "true"), 2, ("--pids", "too large")),
+    (("--timeout", "9" * 400, "--", "true"), 2, ("--timeout", "too large")),
+    (("--cpu", "-1", "--", "true"), 2, ("--cpu",)),
+]
+
+
+@pytest.mark.parametrize(("words", "status", "told"), CANNOT_RUN, ids=repr)
+def test_what_cannot_be_started_is_one_sentence_and_its_exit_status(shared, words, status, told):
+    one_sentence(shared.run("start", *words), *told, status=status)
+
+
+@pytest.mark.parametrize("words", [("stop",), ("status",), ("status", "--json"), ("stream",), ("rm",)], ids=" ".join)
+def test_every_verb_says_alike_that_there_is_no_such_job(shared, words):
+    assert shared.run(*words, ID2).stderr == f"jobworker: there is no job {ID2}\n"
+    one_sentence(shared.run(*words, ID2))
+    one_sentence(shared.run(*words, ID2.upper()), "lower case")
+    foreign = shared.start("--", "true", role="user2")
+    one_sentence(shared.run(*words, foreign), f"there is no job {foreign}")
+
+
+def test_a_running_job_is_not_forgotten(shared):
+    job = shared.start("--", "sleep", "1000")
+    one_sentence(shared.run("rm", job), "stop it first")
+    assert shared.run("stop", job, role="admin").stdout == f"stopped Job: {job}\n"
+
+
+def test_a_loop_with_options_of_its_own_is_passed_on_and_seen_live(shared):
+    words = ("-c", "sh", "-args", "-c", "while true; do date; sleep 1; done")
+    job = shared.start(*words)
+    with shared.popen("stream", "-j", job) as client:
+        assert re.search(rb"\d\d:\d\d:\d\d", client.stdout.readline())
+        assert client.stdout.readline()
+        assert json.loads(shared.run("status", "--json", "-j", job).stdout)["command"] == ["sh", *words[3:]]
+        assert shared.run("stop", "-j", job).returncode == 0
+        client.stdout.read()
+        assert client.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("words", [
+    ("status", "-j", "{id}", "--server", "{server}", "--certs", "{certs}", "-r", "user2"), ("status", "--server={server}", "--certs={certs}", "--role=user2", "-j{id}"),
+    ("status", "{id}", "-r", "user2", "--certs", "{certs}", "--server", "{server}"), ("status", "-ruser2", "--certs", "{certs}", "--server", "{server}", "{id}"),
+], ids=" ".join)  # fmt: skip
+def test_the_common_options_stand_anywhere_after_the_verb_and_outrank_the_environment(shared, words):
+    job = shared.start("--", "true", role="user2")
+    shared.run("stream", job, role="user2")
+    filled = [word.format(id=job, server=shared.address, certs=shared.certs) for word in words]
+    elsewhere = {**os.environ, "JOBWORKER_SERVER": "localhost:1", "JOBWORKER_CERTS": "/nowhere"}
+    done = subprocess.run([*PROGRAM, *filled], env=elsewhere, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.stdout, done.stderr) == (f"jobID: {job}, status: FINISHED, exitCode: 0\n", "")
+
+
+def test_an_empty_variable_or_option_is_none(shared, tmp_path):
+    """`--certs "$UNSET"` fills no working directory with keys."""
+    empty = {"JOBWORKER_SERVER": "", "JOBWORKER_CERTS": "", "HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "PATH": os.environ["PATH"]}
+    user = [] if os.geteuid() else ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import jobworker; sys.exit(jobworker.main())"
+    for words in (("status", ID), ("status", "--certs", "", ID)):
+        done = subprocess.run([*user, PYTHON, "-c", program, *words], env=empty, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        one_sentence(done, f"cannot read {tmp_path}/.config/jobworker/server-ca.pem")
+
+
+def test_a_wrong_environment_is_wrong_usage(shared):
+    one_sentence(shared.run("status", ID, env={**os.environ, "JOBWORKER_SERVER": "x:y:z"}), "x:y:z", status=2)
+
+
+def test_one_id_at_the_command_line_is_one_job(shared):
+    job = jobworker.new_job_id()
+    for _ in range(2):
+        assert shared.run("start", "--id", job, "--", "echo", "once").stdout == f"started JobID: {job}\n"
+    one_sentence(shared.run("start", "--id", job, "--", "echo", "twice"), "taken")
+    assert shared.run("stream", job).stdout == "once\n"
+    assert shared.run("stream", "--offset", "2", job).stdout == "ce\n"
+
+
+FACTS = {"id", "status", "exitCode", "reason", "signal", "stoppedBy", "owner", "command", "user", "created", "started", "ended", "outputBytes",
+         "usage", "limits", "notes"}  # fmt: skip
+
+
+def test_the_keys_of_status_as_json_are_always_there(shared):
+    job = shared.start("--", "sleep", "1000")
+    running = json.loads(shared.run("status", "--json", job).stdout)
+    shared.run("stop", job, role="admin")
+    stopped = json.loads(shared.run("status", "--json", job).stdout)
+    for facts in (running, stopped):
+        assert set(facts) >= FACTS
+        assert set(facts["usage"]) >= {"cpuSeconds", "memoryPeak", "readBytes", "writtenBytes"}
+        assert set(facts["limits"]) >= {"cpu", "memory", "pids", "io", "timeout", "maxOutput"}
+    assert (running["status"], running["ended"], running["signal"], running["stoppedBy"]) == ("RUNNING", None, None, None)
+    assert (stopped["status"], stopped["exitCode"], stopped["signal"], stopped["stoppedBy"]) == ("STOPPED", 137, 9, "admin")
+
+
+@pytest.mark.parametrize("words", [("stream",), ("status",), ("status", "--json")], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_sentence(shared, words):
+    job = shared.start("--", "echo", "x")
+    shared.run("stream", job)
+    done = in_shell(shared, (*words, job), ">/dev/full")
+    one_sentence(done, "No space left on device")
+
+
+def in_shell(served, words, redirections):
+    """A client command behind a shell's redirections or pipes."""
+    environment = {**os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(served.certs)}
+    command = f"{shlex.join([*PROGRAM, *words])} {redirections}"
+    return subprocess.run(["sh", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("words", [("stream",), ("status",), ("status", "--json"), ("stop",)], ids=" ".join)
+def test_a_client_whose_standard_descriptors_are_closed_does_its_work(shared, words, closed):
+    """And nothing that it opens becomes standard output: ssh and login do so too."""
+    job = shared.start("--", PYTHON, "-c", WRITES_BYTES.replace("sys.stdout.buffer.write", "print"), "1000")
+    shared.run("stream", job)
+    done = in_shell(shared, (*words, job), closed)
+    assert (done.returncode, done.stderr, done.stdout == "") == (0, "", ">&-" in closed.replace("2>&-", ""))
+    failed = in_shell(shared, (*words, ID2), closed)
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+
+
+def test_a_pipe_that_was_read_enough_of_ends_a_client_quietly(shared):
+    job = shared.start("--", "yes")
+    done = in_shell(shared, ("stream", job), "| head -c 10")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "y\n" * 5, "")
+    shared.run("stop", job)
+
+
+@pytest.mark.parametrize("verb", jobworker.VERBS)
+def test_the_help_of_a_verb_reaches_a_terminal(verb):
+    done = subprocess.run([*PROGRAM, verb, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: jobworker.pyz {verb}")
+
+
+def unit(*words):
+    done = subprocess.run([*PROGRAM, "unit", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", [(), ("--user",), ("--", "--listen", ":8011", "--state", "/srv/my jobs/100% $HOME")], ids=" ".join)
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_understands_the_unit(tmp_path, words):
+    file = tmp_path / "jobworker.service"
+    file.write_text(unit(*words))
+    scope = ["--user"] if "--user" in words else []
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *scope, file], capture_output=True, text=True, timeout=PATIENCE, check=False,
+                          env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)})  # fmt: skip
+    assert "jobworker.service" not in done.stderr
+
+
+def test_a_unit_restarts_its_server_and_leaves_its_jobs_alone():
+    text = unit("--", "--state", "/srv/my jobs/100% $HOME")
+    lines = text.splitlines()
+    for line in ("Type=notify", "Restart=always", "KillMode=process", "ExecReload=/bin/kill -HUP $MAINPID", "WantedBy=multi-user.target"):
+        assert line in lines
+    assert not any(line.startswith("Delegate=") for line in lines)
+    assert f'ExecStart={sys.executable} {HERE}/jobworker.py serve --state "/srv/my jobs/100%% $$HOME"' in lines
+    assert "WantedBy=default.target" in unit("--user").splitlines()
+
+
+def test_where_certificates_and_state_are_by_default_depends_on_who_asks():
+    program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import jobworker; print(jobworker.default_certs(), jobworker.default_state())"
+    rows = [(os.geteuid(), {"HOME": "/h"})] if os.geteuid() else [(0, {"HOME": "/h"}), (54321, {"HOME": "/h"}),
+        (54321, {"HOME": "/h", "XDG_CONFIG_HOME": "/c", "XDG_STATE_HOME": "/s"}), (54321, {})]  # fmt: skip
+    for uid, environment in rows:
+        wrapper = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid != os.geteuid() else []
+        done = subprocess.run([*wrapper, PYTHON, "-c", program], cwd="/", env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        config, kept = (environment.get(name, f"{environment.get('HOME', '/')}/{below}".replace("//", "/")) for name, below in
+                        (("XDG_CONFIG_HOME", ".config"), ("XDG_STATE_HOME", ".local/state")))  # fmt: skip
+        expected = "/etc/jobworker /var/lib/jobworker" if uid == 0 else f"{config}/jobworker {kept}/jobworker"
+        assert done.stdout.strip() == expected, done.stderr
+
+
 # --- The .pyz -------------------------------------------------------------------------------------------
 # One file that runs anywhere, or says why not. ./build.sh test has built it.
 
-PYZ = HERE / "jobworker.pyz"
-needs_pyz = pytest.mark.skipif(not PYZ.exists(), reason="needs jobworker.pyz: ./build.sh")
-LIKE_PYZ = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"  # the interpreter that built it, without its packages
 
 
 def run_pyz(*words, program=LIKE_PYZ, pyz=PYZ, wrapper=(), **environment):
@@ -2731,7 +3596,6 @@ def test_the_pyz_runs_from_a_read_only_place_as_anybody_and_without_a_home(tmp_p
     shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
 
 
-PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is nobody else's to run
 
 
 @needs_pyz
@@ -2775,6 +3639,97 @@ def test_the_readme_s_session_is_what_a_newcomer_gets():
     shown = re.search(r"<!-- session -->\n```\w*\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
     plain = [re.sub(UUID, "ID", text) for text in (shown, done.stdout)]
     assert plain[0] == plain[1]
+
+
+def lay_traps(folder, names):
+    """Modules that, when imported, say so and fail."""
+    for name in names:
+        (folder / f"{name}.py").write_text("import os; os.write(2, b'TRAPPED ' + __name__.encode()); os._exit(66)\n")
+
+
+TRAPS = ("jobworker", "gen", "grpc", "google", "cryptography", "_cffi_backend", "typing_extensions")
+LATER_TRAPS = ("shutil", "tempfile", "zipfile", "fcntl", "argparse", "asyncio", "json", "ssl", "subprocess", "platform", "random")
+
+
+@needs_pyz
+def test_code_of_the_working_directory_is_never_run(shared, tmp_path):
+    cache, here = tmp_path / "cache", tmp_path / "here"
+    here.mkdir()
+    lay_traps(here, TRAPS + LATER_TRAPS)
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs)}
+    for _ in range(2):  # the first run unpacks, the second does not
+        done = subprocess.run([LIKE_PYZ, PYZ, "status", ID], cwd=here, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.stderr == f"jobworker: there is no job {ID}\n"
+
+
+@needs_pyz
+def test_what_python_s_own_path_names_has_no_say(shared, tmp_path):
+    cache, here = tmp_path / "cache", tmp_path / "here"
+    here.mkdir()
+    lay_traps(here, TRAPS + LATER_TRAPS)
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs)}
+    for _ in range(2):
+        done = subprocess.run([LIKE_PYZ, PYZ, "status", ID], cwd=here, env={**environment, "PYTHONPATH": str(here)}, capture_output=True, text=True,
+                              timeout=PATIENCE, check=False)  # fmt: skip
+        assert done.stderr == f"jobworker: there is no job {ID}\n"
+
+
+@needs_pyz
+@pytest.mark.parametrize("damage", ["half", "all but the end", "a hole", "nothing"])
+def test_a_file_that_was_damaged_on_its_way_is_told_so(tmp_path, damage):
+    whole = PYZ.read_bytes()
+    hole = bytearray(whole)
+    hole[len(whole) // 3 : len(whole) // 3 + 5000] = bytes(5000)
+    spoiled = {"half": whole[: len(whole) // 2], "all but the end": whole[:-30], "a hole": bytes(hole), "nothing": b""}[damage]
+    (tmp_path / "jobworker.pyz").write_bytes(spoiled)
+    done = run_pyz("--version", pyz=tmp_path / "jobworker.pyz", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    if damage == "nothing":  # an empty script does nothing, and says nothing
+        assert done.stdout == ""
+        return
+    assert done.returncode == 1
+    assert "damaged" in done.stderr or "cut-short" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "cache" / "jobworker").exists() or unpacked(tmp_path / "cache") == []
+
+
+@needs_pyz
+@as_root
+def test_a_cache_without_room_is_one_sentence(tmp_path):
+    wrapper = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=3M none {tmp_path}; exec "$@"', "sh")
+    one_sentence(run_pyz("--version", wrapper=wrapper, XDG_CACHE_HOME=str(tmp_path)), "no room", str(tmp_path))
+
+
+@needs_pyz
+@pytest.mark.parametrize("how", ["a link elsewhere", "open to all", "a file"])
+def test_a_place_that_others_could_write_is_passed_over_or_named(tmp_path, how):
+    cache, home = tmp_path / "cache", tmp_path / "home"
+    (home / ".cache").mkdir(parents=True)
+    if how == "a file":
+        cache.write_text("x")
+    elif how == "open to all":
+        (cache / "jobworker").mkdir(parents=True)
+        (cache / "jobworker").chmod(0o777)
+    else:
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared").chmod(0o777)
+        cache.symlink_to(tmp_path / "shared")
+    done = run_pyz("--version", XDG_CACHE_HOME=str(cache), HOME=str(home))
+    assert done.stdout == f"jobworker {jobworker.VERSION}\n"
+    assert len(unpacked(home / ".cache")) == 1
+
+
+@needs_pyz
+def test_a_first_run_that_was_killed_leaves_nothing_that_is_used(tmp_path):
+    """Killed when its half-made folder is there; the next one makes it whole and clears up."""
+    for _ in range(3):
+        first = subprocess.Popen([LIKE_PYZ, PYZ, "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.DEVNULL)
+        until(lambda run=first: run.poll() is not None or ((tmp_path / "jobworker").exists() and len(os.listdir(tmp_path / "jobworker")) > 1))
+        first.kill()
+        first.wait(PATIENCE)
+        done = run_pyz("status", ID, "--certs", "/nowhere", XDG_CACHE_HOME=str(tmp_path))
+        one_sentence(done, "/nowhere")
+        (cache,) = unpacked(tmp_path)
+        shutil.rmtree(cache)
 
 
 # --- Outliving the server -------------------------------------------------------------------------------
