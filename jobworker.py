@@ -229,8 +229,9 @@ class UsageError(JobWorkerError):
 
 
 def say(sentence: str) -> None:
-    """One line on standard error: what a server has to tell whoever runs it."""
-    print(f"jobworker: {sentence}", file=sys.stderr, flush=True)
+    """One line on standard error, whatever names are in it: what a server has to tell whoever runs it."""
+    line = sentence.replace("\n", "\\n")
+    print(f"jobworker: {line}", file=sys.stderr, flush=True)
 
 
 def libc_call(name: str, *arguments: Any) -> int:
@@ -3387,6 +3388,9 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
     limits = {name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
     defaults = Limits(**limits)
     caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
+    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs"):
+        if getattr(options, name) == 0:
+            raise UsageError(f"--{name.replace('_', '-')} 0 would let no job run")
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
         state=Path(options.state or default_state()).absolute(),
