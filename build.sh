@@ -460,7 +460,7 @@ test_in_guest() {
         echo "build.sh: skipped what needs cgroup controllers: none here, and no guest (root on an x86_64 has one)" >&2
         return
     fi
-    in_guest "" controllers "$@"
+    in_guest "" "controllers or tree" "$@"
     in_guest --systemd systemd "$@"
 }
 
