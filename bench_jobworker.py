@@ -38,12 +38,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jobworker
-from jobworker import MIB, grpc, pb
+from jobworker import CLIENT_OPTIONS, MIB, grpc, pb
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 HERE = Path(__file__).resolve().parent
+OURS, FLOOR = jobworker.SERVICE_NAME, "floor"
+TICK_SECONDS = 0.05
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable
 
 # --- 1. Rows and the table ------------------------------------------------------------------------------
@@ -59,11 +61,8 @@ class Row:
     peer: str = ""
     peer_rounds: list[float] = dataclasses.field(default_factory=list)
 
-    def figure(self) -> float:
-        return statistics.median(self.rounds)
-
     def ratio(self) -> float | None:
-        return self.figure() / statistics.median(self.peer_rounds) if self.peer_rounds else None
+        return statistics.median(self.rounds) / statistics.median(self.peer_rounds) if self.peer_rounds else None
 
 
 def spread(rounds: list[float]) -> str:
@@ -76,7 +75,7 @@ def spread(rounds: list[float]) -> str:
 
 
 def print_table(rows: list[Row]) -> None:
-    print("| what | figure | peer or floor | ratio |\n|---|---|---|---|")
+    print(f"{machine()}\n\n| what | figure | peer or floor | ratio |\n|---|---|---|---|")
     for row in rows:
         ratio = "" if row.ratio() is None else f"{row.ratio():.2f}"
         print(f"| {row.what} | {spread(row.rounds)} {row.unit} | {row.peer} {spread(row.peer_rounds)} | {ratio} |")
@@ -99,25 +98,23 @@ def quantile(values: list[float], part: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A process that serves on loopback, and what its clients need."""
-
     process: subprocess.Popen[str]
     port: int
     certs: Path
 
     def channel(self) -> Any:
         files = [(self.certs / name).read_bytes() for name in ("server-ca.pem", "user.key", "user.pem")]
+        options = [*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
         credentials = grpc.ssl_channel_credentials(*files)
-        return grpc.aio.secure_channel(f"localhost:{self.port}", credentials, jobworker.CLIENT_OPTIONS)
+        return grpc.aio.secure_channel(f"localhost:{self.port}", credentials, options)
 
     def cpu(self) -> float:
-        """Seconds of CPU that it has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Seconds of CPU that its threads have used, by the scheduler's own count."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def memory(self) -> float:
-        """Resident MB."""
-        return kilobytes(f"/proc/{self.process.pid}/status", "VmRSS") / 1e3
+        return kilobytes(f"/proc/{self.process.pid}/status", "VmRSS") / 1e3  # resident MB
 
 
 def kilobytes(file: str, *keys: str) -> float:
@@ -128,53 +125,68 @@ def kilobytes(file: str, *keys: str) -> float:
 @contextlib.contextmanager
 def running(words: list[str], certs: Path) -> Iterator[Server]:
     """A server that has said that it listens, ended by its pid."""
-    log = tempfile.TemporaryFile()  # noqa: SIM115  closed below, when the server has ended
-    process = subprocess.Popen(
-        [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
-    )
+    words, log = [sys.executable, *words], certs.parent / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if "serving on" not in line:
-            log.seek(0)
-            raise SystemExit(f"bench: the server did not start: {log.read().decode()}")
+            raise SystemExit(f"bench: the server did not start: {log.read_text()}")
         yield Server(process, int(line.split(",")[0].rsplit(":", 1)[1]), certs)
     finally:
         process.terminate()
         process.wait()
-        log.close()
 
 
-def serving(folder: Path, *more: str) -> contextlib.AbstractContextManager[Server]:
-    words = ["serve", "--listen", "127.0.0.1:0", "--certs", str(folder / "certs"), "--state", str(folder / "state")]
+def serving(folder: Path) -> contextlib.AbstractContextManager[Server]:
+    words = ["serve", "--listen", "127.0.0.1:0", "--certs", f"{folder}/certs", "--state", f"{folder}/state"]
     fixed = ["--without", "auto", "--reserve", "0", "--max-output", "4G", "--stop-jobs"]
-    return running([str(HERE / "jobworker.py"), *words, *fixed, *more], folder / "certs")
+    return running([f"{HERE}/jobworker.py", *words, *fixed], folder / "certs")
 
 
 def floor(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    return running([str(HERE / "bench_jobworker.py"), "--floor", str(folder / "certs")], folder / "certs")
+    return running([__file__, "--floor", f"{folder}/certs"], folder / "certs")
 
 
 async def serve_floor(certs: Path) -> None:
-    """A bare grpc.aio server: as many bytes as the `offset` of a request says, with no job behind them."""
-    chunk = bytes(jobworker.READ_BYTES)
+    """A bare grpc.aio server with no job behind it: `offset` zeros, `offset` ticks for the id "ticks", a status."""
+    chunk, bell, stamp, ticker = bytes(jobworker.READ_BYTES), jobworker.Bell(), b"", None
+
+    async def tick() -> None:
+        nonlocal stamp
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            stamp = b"%020d\n" % time.monotonic_ns()
+            bell.ring()
 
     async def stream(message: Any, context: Any) -> None:
-        for _ in range(message.offset // len(chunk)):
-            await context.write(chunk)
+        nonlocal ticker
+        ticker = ticker or (asyncio.create_task(tick()) if message.id else None)
+        for _ in range(message.offset // (1 if message.id else len(chunk))):
+            if message.id:
+                await bell.wait()
+            await context.write(stamp if message.id else chunk)
 
-    files = [(certs / name).read_bytes() for name in ("server.key", "server.pem", "client-ca.pem")]
+    async def status(_message: Any, _context: Any) -> Any:
+        return pb.GetStatusResponse(status=pb.RUNNING)
+
+    key, pem, authorities = ((certs / name).read_bytes() for name in ("server.key", "server.pem", "client-ca.pem"))
     server = grpc.aio.server(options=jobworker.SERVER_OPTIONS)
-    handler = grpc.unary_stream_rpc_method_handler(stream, pb.GetStreamRequest.FromString, jobworker.frame_result)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("floor", {"GetOutputStream": handler}),))
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([tuple(files[:2])], files[2], True))
+    reads, writes = pb.GetStreamRequest.FromString, pb.GetStatusResponse.SerializeToString
+    handlers: dict[str, Any] = {
+        "GetOutputStream": grpc.unary_stream_rpc_method_handler(stream, reads, jobworker.frame_result),
+        "GetJobStatus": grpc.unary_unary_rpc_method_handler(status, reads, writes),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(FLOOR, handlers),))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, pem)], authorities, True))
     await server.start()
     print(f"serving on 127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 
 
-async def call(channel: Any, method: str, request: Any, reply: Any) -> Any:
-    path = f"/{jobworker.SERVICE_NAME}/{method}"
+async def call(channel: Any, method: str, request: Any, reply: Any, service: str = OURS) -> Any:
+    path = f"/{service}/{method}"
     return await channel.unary_unary(path, type(request).SerializeToString, reply.FromString)(request)
 
 
@@ -183,15 +195,13 @@ async def start(channel: Any, *words: str) -> str:
     return str((await call(channel, "StartJob", request, pb.StartJobResponse)).ID)
 
 
-def stream(channel: Any, job: str, offset: int = 0, service: str = jobworker.SERVICE_NAME) -> AsyncIterator[bytes]:
-    ask = channel.unary_stream(
-        f"/{service}/GetOutputStream", pb.GetStreamRequest.SerializeToString, jobworker.result_of
-    )
-    chunks: AsyncIterator[bytes] = ask(pb.GetStreamRequest(id=job, offset=offset))
-    return chunks
+def stream(channel: Any, job: str, offset: int = 0, service: str = OURS) -> AsyncIterator[bytes]:
+    path = f"/{service}/GetOutputStream"
+    ask = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, jobworker.result_of)
+    return ask(pb.GetStreamRequest(id=job, offset=offset))  # type: ignore[no-any-return]
 
 
-async def drain(channel: Any, job: str, offset: int = 0, service: str = jobworker.SERVICE_NAME) -> int:
+async def drain(channel: Any, job: str, offset: int = 0, service: str = OURS) -> int:
     return sum([len(chunk) async for chunk in stream(channel, job, offset, service)])
 
 
@@ -201,48 +211,33 @@ async def timed(work: Awaitable[Any]) -> float:
     return time.perf_counter() - began
 
 
-def timed_process(*words: str, **environment: str) -> float:
+def timed_process(*words: str, **more: str) -> float:
     began = time.perf_counter()
-    subprocess.run(words, env={**os.environ, **environment}, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    subprocess.run(words, env={**os.environ, **more}, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
 @contextlib.contextmanager
 def sshd(folder: Path) -> Iterator[list[str]]:
-    """The words of an ssh to a server of our own on loopback; none where sshd is not installed."""
+    """The words of an ssh to a server of our own on loopback; none where no sshd is installed, or starts."""
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None or shutil.which("ssh") is None:
         yield []
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     for name in ("host", "me"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    options = [
-        f"HostKey={folder}/host",
-        f"AuthorizedKeysFile={folder}/me.pub",
-        "StrictModes=no",
-        "UsePAM=no",
-        f"PidFile={folder}/pid",
-    ]
+    files = (f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/me.pub", f"PidFile={folder}/pid")
+    fixed = ("StrictModes=no", "UsePAM=no", "ListenAddress=127.0.0.1")
     os.makedirs("/run/sshd", exist_ok=True)
-    words = [
-        program,
-        "-D",
-        "-e",
-        "-f",
-        "/dev/null",
-        "-p",
-        str(port),
-        *(f"-o{o}" for o in (*options, "ListenAddress=127.0.0.1")),
-    ]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    words = [program, "-D", "-e", "-f", "/dev/null", "-p", str(port), *(f"-o{o}" for o in (*files, *fixed))]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
     try:
         assert process.stderr is not None
-        process.stderr.readline()  # "Server listening on …"
         quiet = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "IdentitiesOnly=yes")
-        yield ["ssh", "-p", str(port), "-i", str(folder / "me"), *(f"-o{o}" for o in quiet), "127.0.0.1"]
+        ssh = ["ssh", "-p", str(port), "-i", f"{folder}/me", *(f"-o{o}" for o in quiet), "127.0.0.1"]
+        yield ssh if b"listening" in process.stderr.readline() else []
     finally:
         process.terminate()
         process.communicate()
@@ -252,117 +247,120 @@ def sshd(folder: Path) -> Iterator[list[str]]:
 
 
 async def bench_stream(folder: Path, quick: bool) -> list[Row]:
-    size, rounds = (128 if quick else 512) * MIB, 3 if quick else 5
+    size, rounds = (48 if quick else 512) * MIB, 3 if quick else 5
     ours: dict[int, list[float]] = {1: [], 8: []}
     bare: dict[int, list[float]] = {1: [], 8: []}
-    ssh_rounds: list[float] = []
+    by_ssh = []
     with serving(folder) as server, floor(folder) as other, sshd(folder) as ssh:
         async with server.channel() as one, other.channel() as two:
             job = await start(one, "head", "-c", str(size), "/dev/zero")
             assert await drain(one, job) == size
             for _ in range(rounds):
-                for many, rates in ours.items():
-                    rate = many * size / 1e6
-                    rates.append(rate / await timed(asyncio.gather(*(drain(one, job) for _ in range(many)))))
-                    whole = (drain(two, "", size, "floor") for _ in range(many))
-                    bare[many].append(rate / await timed(asyncio.gather(*whole)))
+                for many in ours:
+                    for rates, ask in ((ours, (one, job)), (bare, (two, "", size, FLOOR))):
+                        whole = timed(asyncio.gather(*(drain(*ask) for _ in range(many))))
+                        rates[many].append(many * size / 1e6 / await whole)
                 if ssh:
-                    file = folder / "state" / "jobs" / job / "output"
-                    ssh_rounds.append(size / 1e6 / timed_process(*ssh, "cat", str(file)))
-    rows = [
-        Row(f"{many} streams of {size // MIB} MiB", "MB/s", ours[many], "bare grpc.aio", bare[many]) for many in ours
-    ]
-    return [
-        *rows,
-        Row(f"1 stream of {size // MIB} MiB", "MB/s", ours[1], "ssh cat" if ssh else "ssh: not installed", ssh_rounds),
-    ]
+                    by_ssh.append(size / 1e6 / timed_process(*ssh, "cat", f"{folder}/state/jobs/{job}/output"))
+    what = f"of {size // MIB} MiB"
+    rows = [Row(f"{many} streams {what}", "MB/s", ours[many], "bare grpc.aio", bare[many]) for many in ours]
+    peer = "ssh cat" if ssh else "no sshd here"
+    return [*rows, Row(f"1 stream {what}", "MB/s", ours[1], peer, by_ssh)]
 
 
 TICKS = """
 import os, sys, time
-time.sleep(float(sys.argv[2]))
 for _ in range(int(sys.argv[1])):
-    time.sleep(0.02)
+    time.sleep(float(sys.argv[2]))
     os.write(1, b"%020d\\n" % time.monotonic_ns())
 """
 
 
-async def follow_ticks(server: Server, job: str, late: list[float]) -> int:
-    """Follow one job on a connection of its own; how late each tick came, in ms, and how many messages."""
+async def ticks_of(chunks: AsyncIterator[bytes], settled: int, late: list[float]) -> int:
+    """How late each tick since then came, in ms, and in how many messages."""
     messages = 0
-    async with server.channel() as channel:
-        async for chunk in stream(channel, job):
-            now = time.monotonic_ns()
-            messages += 1
-            late.extend((now - int(line)) / 1e6 for line in chunk.split())
+    async for chunk in chunks:
+        now = time.monotonic_ns()
+        ticks = [int(line) for line in chunk.split()]
+        late.extend((now - tick) / 1e6 for tick in ticks if tick > settled)
+        messages += ticks[-1] > settled
     return messages
 
 
-async def latency_of(server: Server, many: int, ticks: int) -> tuple[list[float], float, float]:
-    """Lateness of all ticks at all followers (ms), server CPU a message (µs), its memory (MB)."""
+async def latency_of(server: Server, many: int, ticks: int, service: str = OURS) -> list[float]:
+    """p50 and p99 of the lateness of all ticks at all followers (ms), server CPU a message (µs), its memory (MB)."""
     late: list[float] = []
-    async with server.channel() as channel:
-        job = await start(channel, PYTHON, "-c", TICKS, str(ticks), str(0.5 + many / 200))
-        followers = [asyncio.create_task(follow_ticks(server, job, late)) for _ in range(many)]
-        async for _ in stream(channel, job):
-            break  # the first tick: everybody is connected
+    settling = 0.5 + many / 500
+    count = ticks + int(settling / TICK_SECONDS)
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(server.channel()) for _ in range(many)]
+        for channel in channels:  # one by one: a crowd of handshakes is not what is measured
+            await channel.channel_ready()
+        settled = time.monotonic_ns() + int(settling * 1e9)
+        words = (PYTHON, "-c", TICKS, str(count), str(TICK_SECONDS))
+        job = await start(channels[0], *words) if service == OURS else "ticks"
+        offset = 0 if service == OURS else count
+        followers = [stream(channel, job, offset, service) for channel in channels]
+        tasks = [asyncio.create_task(ticks_of(chunks, settled, late)) for chunks in followers]
+        await asyncio.sleep(settling)
         before = server.cpu()
-        messages = sum(await asyncio.gather(*followers))
-        return late, (server.cpu() - before) / messages * 1e6, server.memory()
+        messages = sum(await asyncio.gather(*tasks))
+        return [quantile(late, 0.5), quantile(late, 0.99), (server.cpu() - before) / messages * 1e6, server.memory()]
 
 
 async def bench_latency(folder: Path, quick: bool) -> list[Row]:
-    rows = []
+    rows, rounds = [], 2 if quick else 3
+    names = {"write() to client, p50": "ms", "write() to client, p99": "ms", "server CPU a message": "µs", "RSS": "MB"}
     for many in (1, 100, *(() if quick else (1000,))):
-        with serving(folder) as server:
-            late, cpu, memory = await latency_of(server, many, 100 if quick else 250)
+        ours, bare = [], []
+        for _ in range(rounds):
+            with serving(folder) as server:
+                ours.append(await latency_of(server, many, 40 if quick else 200))
+            with floor(folder) as other:
+                bare.append(await latency_of(other, many, 40 if quick else 200, FLOOR))
+        sides = zip(names.items(), zip(*ours, strict=True), zip(*bare, strict=True), strict=True)
         rows += [
-            Row(f"write() to client, {many} followers, p50", "ms", [quantile(late, 0.5)]),
-            Row(f"write() to client, {many} followers, p99", "ms", [quantile(late, 0.99)]),
-            Row(f"server CPU a message, {many} followers", "µs", [cpu]),
-            Row(f"server RSS, {many} followers", "MB", [memory]),
+            Row(f"{many} followers: {name}", unit, list(mine), "bare grpc.aio", list(its))
+            for (name, unit), mine, its in sides
         ]
     return rows
 
 
 # --- 4. A job's own speed -------------------------------------------------------------------------------
 
-WRITER = """
-import os, sys, time
-out = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if len(sys.argv) > 3 else 1
-count, line = int(sys.argv[1]), b"x" * (int(sys.argv[2]) - 1) + b"\\n"
-began = time.perf_counter()
-for _ in range(count):
-    os.write(out, line)
-os.write(1, b"took %f\\n" % (time.perf_counter() - began))
-"""
+
+async def until_ended(channel: Any, job: str) -> int:
+    """Wait without following; the bytes of its output."""
+    request, reply = pb.GetStatusRequest(id=job), pb.GetStatusResponse
+    while (status := await call(channel, "GetJobStatus", request, reply)).status == pb.RUNNING:
+        await asyncio.sleep(0.02)
+    return int(status.output_bytes)
 
 
 async def speed_of(server: Server, followers: int, *words: str) -> float:
+    """Seconds that a `dd` says it took, as a job with so many followers."""
     async with server.channel() as channel:
-        job = await start(channel, PYTHON, "-c", WRITER, *words)
-        tasks = [asyncio.create_task(drain(channel, job)) for _ in range(followers)]
-        await asyncio.gather(*tasks)
-        size = 0
-        while True:  # only its end is of interest, and nobody follows while it runs
-            status = await call(channel, "GetJobStatus", pb.GetStatusRequest(id=job), pb.GetStatusResponse)
-            if status.status != pb.RUNNING:
-                break
-            await asyncio.sleep(0.02)
-        size = status.output_bytes
+        job = await start(channel, "dd", "if=/dev/zero", *words)
+        await asyncio.gather(*(drain(channel, job) for _ in range(followers)))
+        size = await until_ended(channel, job)
         last = b"".join([chunk async for chunk in stream(channel, job, max(0, size - 100))])
-        return float(last.rsplit(b"took ", 1)[1])
+        await call(channel, "RemoveJob", pb.RemoveJobRequest(id=job), pb.RemoveJobResponse)
+        return float(last.rsplit(b"copied, ", 1)[1].split()[0])
 
 
 async def bench_speed(folder: Path, quick: bool) -> list[Row]:
-    rows, rounds = [], 3 if quick else 5
-    shapes = {"500,000 lines of 80 bytes": ("500000", "80"), "1 GiB in blocks of 1 MiB": ("1024", str(MIB))}
+    rows, rounds, blocks = [], 3 if quick else 5, 256 if quick else 1024
+    shapes = {"500,000 lines": ("bs=80", "count=500000"), f"{blocks} MiB": ("bs=1M", f"count={blocks}")}
+    crowds = (0, 1) if quick else (0, 1, 20)
     with serving(folder) as server:
         for what, words in shapes.items():
-            own = [await speed_of(server, 0, *words, "own-file") for _ in range(rounds)]
-            for followers in (0, 1, *(() if quick else (20,))):
-                took = [await speed_of(server, followers, *words) for _ in range(rounds)]
-                rows.append(Row(f"a job writes {what}, {followers} followers", "s", took, "to a file of its own", own))
+            took: dict[int, list[float]] = {crowd: [] for crowd in crowds}
+            own = []
+            for _ in range(rounds):
+                own.append(await speed_of(server, 0, *words, "of=own-file"))
+                for crowd, seconds in took.items():
+                    seconds.append(await speed_of(server, crowd, *words))
+            rows += [Row(f"dd writes {what}, {n} followers", "s", s, "own file", own) for n, s in took.items()]
     return rows
 
 
@@ -380,24 +378,13 @@ async def start_rate(channel: Any, count: int, at_once: int) -> float:
     return count / await timed(asyncio.gather(*(some() for _ in range(at_once))))
 
 
-async def sparse_starts(channel: Any, count: int) -> list[float]:
-    took = []
-    for _ in range(count):
-        await asyncio.sleep(0.15)
-        took.append(1e3 * await timed(start(channel, "true")))
-    return took
-
-
-async def start_to_end(channel: Any) -> float:
-    async def whole() -> None:
-        await drain(channel, await start(channel, "true"))
-
-    return 1e3 * await timed(whole())
+async def start_to_end(channel: Any) -> None:
+    await drain(channel, await start(channel, "true"))
 
 
 async def stop_to_dead(channel: Any) -> float:
-    job = await start(channel, "sleep", "1000")
-    return 1e3 * await timed(call(channel, "StopJob", pb.StopJobRequest(id=job), pb.StopJobResponse))
+    request = pb.StopJobRequest(id=await start(channel, "sleep", "1000"))
+    return 1e3 * await timed(call(channel, "StopJob", request, pb.StopJobResponse))
 
 
 def systemd_run() -> list[float]:
@@ -409,12 +396,7 @@ def systemd_run() -> list[float]:
         unit = f"bench-{os.getpid()}-{number}"
         began = time.perf_counter()
         subprocess.run(["systemd-run", "--quiet", "--remain-after-exit", f"--unit={unit}", "true"], check=True)
-        while (
-            "SubState=exited"
-            not in subprocess.run(
-                ["systemctl", "show", unit, "-pSubState"], capture_output=True, text=True, check=True
-            ).stdout
-        ):
+        while b"exited" not in subprocess.check_output(["systemctl", "show", unit, "-pSubState"]):
             pass
         took.append(1e3 * (time.perf_counter() - began))
         subprocess.run(["systemctl", "stop", unit], check=True)
@@ -427,9 +409,9 @@ async def bench_starts(folder: Path, quick: bool) -> list[Row]:
         async with server.channel() as channel:
             await start_rate(channel, 20, 1)
             one_by_one = [1e3 * await timed(start(channel, "true")) for _ in range(count)]
-            sparse = await sparse_starts(channel, count // 4)
+            sparse = [await asyncio.sleep(0.15, 1e3) * await timed(start(channel, "true")) for _ in range(count // 4)]
             rates = [await start_rate(channel, 2 * count, 16) for _ in range(3)]
-            whole = [await start_to_end(channel) for _ in range(count // 2)]
+            whole = [1e3 * await timed(start_to_end(channel)) for _ in range(count // 2)]
             stops = [await stop_to_dead(channel) for _ in range(count // 4)]
     plain = [1e3 * timed_process("true") for _ in range(count)]
     by_systemd = systemd_run()
@@ -437,35 +419,31 @@ async def bench_starts(folder: Path, quick: bool) -> list[Row]:
         Row("StartJob, one after the other", "ms", one_by_one, "subprocess.run true", plain),
         Row("StartJob, one each 150 ms", "ms", sparse),
         Row("StartJob, 16 at a time", "/s", rates),
-        Row(
-            "start to end known",
-            "ms",
-            whole,
-            "systemd-run" if by_systemd else "systemd-run: no systemd here",
-            by_systemd,
-        ),
+        Row("start to end known", "ms", whole, "systemd-run" if by_systemd else "no systemd here", by_systemd),
         Row("stop to dead", "ms", stops),
     ]
 
 
-async def status_rate(channel: Any, job: str, count: int) -> float:
-    async def one() -> None:
-        await call(channel, "GetJobStatus", pb.GetStatusRequest(id=job), pb.GetStatusResponse)
+async def status_rate(channel: Any, job: str, count: int, service: str = OURS, at_once: int = 16) -> float:
+    """Calls a second."""
 
     async def some() -> None:
-        for _ in range(count // 16):
-            await one()
+        for _ in range(count // at_once):
+            await call(channel, "GetJobStatus", pb.GetStatusRequest(id=job), pb.GetStatusResponse, service)
 
-    return count / await timed(asyncio.gather(*(some() for _ in range(16))))
+    return count / await timed(asyncio.gather(*(some() for _ in range(at_once))))
 
 
 async def bench_calls(folder: Path, quick: bool) -> list[Row]:
     rounds = 7 if quick else 15
     program = [sys.executable, str(HERE / "jobworker.pyz")]
-    with serving(folder) as server, sshd(folder) as ssh:
-        async with server.channel() as channel:
+    with serving(folder) as server, floor(folder) as other, sshd(folder) as ssh:
+        async with server.channel() as channel, other.channel() as its:
             job = await start(channel, "true")
-            rates = [await status_rate(channel, job, 1600) for _ in range(3)]
+            rates, bare = [], []
+            for _ in range(3):
+                rates.append(await status_rate(channel, job, 1600))
+                bare.append(await status_rate(its, job, 1600, FLOOR))
         where = {"JOBWORKER_SERVER": f"localhost:{server.port}", "JOBWORKER_CERTS": str(server.certs)}
         processes: dict[str, Callable[[], float]] = {
             "status": lambda: timed_process(*program, "status", job, **where),
@@ -478,16 +456,12 @@ async def bench_calls(folder: Path, quick: bool) -> list[Row]:
         for _ in range(rounds):
             for name, measure in processes.items():
                 took[name].append(1e3 * measure())
+    by_ssh = ("ssh true", took["ssh"]) if ssh else ("no sshd here",)
     return [
-        Row("status calls, 16 at a time", "/s", rates),
+        Row("status calls, 16 at a time", "/s", rates, "bare grpc.aio", bare),
         Row("`status` as a process, from the .pyz", "ms", took["status"], "python -c 'import grpc'", took["import"]),
         Row("`status` as a process, from the .pyz", "ms", took["status"], "python -c pass", took["pass"]),
-        Row(
-            "`start` as a process, from the .pyz",
-            "ms",
-            took["start"],
-            *(("ssh true", took["ssh"]) if ssh else ("ssh: not installed",)),
-        ),
+        Row("`start` as a process, from the .pyz", "ms", took["start"], *by_ssh),
     ]
 
 
@@ -499,10 +473,7 @@ def make_ended(folder: Path, count: int) -> None:
     jobs = folder / "state" / "jobs"
     model = next(path for path in jobs.iterdir() if b"done" in (path / "exit").read_bytes())
     for _ in range(count):
-        copy = jobs / jobworker.new_job_id()
-        copy.mkdir(mode=0o700)
-        for name in ("exit", "job.json", "output"):
-            (copy / name).write_bytes((model / name).read_bytes())
+        shutil.copytree(model, jobs / jobworker.new_job_id(), ignore=shutil.ignore_patterns("control"))
 
 
 def shim_memory(server: Server) -> list[float]:
@@ -513,21 +484,20 @@ def shim_memory(server: Server) -> list[float]:
 
 
 async def idle_cpu(server: Server, seconds: float) -> float:
-    """Milliseconds of CPU that all threads of a server use in so many seconds, by the scheduler's own count."""
-    tasks = Path(f"/proc/{server.process.pid}/task")
-
-    def used() -> int:
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir())
-
-    first = used()
+    """Milliseconds of CPU that a server uses in so many seconds."""
+    first = server.cpu()
     await asyncio.sleep(seconds)
-    return (used() - first) / 1e6
+    return (server.cpu() - first) * 1e3
 
 
-def restart_seconds(folder: Path) -> float:
+def restart_seconds(folder: Path, *, leave: bool = False) -> float:
+    """Until it listens; its jobs then go on, or are stopped."""
     began = time.perf_counter()
-    with serving(folder):
-        return time.perf_counter() - began
+    with serving(folder) as server:
+        took = time.perf_counter() - began
+        if leave:
+            server.process.kill()
+    return took
 
 
 async def bench_scale(folder: Path, quick: bool) -> list[Row]:
@@ -539,33 +509,30 @@ async def bench_scale(folder: Path, quick: bool) -> list[Row]:
         async with server.channel() as channel:
             await drain(channel, await start(channel, "true"))
     make_ended(folder, ended)
-    restarts = [restart_seconds(folder) for _ in range(3)]
     with serving(folder) as server, floor(folder) as other:
         async with server.channel() as channel:
             alone = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
-            running_jobs = [await start(channel, "sleep", "1000") for _ in range(jobs)]
+            ids = [await start(channel, "sleep", "1000") for _ in range(jobs)]
             loaded = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
-            asked = [
-                call(channel, "GetJobStatus", pb.GetStatusRequest(id=job), pb.GetStatusResponse) for job in running_jobs
-            ]
-            statuses = [1e3 * await timed(one) for one in asked]
+            statuses = [1e3 / await status_rate(channel, job, 1, at_once=1) for job in ids]
             memory, shims = server.memory(), shim_memory(server)
         idle = await idle_cpu(server, seconds)
         bare_idle = await idle_cpu(other, seconds)
+        server.process.kill()
+    restarts = [restart_seconds(folder, leave=number < 2) for number in range(3)]
     what = f"{jobs} running, {ended} ended"
     return [
         Row(f"server RSS, {what}", "MB", [memory]),
         Row("private memory of a shim", "MB", shims),
         Row(f"idle CPU in {seconds} s, {what}", "ms", [idle], "bare grpc.aio", [bare_idle]),
         Row(f"status, p99, {what}", "ms", [quantile(statuses, 0.99)]),
-        Row(f"restart to listening, {ended} ended", "s", restarts, "with no jobs", bare_restarts),
+        Row(f"restart to listening, {what}", "s", restarts, "with no jobs", bare_restarts),
         Row(f"StartJob with {jobs} running", "ms", loaded, "with none running", alone),
     ]
 
 
 def exponent(small: float, large: float) -> float:
-    """Of growth, for ten times as much."""
-    return math.log10(large / small)
+    return math.log10(large / small)  # for ten times as much
 
 
 async def bench_growth(folder: Path, quick: bool) -> list[Row]:
@@ -576,8 +543,7 @@ async def bench_growth(folder: Path, quick: bool) -> list[Row]:
             for job in sizes:
                 await drain(channel, job)
             seconds = [statistics.median([await timed(drain(channel, job)) for _ in range(3)]) for job in sizes]
-            _, cpu_few, _ = await latency_of(server, few // 10, 100)
-            _, cpu_many, _ = await latency_of(server, few, 100)
+            cpus = [(await latency_of(server, crowd, 50))[2] for crowd in (few // 10, few)]
             starts = []
             for more in (few, many - few):
                 for _ in range(more):
@@ -585,28 +551,20 @@ async def bench_growth(folder: Path, quick: bool) -> list[Row]:
                 starts.append(statistics.median([await timed(start(channel, "true")) for _ in range(40)]))
     return [
         Row("time of a stream, 25 to 250 MiB", "exponent", [exponent(*seconds)]),
-        Row(
-            f"server CPU of all messages, {few // 10} to {few} followers", "exponent", [1 + exponent(cpu_few, cpu_many)]
-        ),
+        Row(f"server CPU of a tick, {few // 10} to {few} followers", "exponent", [1 + exponent(*cpus)]),
         Row(f"time of a start, {few} to {many} running jobs", "exponent", [exponent(*starts)]),
     ]
 
 
 # --- 7. Command line ------------------------------------------------------------------------------------
 
-ITEMS: dict[str, Callable[[Path, bool], Awaitable[list[Row]]]] = {
-    "stream": bench_stream,
-    "latency": bench_latency,
-    "speed": bench_speed,
-    "starts": bench_starts,
-    "calls": bench_calls,
-    "scale": bench_scale,
-    "growth": bench_growth,
-}
+BENCHES = (bench_stream, bench_latency, bench_speed, bench_starts, bench_calls, bench_scale, bench_growth)
+ITEMS = {bench.__name__.partition("_")[2]: bench for bench in BENCHES}
 
 
 def measure(item: str, quick: bool) -> list[Row]:
     """One item on servers, certificates and a state folder of its own."""
+    print(f"{time.strftime('%T')} measuring {item} ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="jobworker-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o711)  # on the way to the homes of jobs
@@ -630,10 +588,11 @@ def main() -> None:
         parser.error(f"there is no item {', '.join(unknown)}")
     rows = [row for item in options.items or ITEMS for row in measure(item, options.quick)]
     if options.json:
-        print(json.dumps({"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}, indent=2))
-        return
-    print(f"{machine()}\n")
-    print_table(rows)
+        print(
+            json.dumps({"machine": machine(), "rows": [{**vars(row), "ratio": row.ratio()} for row in rows]}, indent=2)
+        )
+    else:
+        print_table(rows)
 
 
 if __name__ == "__main__":

@@ -229,9 +229,12 @@ class UsageError(JobWorkerError):
 
 
 def say(sentence: str) -> None:
-    """One line on standard error, whatever names are in it: what a server has to tell whoever runs it."""
+    """One line on standard error, whatever names are in it: what a server has to tell whoever runs it. A log that
+    cannot be written (a full disk, a pipe that nobody reads any more) keeps nobody from their work.
+    """
     line = sentence.replace("\n", "\\n")
-    print(f"jobworker: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"jobworker: {line}", file=sys.stderr, flush=True)
 
 
 def libc_call(name: str, *arguments: Any) -> int:
@@ -2779,7 +2782,9 @@ def announce(worker: Worker, address: str) -> None:
     systemd = os.path.isdir("/run/systemd/system")  # sd_booted(3)
     if systemd and account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):
         say(f"warning: {account.name} has no linger, so a logout ends jobs; `loginctl enable-linger` gives it")
-    print(f"jobworker: serving on {address}, with {count_of(worker.running, 'job', 'jobs')} running", flush=True)
+    line = f"jobworker: serving on {address}, with {count_of(worker.running, 'job', 'jobs')} running\n"
+    with contextlib.suppress(OSError):  # as in `say`; and nothing is kept for a flush at the end, which would fail too
+        os.write(1, line.encode())
     notify("READY=1")
 
 
