@@ -2063,9 +2063,12 @@ class Worker:
     def _set_aside(self, job: Job) -> None:
         """Keep, where nobody stumbles over it, what cannot be understood."""
         aside = self.options.state / "aside"
-        aside.mkdir(mode=0o700, exist_ok=True)
-        os.rename(job.folder, aside / f"{job.id}-{time.time_ns()}")
-        say(f"{job.folder} cannot be read as a job; it is now in {aside}")
+        try:
+            aside.mkdir(mode=0o700, exist_ok=True)
+            os.rename(job.folder, aside / f"{job.id}-{time.time_ns()}")
+            say(f"{job.folder} cannot be read as a job; it is now in {aside}")
+        except OSError as error:  # a full disk: the next start tries again
+            say(f"{job.folder} cannot be read as a job, nor moved to {aside}: {error.strerror}")
         self._leave(job)
 
     # -- Recovery and retention
@@ -2142,8 +2145,8 @@ def lock_state_folder(state: Path) -> int:
         holder = os.read(descriptor, 32).decode().strip() or "unknown"
         os.close(descriptor)
         raise JobWorkerError(f"the state folder {state} is in use by the server with pid {holder}") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    size = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)  # a full disk has room over what was there
+    os.ftruncate(descriptor, size)
     return descriptor
 
 

@@ -3843,6 +3843,82 @@ def test_a_newer_pyz_takes_over_from_the_old_under_running_jobs(state, certs, tm
     assert len(unpacked(tmp_path)) == 2
 
 
+def spawn(state, certs, port, *options, program=PROGRAM, **popen):
+    """A server whose jobs outlive it, however it ends; it may not listen yet."""
+    words = ["serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto", "--reserve", "0"]
+    return subprocess.Popen([*program, *map(str, words), *options], stdin=subprocess.DEVNULL, text=True,
+                            **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen})  # fmt: skip
+
+
+def end(server, how=signal.SIGKILL):
+    """End a server; its exit code and what it said."""
+    server.send_signal(how)
+    told = server.communicate(timeout=PATIENCE)
+    return server.returncode, *told
+
+
+@contextlib.contextmanager
+def killed(server, certs, port):
+    """A server that listens and is killed at the end of the block."""
+    try:
+        line = server.stdout.readline()
+        assert line.startswith("jobworker: serving on "), line
+        yield Served(server, port, Path(certs))
+    finally:
+        if server.poll() is None:
+            end(server)
+
+
+def first_line(served, job):
+    with served.popen("stream", job) as stream:
+        return stream.stdout.readline()
+
+
+def test_a_server_whose_log_cannot_be_written_does_its_work(state, certs, tmp_path):
+    """Its standard output and error are on a disk that is full, or a pipe that nobody reads any more."""
+    for sink in ("full disk", "closed pipe"):
+        with contextlib.ExitStack() as stack:
+            manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            manager.bind(str(tmp_path / sink))
+            manager.settimeout(PATIENCE)
+            if sink == "full disk":
+                log = os.open("/dev/full", os.O_WRONLY)
+            else:
+                reader, log = os.pipe()
+                os.close(reader)
+            stack.callback(os.close, log)
+            port, served = free_port(), None
+            server = spawn(state, certs, port, stdout=log, stderr=log, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / sink)})
+            try:
+                assert manager.recv(100) == b"READY=1"
+                served = Served(server, port, certs)
+                job = served.start("--", "sh", "-c", "echo $PPID; exec sleep 1000")
+                with served.popen("stream", job) as stream:
+                    os.kill(int(stream.stdout.readline()), signal.SIGKILL)  # which is a line in the log
+                    assert stream.wait(PATIENCE) == 0
+                assert served.run("status", job).stdout == f"jobID: {job}, status: FINISHED, exitCode: 255\n"
+                server.send_signal(signal.SIGHUP)
+                assert served.run("stream", served.start("--", "echo", "still")).stdout == "still\n"
+            finally:
+                assert end(server, signal.SIGTERM)[0] == 0
+
+
+@as_root
+def test_what_is_left_of_a_lost_job_is_killed_in_whatever_tree_an_earlier_server_had(state, certs, mark, nested):
+    port = free_port()
+    with killed(spawn(state, certs, port, "--cgroup", f"{nested.path}/one"), certs, port) as served:
+        job = served.start("--", "sh", "-c", f"echo $PPID; sh -c 'trap \"\" TERM; sleep 1000; : {mark}' & wait")
+        shim = first_line(served, job)
+        assert len(jobs_cgroups(state)) == 1
+    os.kill(int(shim), signal.SIGKILL)
+    with serving(state, certs, "--cgroup", f"{nested.path}/two", port=port) as served:
+        assert (end_of_stream(served, job).exitcode, end_of_stream(served, job).reason) == (255, "LOST")
+        assert processes_with(mark) == []
+        assert jobs_cgroups(state) == []
+    for name in ("one", "two"):
+        jobworker.Cgroup(f"{nested.path}/{name}").remove()
+
+
 def systemctl(*words):
     subprocess.run(["systemctl", *words], check=True, timeout=PATIENCE, capture_output=True)
 
