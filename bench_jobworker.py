@@ -6,14 +6,8 @@
 Real servers, real mTLS, loopback only. A figure is the median of its rounds, with the smallest and the largest;
 trust ratios before figures, since both sides of one were measured on the same machine in the same minute.
 
-Contents
-    1. Rows and the table
-    2. Servers, clients, processes
-    3. Streams and latency
-    4. A job's own speed
-    5. Starts and calls
-    6. Scale and growth
-    7. Command line
+Contents: 1. rows and the table, 2. servers, clients, processes, 3. streams and latency, 4. a job's own speed,
+5. starts and calls, 6. scale and growth, 7. command line.
 """
 
 from __future__ import annotations
@@ -22,7 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -45,7 +38,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 OURS, FLOOR = jobworker.SERVICE_NAME, "floor"
-TICK_SECONDS = 0.05
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable
 
 # --- 1. Rows and the table ------------------------------------------------------------------------------
@@ -83,10 +75,8 @@ def print_table(rows: list[Row]) -> None:
 
 def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return (
-        f"{os.cpu_count()} cores, {memory:.0f} GiB, Linux {os.uname().release}, Python {platform.python_version()}, "
-        f"grpcio {importlib.metadata.version('grpcio')}, jobworker {jobworker.VERSION}"
-    )
+    versions = f"Python {platform.python_version()}, grpcio {grpc.__version__}, jobworker {jobworker.VERSION}"
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, Linux {os.uname().release}, {versions}"
 
 
 def quantile(values: list[float], part: float) -> float:
@@ -140,9 +130,8 @@ def running(words: list[str], certs: Path) -> Iterator[Server]:
 
 
 def serving(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    words = ["serve", "--listen", "127.0.0.1:0", "--certs", f"{folder}/certs", "--state", f"{folder}/state"]
-    fixed = ["--without", "auto", "--reserve", "0", "--max-output", "4G", "--stop-jobs"]
-    return running([f"{HERE}/jobworker.py", *words, *fixed], folder / "certs")
+    words = f"serve --listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
+    return running([f"{HERE}/jobworker.py", *words.split(), "--certs", f"{folder}/certs"], folder / "certs")
 
 
 def floor(folder: Path) -> contextlib.AbstractContextManager[Server]:
@@ -150,23 +139,25 @@ def floor(folder: Path) -> contextlib.AbstractContextManager[Server]:
 
 
 async def serve_floor(certs: Path) -> None:
-    """A bare grpc.aio server with no job behind it: `offset` zeros, `offset` ticks for the id "ticks", a status."""
+    """A bare grpc.aio server with no job behind it: `offset` zeros, or ticks, so many seconds apart as the id says; a status."""
     chunk, bell, stamp, ticker = bytes(jobworker.READ_BYTES), jobworker.Bell(), b"", None
 
-    async def tick() -> None:
+    async def tick(pause: float) -> None:
         nonlocal stamp
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(pause)
             stamp = b"%020d\n" % time.monotonic_ns()
             bell.ring()
 
     async def stream(message: Any, context: Any) -> None:
         nonlocal ticker
-        ticker = ticker or (asyncio.create_task(tick()) if message.id else None)
-        for _ in range(message.offset // (1 if message.id else len(chunk))):
-            if message.id:
-                await bell.wait()
-            await context.write(stamp if message.id else chunk)
+        for _ in range(message.offset // len(chunk)):
+            await context.write(chunk)
+        if message.id:
+            ticker = ticker or asyncio.create_task(tick(float(message.id)))
+        while message.id:
+            await bell.wait()
+            await context.write(stamp)
 
     async def status(_message: Any, _context: Any) -> Any:
         return pb.GetStatusResponse(status=pb.RUNNING)
@@ -270,54 +261,64 @@ async def bench_stream(folder: Path, quick: bool) -> list[Row]:
 
 TICKS = """
 import os, sys, time
-for _ in range(int(sys.argv[1])):
-    time.sleep(float(sys.argv[2]))
+while True:
+    time.sleep(float(sys.argv[1]))
     os.write(1, b"%020d\\n" % time.monotonic_ns())
 """
 
 
-async def ticks_of(chunks: AsyncIterator[bytes], settled: int, late: list[float]) -> int:
-    """How late each tick since then came, in ms, and in how many messages."""
-    messages = 0
-    async for chunk in chunks:
-        now = time.monotonic_ns()
-        ticks = [int(line) for line in chunk.split()]
-        late.extend((now - tick) / 1e6 for tick in ticks if tick > settled)
-        messages += ticks[-1] > settled
-    return messages
+@dataclasses.dataclass
+class Ticks:
+    """What all followers of one job have seen of its ticks since `settled` (ns): how late (ms), in how many messages."""
+
+    settled: float = math.inf
+    arrived: int = 0
+    messages: int = 0
+    late: list[float] = dataclasses.field(default_factory=list)
+
+    async def follow(self, chunks: AsyncIterator[bytes]) -> None:
+        new = True
+        async for chunk in chunks:
+            now = time.monotonic_ns()
+            self.arrived, new = self.arrived + new, False
+            ticks = [int(line) for line in chunk.split()]
+            self.late.extend((now - tick) / 1e6 for tick in ticks if tick > self.settled)
+            self.messages += ticks[-1] > self.settled
 
 
-async def latency_of(server: Server, many: int, ticks: int, service: str = OURS) -> list[float]:
+async def latency_of(server: Server, many: int, seconds: float, service: str = OURS) -> list[float]:
     """p50 and p99 of the lateness of all ticks at all followers (ms), server CPU a message (µs), its memory (MB)."""
-    late: list[float] = []
-    settling = 0.5 + many / 500
-    count = ticks + int(settling / TICK_SECONDS)
+    seen, pause = Ticks(), str(max(0.05, many * 4e-4))  # so rare that a core is half idle
     async with contextlib.AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(server.channel()) for _ in range(many)]
         for channel in channels:  # one by one: a crowd of handshakes is not what is measured
             await channel.channel_ready()
-        settled = time.monotonic_ns() + int(settling * 1e9)
-        words = (PYTHON, "-c", TICKS, str(count), str(TICK_SECONDS))
-        job = await start(channels[0], *words) if service == OURS else "ticks"
-        offset = 0 if service == OURS else count
-        followers = [stream(channel, job, offset, service) for channel in channels]
-        tasks = [asyncio.create_task(ticks_of(chunks, settled, late)) for chunks in followers]
-        await asyncio.sleep(settling)
-        before = server.cpu()
-        messages = sum(await asyncio.gather(*tasks))
-        return [quantile(late, 0.5), quantile(late, 0.99), (server.cpu() - before) / messages * 1e6, server.memory()]
+        job = await start(channels[0], PYTHON, "-c", TICKS, pause) if service == OURS else pause
+        tasks = [asyncio.create_task(seen.follow(stream(channel, job, 0, service))) for channel in channels]
+        while seen.arrived < many and not any(task.done() for task in tasks):
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        seen.settled, before = time.monotonic_ns(), server.cpu()
+        await asyncio.sleep(seconds)
+        used, memory = server.cpu() - before, server.memory()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        if service == OURS:
+            await call(channels[0], "StopJob", pb.StopJobRequest(id=job), pb.StopJobResponse)
+    return [quantile(seen.late, 0.5), quantile(seen.late, 0.99), used / seen.messages * 1e6, memory]
 
 
 async def bench_latency(folder: Path, quick: bool) -> list[Row]:
-    rows, rounds = [], 2 if quick else 3
+    rows, rounds, seconds = [], 2 if quick else 3, 2 if quick else 10
     names = {"write() to client, p50": "ms", "write() to client, p99": "ms", "server CPU a message": "µs", "RSS": "MB"}
     for many in (1, 100, *(() if quick else (1000,))):
         ours, bare = [], []
         for _ in range(rounds):
             with serving(folder) as server:
-                ours.append(await latency_of(server, many, 40 if quick else 200))
+                ours.append(await latency_of(server, many, seconds))
             with floor(folder) as other:
-                bare.append(await latency_of(other, many, 40 if quick else 200, FLOOR))
+                bare.append(await latency_of(other, many, seconds, FLOOR))
         sides = zip(names.items(), zip(*ours, strict=True), zip(*bare, strict=True), strict=True)
         rows += [
             Row(f"{many} followers: {name}", unit, list(mine), "bare grpc.aio", list(its))
@@ -543,7 +544,7 @@ async def bench_growth(folder: Path, quick: bool) -> list[Row]:
             for job in sizes:
                 await drain(channel, job)
             seconds = [statistics.median([await timed(drain(channel, job)) for _ in range(3)]) for job in sizes]
-            cpus = [(await latency_of(server, crowd, 50))[2] for crowd in (few // 10, few)]
+            cpus = [(await latency_of(server, crowd, 3))[2] for crowd in (few // 10, few)]
             starts = []
             for more in (few, many - few):
                 for _ in range(more):

@@ -468,6 +468,7 @@ class Descendants:
                 os.kill(process, signal.SIGKILL)
 
     def kill_all(self) -> None:
+        self._kill_family()
         while found := self._find():
             waiter = select.poll()
             descriptors = []
@@ -480,6 +481,19 @@ class Descendants:
                 waiter.poll()
                 waiter.unregister(descriptor)
                 os.close(descriptor)
+
+    def _kill_family(self) -> None:
+        """Kill children until there are none: whoever's parent dies becomes its subreaper's child, so nothing that
+        is born meanwhile is missed, as it can be by a search."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # from here on nobody else waits for them
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                # Not every kernel lists children (CONFIG_PROC_CHILDREN); a search may come too late, so no wait then.
+                listed = [int(child) for child in kernel_read("/proc/thread-self/children").split()]
+                for process in listed or self._find():
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(process, signal.SIGKILL)
+                os.waitpid(-1, 0 if listed else os.WNOHANG)
 
     def remove(self) -> None:
         """Nothing stands for a job without a cgroup."""
@@ -1861,6 +1875,8 @@ class Worker:
         return own
 
     def _begin(self, order: Order) -> Job:
+        if not self._inotify.is_open:
+            raise UnavailableError("the server is stopping and starts no job any more")
         job = Job(self._jobs, order.id)
         with contextlib.ExitStack() as undo:
             make_job_folder(job)
@@ -1928,9 +1944,9 @@ class Worker:
             ) from None
 
     async def stop_all(self, by: str = "") -> None:
-        """Stop every running job, all at once."""
-        running = [job.id for job in self._table.values() if not job.ended]
-        await asyncio.gather(*(self.stop(job_id, by) for job_id in running))
+        """Stop every running job, all at once, and those that are started meanwhile."""
+        while running := [job.id for job in self._table.values() if not job.ended]:
+            await asyncio.gather(*(self.stop(job_id, by) for job_id in running))
 
     async def stream(self, job_id: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """The job's output from byte `offset`, live, until the job has ended and everything was given."""
@@ -3619,7 +3635,7 @@ TimeoutStopSec=10
 CacheDirectory=jobworker
 CacheDirectoryMode=0700
 UMask=0077
-LimitNOFILE=65536
+LimitNOFILE=1024:524288
 TasksMax=infinity
 OOMPolicy=continue
 {protection}
