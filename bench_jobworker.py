@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -585,6 +586,7 @@ def main() -> None:
         asyncio.run(serve_floor(options.floor))
         return
     jobworker.raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a Ctrl-C: what was started is ended
     if unknown := set(options.items) - set(ITEMS):
         parser.error(f"there is no item {', '.join(unknown)}")
     rows = [row for item in options.items or ITEMS for row in measure(item, options.quick)]
