@@ -2655,6 +2655,9 @@ def import_everything() -> None:
         importlib.import_module(name)
 
 
+RELOAD_SECONDS = 0.1
+
+
 class ServerCertificates:
     """The certificates in force, read from the folder again at a reload."""
 
@@ -2662,6 +2665,7 @@ class ServerCertificates:
         self._folder = folder
         self.authorities = b""
         self._configuration: Any = None
+        self._fresh = False
 
     def load(self) -> None:
         """Read the folder. Raises JobWorkerError and leaves what is in force in force."""
@@ -2670,10 +2674,25 @@ class ServerCertificates:
             read_file(self._folder / name) for name in ("server.key", "server.pem", "client-ca.pem")
         )
         self._configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
+        self._fresh = True
         self.authorities = authorities
 
     def credentials(self) -> grpc.ServerCredentials:
-        return grpc.dynamic_ssl_server_credentials(self._configuration, lambda: self._configuration, True)
+        self._fresh = False
+        return grpc.dynamic_ssl_server_credentials(self._configuration, self._fetch, True)
+
+    def _fetch(self) -> Any:
+        """Asked by gRPC in a thread of its own before each handshake: what is new, or None.
+
+        A handshake takes hold of what is in force outside of the lock under which gRPC replaces and frees it
+        (ssl_security_connector.cc, add_handshakers): two handshakes at once would crash the server if each brought
+        something new. So only a reload does, and it first gives those a while that were let through before it.
+        """
+        if not self._fresh:
+            return None
+        self._fresh = False
+        time.sleep(RELOAD_SECONDS)
+        return self._configuration
 
 
 def read_file(path: Path) -> bytes:

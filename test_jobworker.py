@@ -9,6 +9,7 @@ are those of jobworker.py.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -2272,6 +2273,24 @@ def test_a_reload_of_a_folder_that_cannot_be_served_changes_nothing(state, certs
         assert "stay as they were" in reloaded(served)
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
         assert call(Served(None, served.port, certs), "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+
+
+def test_a_storm_of_connections_among_reloads_does_not_end_the_server(state, certs):
+    """As hundreds of followers come back at once; gRPC frees what it replaces under other handshakes."""
+    trust = ssl.create_default_context(cafile=certs / "server-ca.pem")
+    trust.load_cert_chain(certs / "user.pem", certs / "user.key")
+    trust.set_alpn_protocols(["h2"])
+
+    def connect(_):
+        with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as plain, trust.wrap_socket(plain, server_hostname="localhost") as channel:
+            return channel.recv(1) != b""
+
+    with serving(state, certs, stderr=subprocess.PIPE) as served, concurrent.futures.ThreadPoolExecutor(32) as clients:
+        for _ in range(2):
+            greeted = clients.map(connect, range(1000))
+            assert "are read again" in reloaded(served)
+            assert all(greeted)
+        assert served.process.poll() is None
 
 
 # --- 8. gRPC service ------------------------------------------------------------------------------------
