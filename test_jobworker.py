@@ -9,6 +9,7 @@ are those of jobworker.py.
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -3800,55 +3801,154 @@ def launchers_of(process):
 
 
 CHATTERS = """
-import random, sys, time
-seed, size = int(sys.argv[1]), int(sys.argv[2])
-chance = random.Random(seed)
-data = chance.randbytes(size)
-while data:
-    part = chance.choice((1, 80, 4096, 100_000))
-    sys.stdout.buffer.write(data[:part])
+import os, random, sys, time
+seed, gate = int(sys.argv[1]), sys.argv[2]
+chance, said = random.Random(seed), 0
+pause = (0.02, 0.1, 0.3)[seed % 3]
+while os.path.exists(gate):  # it cannot end before the test lets it
+    sys.stdout.buffer.write(chance.randbytes(chance.choice((1, 80, 4096, 20_000))))
     sys.stdout.buffer.flush()
-    data = data[part:]
-    time.sleep(chance.random() * 0.02)
+    said += 1
+    time.sleep(pause)
+sys.stdout.buffer.write(b"<%d>" % said)
 sys.exit(seed % 200)
 """
 LONG_CHAOS = os.environ.get("JOBWORKER_CHAOS") == "long"
+PYZ_PROGRAM = (str(LIKE_PYZ), str(PYZ))
+
+
+def chatter(seed, received):
+    """All that such a job says, from how often it says it did."""
+    said = int(received.rsplit(b"<", 1)[1].rstrip(b">"))
+    chance = random.Random(seed)
+    return b"".join(chance.randbytes(chance.choice((1, 80, 4096, 20_000))) for _ in range(said)) + b"<%d>" % said
+
+
+class Chatting:
+    """Jobs of different speeds, each followed by a client; each talks until it is let go."""
+
+    def __init__(self, stack, folder, mark, seed):
+        self.stack, self.folder, self.mark, self.seed = stack, folder, mark, seed
+        self.gates = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jobworker-gates-")))
+        self.gates.chmod(0o711)
+        self.ids, self.followers = {}, {}
+
+    def start(self, served, channel, number):
+        gate = self.gates / str(number)
+        gate.touch()  # with the folder all jobs end, however the test does
+        command = ["-c", CHATTERS, str(self.seed + number), str(gate), self.mark]
+        self.ids[number] = ask(channel, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=command)).ID
+        with (self.folder / str(number)).open("wb") as file, (self.folder / f"{number}.err").open("wb") as errors:
+            self.followers[number] = self.stack.enter_context(pyz_client(served, "stream", self.ids[number], stdout=file, stderr=errors))
+
+    def received(self, number):
+        return (self.folder / str(number)).stat().st_size
+
+    def told(self, number):
+        """What a follower that ended before its time has said."""
+        return self.followers[number].poll() is not None and (number, self.followers[number].returncode, (self.folder / f"{number}.err").read_text())
+
+    def check_they_go_on(self, served, numbers):
+        before = {number: self.received(number) for number in numbers}
+        for number in numbers:
+            until(lambda: self.received(number) > before[number] or self.told(number) or served.process.poll() is not None)  # noqa: B023
+            assert served.process.poll() is None, "the server died by itself"
+            assert not self.told(number)
+
+    def check_they_run(self, served, numbers):
+        with channel_to(served) as channel:
+            states = [ask(channel, "GetJobStatus", pb.GetStatusRequest(id=self.ids[number])).status for number in numbers]
+        assert set(states) == {pb.RUNNING}
+        assert all(self.followers[number].poll() is None for number in numbers)
+
+    def check_lives(self, served):
+        for number, job in self.ids.items():
+            assert self.followers[number].wait(10 * PATIENCE) == 0
+            received = (self.folder / str(number)).read_bytes()
+            assert received == chatter(self.seed + number, received)
+            status = call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
+            assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, (self.seed + number) % 200, "")
+            assert status.output_bytes == len(received)
+
+
+def pyz_client(served, *words, **popen):
+    environment = {**os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(served.certs)}
+    command = [*PYZ_PROGRAM, words[0], "--retry-for", "10m", *words[1:]]
+    return ClientProcess(command, **{"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, **popen})
 
 
 @needs_pyz
 @pytest.mark.chaos
-def test_no_byte_and_no_exit_code_is_lost_to_servers_that_are_killed(state, certs, tmp_path):
-    """Jobs of different speeds, each followed by a client, under a server that dies again and again."""
+def test_no_byte_and_no_exit_code_is_lost_to_servers_that_are_killed(state, certs, tmp_path, mark):
+    """The server is killed while jobs run and are followed, while it starts itself, and while a job is being started;
+    its launcher too. Some jobs end after each kill."""
     jobs, kills = (50, 20) if LONG_CHAOS else (8, 4)
     seed = int.from_bytes(os.urandom(4), "big")
     print("seed:", seed)
-    chance, port = random.Random(seed), free_port()
-    sizes = {seed + number: chance.randrange(1, 3 * MIB) for number in range(jobs)}
-    program = (str(LIKE_PYZ), str(PYZ))
-    with serving(state, certs, program=program, port=port, end=signal.SIGKILL) as served:
-        ids = {seed_: served.start("--", PYTHON, "-c", CHATTERS, str(seed_), str(size)) for seed_, size in sizes.items()}
-        followers = {}
-        for seed_, job in ids.items():
-            stream = served.popen("stream", "--retry-for", "10m", job, bufsize=0, stderr=subprocess.DEVNULL)
-            with (tmp_path / str(seed_)).open("wb", buffering=0) as file:
-                file.write(stream.stdout.read(1))  # it has reached the server: what is lost now is tried again
-                followers[seed_] = stream, subprocess.Popen(["cat"], stdin=stream.stdout, stdout=file)
-            stream.stdout.close()
-    for _ in range(kills):
-        with serving(state, certs, program=program, port=port, end=signal.SIGKILL) as served:
-            time.sleep(chance.random())  # a random moment is the point
-            if chance.random() < 0.3:
-                os.kill(launchers_of(served.process.pid)[0], signal.SIGKILL)
-                assert served.run("stream", served.start("--", "echo", "still")).stdout == "still\n"
-    with serving(state, certs, program=program, port=port) as served:
-        for seed_, (stream, copy) in followers.items():
-            assert stream.wait(10 * PATIENCE) == copy.wait(10 * PATIENCE) == 0
-            source = random.Random(seed_)
-            assert (tmp_path / str(seed_)).read_bytes() == source.randbytes(sizes[seed_])
-            status = call(served, "GetJobStatus", pb.GetStatusRequest(id=ids[seed_]))
-            assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, seed_ % 200, "")
-        assert watches_of(served) == 0
-        assert jobs_cgroups(state) == []
+    chance, port, once = random.Random(seed), free_port(), []
+    with contextlib.ExitStack() as stack:
+        chatting = Chatting(stack, tmp_path, mark, seed)
+
+        def serving_here(how=signal.SIGKILL):
+            return serving(state, certs, program=PYZ_PROGRAM, port=port, end=how)
+
+        with serving_here() as served, channel_to(served) as channel:
+            for number in range(jobs):
+                chatting.start(served, channel, number)
+            until(lambda: all(map(chatting.received, range(jobs))))  # who has reached the server tries again
+        for kill in range(kills):
+            server = spawn(state, certs, port, program=PYZ_PROGRAM)
+            time.sleep(chance.random())  # a random moment of its own start is the point
+            end(server)
+            alive = range(kill * jobs // kills, jobs)
+            with serving_here() as served:
+                chatting.check_they_go_on(served, alive)
+                if chance.random() < 0.5:
+                    kill_the_launcher(served)
+                once.append(jobworker.new_job_id())
+                client = stack.enter_context(pyz_client(served, "start", "--id", once[-1], "--", "sh", "-c", f"echo {kill}"))
+                time.sleep(chance.random())  # a random moment of a start is the point
+                chatting.check_they_run(served, alive)
+            for number in range(kill * jobs // kills, (kill + 1) * jobs // kills):
+                (chatting.gates / str(number)).unlink()  # it ends while no server is there, or the next one starts
+            client.kill()
+        with serving_here(signal.SIGTERM) as served:
+            chatting.check_lives(served)
+            check_they_ran_once(served, once)
+            check_nothing_odd(served, state, mark, {*chatting.ids.values(), *once})
+
+
+def kill_the_launcher(served):
+    os.kill(launchers_of(served.process.pid)[0], signal.SIGKILL)
+    assert served.run("stream", served.start("--", "echo", "still")).stdout == "still\n"
+
+
+def check_they_ran_once(served, ids):
+    """Tried again they ran once, whether or not they were there."""
+    for number, job in enumerate(ids):
+        assert served.start("--id", job, "--", "sh", "-c", f"echo {number}") == job
+        assert served.run("stream", job).stdout == f"{number}\n"
+
+
+def check_nothing_odd(served, state, mark, ids):
+    """Nothing is left of jobs that have ended, but their folders, each whole."""
+    assert ids <= set(left_in(state))
+    for job in left_in(state):
+        assert b"done" in (state / "jobs" / job / "exit").read_bytes()
+    assert not list((state / "aside").glob("*"))
+    assert jobs_cgroups(state) == []
+    assert processes_with(mark) == []
+    assert len(launchers_of(served.process.pid)) == 1
+    until(lambda: watches_of(served) == 0)
+    used = kinds_of(served)
+    assert served.run("stream", served.start("--", "echo", "last")).stdout == "last\n"
+    until(lambda: watches_of(served) == 0 and kinds_of(served) == used)
+
+
+def kinds_of(served):
+    """A server's descriptors, but for the connections that its clients leave in their own time."""
+    kinds = (name.split("[")[0].split(":")[0] for name in fds_of(served))
+    return collections.Counter(kind for kind in kinds if kind != "socket")
 
 
 @needs_pyz
@@ -3960,14 +4060,19 @@ def systemctl(*words):
     subprocess.run(["systemctl", *words], check=True, timeout=PATIENCE, capture_output=True)
 
 
+def main_process(unit):
+    shown = subprocess.run(["systemctl", "show", "--value", "--property=MainPID", unit], check=True, timeout=PATIENCE, capture_output=True)
+    return int(shown.stdout)
+
+
 LIMIT_NAMES = ("cpu.max", "memory.max", "memory.swap.max", "memory.oom.group", "pids.max", "io.max")
-UNIT_EVENTS = [
-    [("restart", "jobworker-test")],
-    [("kill", "--kill-whom=main", "--signal=KILL", "jobworker-test"), ("start", "jobworker-test")],
-    [("daemon-reload",)],
-    [("daemon-reexec",)],
-    [("reload", "jobworker-test")],
-    [("stop", "jobworker-test"), ("daemon-reload",), ("start", "jobworker-test")],
+UNIT_EVENTS = [  # each with whether another process serves after it
+    ([("restart", "jobworker-test")], True),
+    ([("kill", "--kill-whom=main", "--signal=KILL", "jobworker-test")], True),  # systemd starts it again by itself
+    ([("daemon-reload",)], False),
+    ([("daemon-reexec",)], False),
+    ([("reload", "jobworker-test")], False),
+    ([("stop", "jobworker-test"), ("daemon-reload",), ("start", "jobworker-test")], True),
 ]
 
 
@@ -3985,16 +4090,23 @@ def test_no_job_ends_when_systemd_restarts_reloads_or_loses_its_server(nothing_i
         job = served.start("--", "sh", "-c", 'mkfifo gate; exec 3<>gate; echo ready; while read line <&3; do echo "$line"; [ "$line" != end ] || exit 7; done')
         (home,), (cgroup,) = (state / "home").iterdir(), jobs_cgroups(state)
         limits = {name: (cgroup / name).read_text() for name in LIMIT_NAMES if (cgroup / name).exists()}
+        assert limits.keys() == set(LIMIT_NAMES)
         assert limits["memory.max"] == f"{512 * MIB}\n"
         assert "wbps=" in limits["io.max"]
         assert "jobworker-test" not in str(cgroup)
-        with served.popen("stream", job, stderr=subprocess.DEVNULL) as stream:
+        processes = (cgroup / "cgroup.procs").read_text()
+        with pyz_client(served, "stream", job, stdout=subprocess.PIPE) as stream:
             assert stream.stdout.readline() == b"ready\n"
-            for number, event in enumerate(UNIT_EVENTS):
+            for number, (event, another) in enumerate(UNIT_EVENTS):
+                main = main_process("jobworker-test")
                 for words in event:
                     systemctl(*words)
                 (home / "gate").write_text(f"after {number}\n")
                 assert stream.stdout.readline() == b"after %d\n" % number
+                if another:
+                    until(lambda: main_process("jobworker-test") not in {0, main})  # noqa: B023
+                assert (main_process("jobworker-test") != main) == another, event
+                assert (cgroup / "cgroup.procs").read_text() == processes, event
                 assert {name: jobworker.kernel_read(f"{cgroup}/{name}") for name in limits} == limits, event
                 assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
             (home / "gate").write_text("end\n")
