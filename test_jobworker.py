@@ -4094,9 +4094,9 @@ def test_no_job_ends_when_systemd_restarts_reloads_or_loses_its_server(nothing_i
         assert limits["memory.max"] == f"{512 * MIB}\n"
         assert "wbps=" in limits["io.max"]
         assert "jobworker-test" not in str(cgroup)
-        processes = (cgroup / "cgroup.procs").read_text()
         with pyz_client(served, "stream", job, stdout=subprocess.PIPE) as stream:
             assert stream.stdout.readline() == b"ready\n"
+            processes = (cgroup / "cgroup.procs").read_text()
             for number, (event, another) in enumerate(UNIT_EVENTS):
                 main = main_process("jobworker-test")
                 for words in event:
