@@ -425,9 +425,23 @@ def test_in_a_container_the_server_leaves_the_visible_root_for_a_leaf_and_only_i
     told = in_server(state, body, wrapper=inside(nested, container=True))
     assert f"tree {point}/jobworker/{name} job /jobworker/{name}/u" in told
     assert "server /jobworker/server" in told
-    assert Path(f"{nested.path}/jobworker/{name}").is_dir()
+    assert Path(f"{nested.path}/jobworker").is_dir()
     if not missing_controllers():
         assert "controllers cpu io memory pids" in told
+
+
+@pytest.mark.tree
+@as_root
+@in_loop
+async def test_of_a_tree_only_what_jobs_go_on_in_outlives_its_server(state, nested):
+    async with worker_on(state, cgroup=nested.path) as worker:
+        job = await worker.start(shell("exec sleep 1000"))
+    assert len(jobs_cgroups(state)) == 1
+    async with worker_on(state, cgroup=nested.path) as worker:
+        await worker.stop(job)
+        (tree,) = trees_of(state)
+        until(lambda: len((tree / "shims" / "cgroup.procs").read_text().split()) == 1)  # the launcher
+    assert trees_of(state) == []
 
 
 @pytest.mark.tree
