@@ -4054,6 +4054,196 @@ def test_a_server_whose_log_cannot_be_written_does_its_work(state, certs, tmp_pa
                 assert end(server, signal.SIGTERM)[0] == 0
 
 
+def test_a_follower_that_reads_slowly_resumes_when_its_server_is_told_to_end(state, certs):
+    """The server cannot finish such a stream within its grace."""
+    port, size = free_port(), 40 * MIB
+    server = spawn(state, certs, port, stderr=subprocess.PIPE)
+    with killed(server, certs, port) as served:
+        job = served.start("--", PYTHON, "-c", WRITES_BYTES, str(size))
+        stream = served.popen("stream", job, stderr=subprocess.DEVNULL)
+        first = stream.stdout.read(1000)
+        assert end_of_stream(served, job).exitcode == 0
+        code, _, told = end(server, signal.SIGTERM)
+        assert code == 0
+        assert all(line.startswith("jobworker: ") for line in told.splitlines())
+    with stream, serving(state, certs, port=port):
+        assert first + stream.stdout.read() == random.Random(7).randbytes(size)
+        assert stream.wait(PATIENCE) == 0
+
+
+def test_a_server_killed_on_a_full_disk_starts_again_and_finishes_what_runs(small_disk, certs):
+    port = free_port()
+    waits = "mkfifo gate$0; echo $PPID; read line <gate$0; echo two; exit 5"
+    with killed(spawn(small_disk, certs, port), certs, port) as served:
+        ended = served.start("--", "sh", "-c", "echo kept; exit 3")
+        assert end_of_stream(served, ended).exitcode == 3
+        running, stopped, lost = (served.start("--", "sh", "-c", waits, str(number)) for number in range(3))
+        shims = [first_line(served, job) for job in (running, stopped, lost)]
+    fabricate(small_disk, ID, b"born at=1.0 .\n", "none")  # what must be set aside needs a folder
+    fill(small_disk)
+    fillers = small_disk / "fillers"
+    with contextlib.suppress(OSError):  # ext4 has some blocks more for folders than for files
+        fillers.mkdir()
+        for number in range(500):
+            (fillers / str(number)).mkdir()
+    os.kill(int(shims[2]), signal.SIGKILL)
+    with killed(spawn(small_disk, certs, port), certs, port) as served:
+        assert call(served, "GetOutputStream", pb.GetStreamRequest(id=ended)) == b"kept\n"
+        assert end_of_stream(served, ended).exitcode == 3
+        for role in ("user", "admin"):  # one who has a home, and one who has none
+            assert call(served, "StartJob", pb.StartJobRequest(cmd="true"), role=role)[0] == "RESOURCE_EXHAUSTED"
+        assert (end_of_stream(served, lost).exitcode, end_of_stream(served, lost).reason) == (255, "LOST")
+        assert served.run("stop", stopped).returncode == 0
+        assert end_of_stream(served, stopped).status == pb.STOPPED
+        (home,) = (small_disk / "home").iterdir()
+        (home / "gate0").write_text("go\n")
+        assert (end_of_stream(served, running).status, end_of_stream(served, running).exitcode) == (pb.FINISHED, 5)
+    with killed(spawn(small_disk, certs, port), certs, port) as served:
+        assert [end_of_stream(served, job).exitcode for job in (ended, running, stopped, lost)] == [3, 5, 137, 255]
+        for job in (ended, stopped):
+            assert served.run("rm", job).returncode == 0
+        (filler,) = small_disk.glob("filler-*")
+        filler.unlink()
+        shutil.rmtree(fillers, ignore_errors=True)
+        for role in ("user", "admin"):
+            assert served.run("stream", served.start("--", "echo", "room", role=role), role=role).stdout == "room\n"
+    with killed(spawn(small_disk, certs, port), certs, port):
+        assert ID not in left_in(small_disk)  # set aside, now that there is room for it
+
+
+@pytest.mark.parametrize("free", range(7))
+@as_root
+def test_a_start_without_inodes_is_refused_and_leaves_nothing(nothing_is_left, certs, tmp_path, free):
+    """A tmpfs with so many inodes left; the first start of an owner takes nine."""
+    point = tmp_path / "disk"
+    point.mkdir()
+    for folder in (point, *list(point.parents)[:3]):
+        folder.chmod(0o711)
+    words = ["mount", "-t", "tmpfs", "-o", "size=16m,nr_inodes=60", "none", point]
+    if (tried := subprocess.run(words, stderr=subprocess.PIPE, check=False)).returncode:
+        pytest.skip(f"cannot mount here: {tried.stderr.decode().strip()}")
+    try:
+        state = new_state(nothing_is_left, point)
+        with serving(state, certs) as served:
+            before = left_in(state)
+            for number in range(os.statvfs(point).f_favail - free):
+                (point / str(number)).touch()
+            for role in ("user", "user2"):
+                answer = call(served, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "exit 3"]), role=role)
+                if isinstance(answer, tuple):
+                    assert answer[0] == "RESOURCE_EXHAUSTED"
+                else:
+                    call(served, "GetOutputStream", pb.GetStreamRequest(id=answer.ID), role=role)
+                    assert call(served, "GetJobStatus", pb.GetStatusRequest(id=answer.ID), role=role).exitcode == 3
+                    call(served, "RemoveJob", pb.RemoveJobRequest(id=answer.ID), role=role)
+                assert left_in(state) == before
+            for path in point.glob("[0-9]*"):
+                path.unlink()
+            assert served.run("stream", served.start("--", "echo", "room", role="user2"), role="user2").stdout == "room\n"
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
+ATTACKS = r"""
+import ctypes, os, resource, signal, sys
+state, job, shim = sys.argv[1], os.environ["JOBWORKER_JOB_ID"], os.getppid()
+folder, libc = f"{state}/jobs/{job}", ctypes.CDLL(None, use_errno=True)
+
+def syscall(*arguments):
+    result = libc.syscall(*(ctypes.c_long(word) if isinstance(word, int) else word for word in arguments))
+    if result == -1:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+
+room = ctypes.create_string_buffer(16)
+place = ctypes.addressof(room).to_bytes(8, sys.byteorder) + (16).to_bytes(8, sys.byteorder)  # struct iovec
+
+def pidfd(): return os.pidfd_open(shim)
+def handle():
+    room, mount = ctypes.create_string_buffer(136), ctypes.c_int()
+    room[:4] = (128).to_bytes(4, sys.byteorder)
+    syscall(303, -100, f"{folder}/exit".encode(), room, ctypes.byref(mount), 0)
+    syscall(304, os.open(state, os.O_RDONLY), room, os.O_WRONLY)
+
+cgroup = next((line[3:-1] for line in open("/proc/self/cgroup") if line.startswith("0::")), "")
+point = next((line.split()[1] for line in open("/proc/mounts") if line.split()[2] == "cgroup2"), "/nowhere") + cgroup
+others = [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if p != os.getpid() and os.stat(f"/proc/{p}").st_uid != os.getuid()]
+tries = {
+    **{f"signal {n}": lambda n=n: os.kill(shim, n) for n in (9, 19, 15, 2)},
+    "signal the group": lambda: os.killpg(shim, 9),
+    "signal all others": lambda: [os.kill(p, 9) for p in others],
+    "signal by pidfd": lambda: signal.pidfd_send_signal(pidfd(), 9),
+    "descriptors by pidfd": lambda: [syscall(438, pidfd(), n, 0) for n in range(3, 12)],
+    "trace": lambda: syscall(101, 16, shim, 0, 0),
+    "seize": lambda: syscall(101, 0x4206, shim, 0, 0),
+    "memory": lambda: os.open(f"/proc/{shim}/mem", os.O_RDWR),
+    "read its memory": lambda: syscall(310, shim, place, 1, place, 1, 0),
+    "limits": lambda: resource.prlimit(shim, resource.RLIMIT_FSIZE, (0, 0)),
+    "cpu time": lambda: resource.prlimit(shim, resource.RLIMIT_CPU, (1, 1)),
+    "affinity": lambda: os.sched_setaffinity(shim, {0}),
+    "scheduler": lambda: os.sched_setscheduler(shim, os.SCHED_IDLE, os.sched_param(0)),
+    "priority": lambda: os.setpriority(os.PRIO_PROCESS, shim, 19),
+    "oom score": lambda: open(f"/proc/{shim}/oom_score_adj", "w").write("1000"),
+    **{f"descriptor {n}": lambda n=n: os.open(f"/proc/{shim}/fd/{n}", os.O_WRONLY) for n in range(12)},
+    "its folder": lambda: os.listdir(f"/proc/{shim}/cwd"),
+    **{f"open {name}": lambda name=name: os.open(f"{folder}/{name}", os.O_WRONLY) for name in ("exit", "output", "control", "job.json")},
+    **{f"truncate {name}": lambda name=name: os.truncate(f"{folder}/{name}", 0) for name in ("exit", "output", "job.json")},
+    **{f"unlink {name}": lambda name=name: os.unlink(f"{folder}/{name}") for name in ("exit", "output", "control", "job.json")},
+    **{f"chmod {path}": lambda path=path: os.chmod(path, 0o777) for path in (state, f"{state}/jobs", folder, f"{state}/home", f"{state}/lock")},
+    "rename the folder": lambda: os.rename(folder, f"{state}/home/x"),
+    "replace the home": lambda: os.rename(os.environ["HOME"], os.environ["HOME"] + "x"),
+    "link the record": lambda: os.link(f"{folder}/exit", "exit"),
+    "by handle": handle,
+    "lock": lambda: os.open(f"{state}/lock", os.O_RDONLY),
+    "owners": lambda: os.listdir(f"{state}/owners"),
+    **{f"cgroup {name}": lambda name=name: open(f"{point}/{name}", "w").write("max") for name in ("pids.max", "memory.max", "cgroup.procs", "cgroup.kill", "cgroup.freeze")},
+    "a cgroup below": lambda: os.mkdir(f"{point}/x"),
+    "remove the cgroup": lambda: os.rmdir(point),
+    "the shims' cgroup": lambda: open(f"{os.path.dirname(os.path.dirname(point))}/shims/cgroup.procs", "w").write("0"),
+    "truncate standard output": lambda: os.ftruncate(1, 0),
+    "rewind standard output": lambda: os.lseek(1, 0, 0),
+    "be root": lambda: os.setresuid(0, 0, 0),
+    "have groups": lambda: os.setgroups([0]),
+    "mount": lambda: syscall(165, b"none", state.encode(), b"tmpfs", 0, None),
+}
+
+def attack(where):
+    for name, attempt in tries.items():
+        try:
+            result = attempt()
+        except (OSError, ValueError):
+            continue
+        print("could", where, name, result)
+
+attack("plainly")
+if os.fork() == 0:  # as root of a user namespace, where there is one to be had
+    try:
+        syscall(272, 0x10000000 | 0x20000)
+    except OSError:
+        os._exit(0)
+    del tries["be root"], tries["mount"], tries["have groups"]
+    attack("in a user namespace")
+    sys.stdout.flush()
+    os._exit(0)
+os.wait()
+print("no more")
+sys.stdout.flush()
+os.kill(-1, 9) if os.fork() == 0 else signal.pause()  # all that is its own: that is the job's end
+"""
+
+
+@as_root
+def test_a_job_with_every_weapon_of_its_uid_reaches_nothing_of_what_keeps_it(state, certs):
+    with serving(state, certs) as served:
+        neighbour = served.start("--", "sh", "-c", WAITS, role="admin")
+        job = served.start("--", str(PYTHON_FOR_ALL), "-c", ATTACKS, str(state))
+        status = end_of_stream(served, job)
+        assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"no more\n"
+        assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, 137, "")
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=neighbour), role="admin").status == pb.RUNNING
+        assert served.run("stream", served.start("--", "echo", "still")).stdout == "still\n"
+
+
 @as_root
 def test_what_is_left_of_a_lost_job_is_killed_in_whatever_tree_an_earlier_server_had(state, certs, mark, nested):
     port = free_port()
