@@ -2383,7 +2383,7 @@ class PeerCertificate:
 
     names: tuple[str, ...]
     roles: frozenset[str]
-    valid_from: float  # seconds since 1970
+    valid_from: float  # seconds since 1970, as everything between it and its authority is valid
     valid_to: float
     for_clients: bool
     trusted: bool
@@ -2396,13 +2396,14 @@ def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerC
     purposes = extension(leaf, x509.ExtendedKeyUsage)
     roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
     between = x509.load_pem_x509_certificates(chain) if chain.strip() else []
+    issuers = issuers_of(leaf, between, x509.load_pem_x509_certificates(authorities))
     return PeerCertificate(
         names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
         roles=decode_roles(roles),
-        valid_from=leaf.not_valid_before_utc.timestamp(),
-        valid_to=leaf.not_valid_after_utc.timestamp(),
+        valid_from=max(each.not_valid_before_utc for each in (leaf, *issuers)).timestamp(),
+        valid_to=min(each.not_valid_after_utc for each in (leaf, *issuers)).timestamp(),
         for_clients=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
-        trusted=is_trusted(leaf, between, x509.load_pem_x509_certificates(authorities)),
+        trusted=bool(issuers),
     )
 
 
@@ -2414,16 +2415,22 @@ def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
         return None
 
 
-def is_trusted(
+def issuers_of(
     leaf: x509.Certificate, between: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
-) -> bool:
-    """Whether signatures lead from a certificate to one of the authorities (RFC 5280, 6.1)."""
-    current: x509.Certificate | None = leaf
+) -> list[x509.Certificate]:
+    """The signers that lead from a certificate to one of the authorities (RFC 5280, 6.1), each the one that is valid
+    longest; none where they lead nowhere.
+    """
+    path = [leaf]
     for _ in range(len(between) + 1):
-        if current is None or any(signed(current, authority) for authority in authorities):
+        last = [authority for authority in authorities if signed(path[-1], authority)]
+        more = last or [issuer for issuer in between if is_authority(issuer) and signed(path[-1], issuer)]
+        if not more:
             break
-        current = next((issuer for issuer in between if is_authority(issuer) and signed(current, issuer)), None)
-    return current is not None and any(signed(current, authority) for authority in authorities)
+        path.append(max(more, key=lambda issuer: issuer.not_valid_after_utc))
+        if last:
+            return path[1:]
+    return []
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -2465,7 +2472,7 @@ def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Call
     if not peer.trusted:
         raise DeniedError("the client's certificate is not from an authority that this server trusts now")
     if not peer.valid_from <= time.time() <= peer.valid_to:
-        raise DeniedError("the client's certificate is out of date")
+        raise DeniedError("the client's certificate, or an authority behind it, is out of date")
     if not peer.for_clients:
         raise DeniedError("the client's certificate is not for clients: it lacks the purpose clientAuth")
     if len(peer.names) != 1 or not peer.names[0]:

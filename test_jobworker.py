@@ -2123,6 +2123,18 @@ def test_a_certificate_that_expires_while_connected_is_refused_from_then_on(shar
     assert (status, "out of date" in sentence) in [("PERMISSION_DENIED", True), ("UNAVAILABLE", False)]
 
 
+def test_an_authority_that_expires_while_its_client_is_connected_is_refused_from_then_on(state, certs, tmp_path):
+    folder, life = Path(shutil.copytree(certs, tmp_path / "certs")), 5
+    authority = jobworker.sign("brief", life / 86400, None, [(x509.BasicConstraints(ca=True, path_length=None), True)])
+    jobworker.write_pair(folder, "client-ca", authority)
+    identity = certificate(authority)
+    with serving(state, folder) as served, channel_to(served, identity) as channel:
+        assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+        time.sleep(life + 1)  # the promise is about this time, and no event tells of its end
+        status, sentence = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))
+    assert (status, "out of date" in sentence) in [("PERMISSION_DENIED", True), ("UNAVAILABLE", False)]
+
+
 def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connection(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
