@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jobworker
-from jobworker import CLIENT_OPTIONS, MIB, grpc, pb
+from jobworker import CLIENT_OPTIONS, MIB, count_of, grpc, pb
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -238,6 +238,11 @@ def sshd(folder: Path) -> Iterator[list[str]]:
 # --- 3. Streams and latency -----------------------------------------------------------------------------
 
 
+async def stream_rate(many: int, size: int, *stream: Any) -> float:
+    """So many streams of `size` bytes at once, in MB/s."""
+    return many * size / 1e6 / await timed(asyncio.gather(*(drain(*stream) for _ in range(many))))
+
+
 async def bench_stream(folder: Path, quick: bool) -> list[Row]:
     size, rounds = (48 if quick else 512) * MIB, 3 if quick else 5
     ours: dict[int, list[float]] = {1: [], 8: []}
@@ -248,14 +253,16 @@ async def bench_stream(folder: Path, quick: bool) -> list[Row]:
             job = await start(one, "head", "-c", str(size), "/dev/zero")
             assert await drain(one, job) == size
             for _ in range(rounds):
-                for many in ours:
-                    for rates, ask in ((ours, (one, job)), (bare, (two, "", size, FLOOR))):
-                        whole = timed(asyncio.gather(*(drain(*ask) for _ in range(many))))
-                        rates[many].append(many * size / 1e6 / await whole)
+                for many, rates in ours.items():
+                    rates.append(await stream_rate(many, size, one, job))
+                    bare[many].append(await stream_rate(many, size, two, "", size, FLOOR))
                 if ssh:
                     by_ssh.append(size / 1e6 / timed_process(*ssh, "cat", f"{folder}/state/jobs/{job}/output"))
     what = f"of {size // MIB} MiB"
-    rows = [Row(f"{many} streams {what}", "MB/s", ours[many], "bare grpc.aio", bare[many]) for many in ours]
+    rows = [
+        Row(f"{count_of(many, 'stream', 'streams')} {what}", "MB/s", rates, "bare grpc.aio", bare[many])
+        for many, rates in ours.items()
+    ]
     peer = "ssh cat" if ssh else "no sshd here"
     return [*rows, Row(f"1 stream {what}", "MB/s", ours[1], peer, by_ssh)]
 
@@ -322,7 +329,7 @@ async def bench_latency(folder: Path, quick: bool) -> list[Row]:
                 bare.append(await latency_of(other, many, seconds, FLOOR))
         sides = zip(names.items(), zip(*ours, strict=True), zip(*bare, strict=True), strict=True)
         rows += [
-            Row(f"{many} followers: {name}", unit, list(mine), "bare grpc.aio", list(its))
+            Row(f"{count_of(many, 'follower', 'followers')}: {name}", unit, list(mine), "bare grpc.aio", list(its))
             for (name, unit), mine, its in sides
         ]
     return rows
@@ -362,7 +369,10 @@ async def bench_speed(folder: Path, quick: bool) -> list[Row]:
                 own.append(await speed_of(server, 0, *words, "of=own-file"))
                 for crowd, seconds in took.items():
                     seconds.append(await speed_of(server, crowd, *words))
-            rows += [Row(f"dd writes {what}, {n} followers", "s", s, "own file", own) for n, s in took.items()]
+            rows += [
+                Row(f"dd writes {what}, {count_of(crowd, 'follower', 'followers')}", "s", seconds, "own file", own)
+                for crowd, seconds in took.items()
+            ]
     return rows
 
 
@@ -387,6 +397,16 @@ async def start_to_end(channel: Any) -> None:
 async def stop_to_dead(channel: Any) -> float:
     request = pb.StopJobRequest(id=await start(channel, "sleep", "1000"))
     return 1e3 * await timed(call(channel, "StopJob", request, pb.StopJobResponse))
+
+
+def folder_made(place: Path, number: int) -> float:
+    """What a job's folder alone costs on this file system: its FIFO and three files, in ms."""
+    began, folder = time.perf_counter(), place / str(number)
+    folder.mkdir()
+    os.mkfifo(folder / "control")
+    for name in ("job.json", "output", "exit"):
+        (folder / name).touch()
+    return 1e3 * (time.perf_counter() - began)
 
 
 def systemd_run() -> list[float]:
@@ -416,10 +436,11 @@ async def bench_starts(folder: Path, quick: bool) -> list[Row]:
             whole = [1e3 * await timed(start_to_end(channel)) for _ in range(count // 2)]
             stops = [await stop_to_dead(channel) for _ in range(count // 4)]
     plain = [1e3 * timed_process("true") for _ in range(count)]
+    made = [folder_made(folder, number) for number in range(count)]
     by_systemd = systemd_run()
     return [
         Row("StartJob, one after the other", "ms", one_by_one, "subprocess.run true", plain),
-        Row("StartJob, one each 150 ms", "ms", sparse),
+        Row("StartJob, one each 150 ms", "ms", sparse, "its folder alone", made),
         Row("StartJob, 16 at a time", "/s", rates),
         Row("start to end known", "ms", whole, "systemd-run" if by_systemd else "no systemd here", by_systemd),
         Row("stop to dead", "ms", stops),
