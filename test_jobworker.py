@@ -3977,6 +3977,64 @@ def kinds_of(served):
     return collections.Counter(kind for kind in kinds if kind != "socket")
 
 
+SCRIPTS = ("true", "echo hi", "exit 3", "sleep 0.1", "head -c 3000000 /dev/zero", "sleep 100 & exit 0", "kill -9 $$", "nonsense")
+OUTCOMES = {"OK", "NOT_FOUND", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "UNAVAILABLE"}  # the last: its launcher was killed
+
+
+def any_call(channel, ids, chance, mark):
+    """One call of any kind; the name of its outcome."""
+    method = chance.choice(("StartJob", "StartJob", "StopJob", "RemoveJob", "GetJobStatus", "GetOutputStream"))
+    if method == "StartJob" or not ids:
+        answer = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", chance.choice(SCRIPTS), mark]))
+        ids += [] if isinstance(answer, tuple) else [answer.ID]
+    else:
+        kinds = {"StopJob": pb.StopJobRequest, "RemoveJob": pb.RemoveJobRequest, "GetJobStatus": pb.GetStatusRequest,
+                 "GetOutputStream": pb.GetStreamRequest}  # fmt: skip
+        patience = chance.choice((0.05, PATIENCE)) if method == "GetOutputStream" else PATIENCE
+        answer = ask(channel, method, kinds[method](id=chance.choice(ids)), patience)
+    return answer[0] if isinstance(answer, tuple) else "OK"
+
+
+def any_harm(served, chance):
+    """A reload, a killed launcher, a killed shim, or a stranger that says rubbish."""
+    harm = chance.choice(("reload", "launcher", "shim", "rubbish", "rubbish"))
+    with contextlib.suppress(OSError, IndexError):  # there is none, or not any more
+        if harm == "reload":
+            served.process.send_signal(signal.SIGHUP)
+        elif harm == "rubbish":
+            with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as stranger:
+                stranger.sendall(chance.randbytes(500))
+        else:
+            launcher = launchers_of(served.process.pid)[0]
+            os.kill(launcher if harm == "launcher" else chance.choice(sorted(children(launcher))), signal.SIGKILL)
+
+
+@pytest.mark.chaos
+def test_whatever_happens_at_once_the_server_stands_and_nothing_is_left(state, certs, mark):
+    seed, calls, ids = int.from_bytes(os.urandom(4), "big"), 1500 if LONG_CHAOS else 100, []
+    print("seed:", seed)
+
+    def user(number):
+        chance = random.Random(seed + number)
+        with channel_to(served, role=chance.choice(("user", "admin"))) as channel:
+            return {any_call(channel, ids, chance, mark) for _ in range(calls)}
+
+    with serving(state, certs) as served, concurrent.futures.ThreadPoolExecutor(6) as users:
+        busy = [users.submit(user, number) for number in range(6)]
+        chance = random.Random(seed)
+        while not all(one.done() for one in busy):
+            any_harm(served, chance)
+            concurrent.futures.wait(busy, chance.random() * 0.2)
+        assert set().union(*(one.result() for one in busy)) <= OUTCOMES
+        assert served.process.poll() is None, "the server died by itself"
+        with channel_to(served, role="admin") as channel:
+            for job in left_in(state):
+                ask(channel, "StopJob", pb.StopJobRequest(id=job))
+                ask(channel, "GetOutputStream", pb.GetStreamRequest(id=job))
+        assert served.run("stream", served.start("--", "echo", "still")).stdout == "still\n"
+        check_nothing_odd(served, state, mark, set())
+
+
 @needs_pyz
 def test_a_newer_pyz_takes_over_from_the_old_under_running_jobs(state, certs, tmp_path):
     newer = tmp_path / "newer"
