@@ -357,6 +357,15 @@ async def speed_of(server: Server, followers: int, *words: str) -> float:
         return float(last.rsplit(b"copied, ", 1)[1].split()[0])
 
 
+def piped(*words: str) -> float:
+    """Seconds that a `dd` says it took into a pipe that `cat` empties: what any pipe costs a job."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as cat:
+        told = subprocess.run(
+            ["dd", "if=/dev/zero", *words], stdout=cat.stdin, stderr=subprocess.PIPE, check=True, env={"LC_ALL": "C"}
+        )
+    return float(told.stderr.rsplit(b"copied, ", 1)[1].split()[0])
+
+
 async def forget_own_file(server: Server) -> None:
     async with server.channel() as channel:
         await drain(channel, await start(channel, "rm", "own-file"))
@@ -369,8 +378,9 @@ async def bench_speed(folder: Path, quick: bool) -> list[Row]:
     with serving(folder) as server:
         for what, words in shapes.items():
             took: dict[int, list[float]] = {crowd: [] for crowd in crowds}
-            own = []
+            own, pipe = [], []
             for _ in range(rounds):
+                pipe.append(piped(*words))
                 own.append(await speed_of(server, 0, *words, "of=own-file"))
                 await forget_own_file(server)  # else the next writes beside its write-back
                 for crowd, seconds in took.items():
@@ -379,6 +389,7 @@ async def bench_speed(folder: Path, quick: bool) -> list[Row]:
                 Row(f"dd writes {what}, {count_of(crowd, 'follower', 'followers')}", "s", seconds, "own file", own)
                 for crowd, seconds in took.items()
             ]
+            rows.append(Row(f"dd writes {what}, 0 followers", "s", took[0], "a pipe to cat", pipe))
     return rows
 
 
