@@ -787,38 +787,24 @@ class Inotify:
             callback(mask)
 
 
-class Tail:
-    """The end of one output, shared by all who follow it: one descriptor, one watch, one wake-up, one read.
-
-    `acquire` and `release` count its followers; the descriptor outlives the removal of the file.
+class Output:
+    """One output, open for all who follow it: one descriptor, which outlives the file's removal, and one read for
+    those who are at the same byte.
     """
 
-    def __init__(self, path: str, inotify: Inotify) -> None:
-        self._path = path
-        self._inotify = inotify
-        self._followers = 0
+    def __init__(self, path: str) -> None:
+        self.path = path
         self._descriptor = -1
-        self._watch: int | None = None
-        self._woken = 0.0  # when, by the loop's clock
-        self.armings = 0  # how often it was armed: what was read before an arming may not have been the end
-        self._recent = (0, b"")  # the last bytes read, with their offset: others at that byte take them from here
-        self._bell = Bell()
+        self._recent = (0, b"")  # the last bytes read, with their offset
 
-    def acquire(self) -> None:
-        if self._followers == 0:
-            try:
-                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise KernelError(f"cannot open {self._path}", error) from error
-        self._followers += 1
+    def open(self) -> None:
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError(f"cannot open {self.path}", error) from error
 
-    def release(self) -> int:
-        """One follower less; how many are left."""
-        self._followers -= 1
-        if self._followers == 0:
-            os.close(self._descriptor)
-            self._disarm()
-        return self._followers
+    def close(self) -> None:
+        os.close(self._descriptor)
 
     def read(self, offset: int) -> bytes:
         """Up to READ_BYTES bytes from `offset`; none at the end of the file."""
@@ -827,10 +813,39 @@ class Tail:
         try:
             chunk = os.pread(self._descriptor, READ_BYTES, offset)
         except OSError as error:
-            raise KernelError(f"cannot read {self._path}", error) from error
+            raise KernelError(f"cannot read {self.path}", error) from error
         if chunk:
             self._recent = (offset, chunk)
         return chunk
+
+
+class Tail:
+    """The end of one output, shared by all who follow it: one watch, one wake-up, one `Output`.
+
+    `acquire` and `release` count its followers.
+    """
+
+    def __init__(self, path: str, inotify: Inotify) -> None:
+        self.output = Output(path)
+        self._inotify = inotify
+        self._followers = 0
+        self._watch: int | None = None
+        self._woken = 0.0  # when, by the loop's clock
+        self.armings = 0  # how often it was armed: what was read before an arming may not have been the end
+        self._bell = Bell()
+
+    def acquire(self) -> None:
+        if self._followers == 0:
+            self.output.open()
+        self._followers += 1
+
+    def release(self) -> int:
+        """One follower less; how many are left."""
+        self._followers -= 1
+        if self._followers == 0:
+            self.output.close()
+            self._disarm()
+        return self._followers
 
     def arm(self) -> bool:
         """Ask for one event at the next change. True if that was news: then read once more, because what was
@@ -838,7 +853,7 @@ class Tail:
         """
         if self._watch is not None:
             return False
-        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, self._grew)
+        self._watch = self._inotify.watch(self.output.path, IN_MODIFY | IN_ONESHOT, self._grew)
         self.armings += 1
         return True
 
@@ -1983,7 +1998,7 @@ class Worker:
             while True:
                 over = job.ended or not self._holds(job)  # asked before the read, which then has every byte
                 armings = tail.armings
-                if chunk := tail.read(offset):
+                if chunk := tail.output.read(offset):
                     offset += len(chunk)
                     yield chunk
                 elif over:
@@ -3587,12 +3602,10 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
     """A status as `--json` prints it: times in UTC (ISO 8601), null for what is not known or not enforced."""
 
     def moment(milliseconds: int) -> str | None:
-        utc = datetime.timezone.utc
-        return (
-            datetime.datetime.fromtimestamp(milliseconds / 1000, utc).isoformat("T", "milliseconds")
-            if milliseconds
-            else None
-        )
+        if milliseconds == 0:
+            return None
+        when = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.timezone.utc)
+        return when.isoformat("T", "milliseconds")
 
     return {
         "id": job_id,
