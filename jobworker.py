@@ -77,6 +77,7 @@ if TYPE_CHECKING:
         Callable,
         Coroutine,
         Iterable,
+        Iterator,
         Mapping,
         Sequence,
     )
@@ -155,7 +156,7 @@ ROLES = ("admin", "user")
 
 READ_BYTES = 256 * KIB  # one read of an output, and so one message of a stream
 PACE_SECONDS = 0.002  # between two wake-ups of an output's followers: lines that come faster share a message
-STARTS_AT_ONCE = 64  # beyond, descriptors in flight make sends to the launcher fail
+STARTS_AT_ONCE, FINISHES_AT_ONCE = 48, 16  # beyond, descriptors in flight make sends to the launcher fail
 STOP_SECONDS = 30.0  # how long a stop waits for the record before it says that the job will not die
 
 # Unused by systemd and by anybody else (systemd.io/UIDS-GIDS): 4096 ranges of 65536, one a state folder.
@@ -333,6 +334,9 @@ LIMIT_FILES: dict[str, Callable[[Limits, Sequence[Disk]], list[tuple[str, str]]]
 }
 
 
+REMOVAL_MILLISECONDS = 1000  # of a cgroup, of which the kernel tells nobody who waits for its events
+
+
 class Cgroup:
     """One cgroup, by its path. Holds no descriptor: whoever opens one owns it."""
 
@@ -407,7 +411,7 @@ class Cgroup:
             while self.populated():
                 self.kill()  # again after a change: the frozen way may miss what was forking
                 if self.populated():
-                    waiter.poll()
+                    waiter.poll(REMOVAL_MILLISECONDS)
         finally:
             os.close(events)
 
@@ -560,10 +564,10 @@ class CgroupTree:
         """A job's cgroup, made, with its limits written."""
         cgroup = Cgroup(f"{self.root}/u{uid}/{job_id}")
         owner = Cgroup(os.path.dirname(cgroup.path))
-        if not os.path.isdir(owner.path):
-            owner.create()
-            for controller in self.controllers:
-                owner.enable(controller)
+        owner.create()
+        there = kernel_read(f"{owner.path}/cgroup.subtree_control").split()
+        for controller in self.controllers.difference(there):  # all, or what an earlier server did without
+            owner.enable(controller)
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
         return cgroup
@@ -571,8 +575,7 @@ class CgroupTree:
     def remove_unused(self) -> None:
         """Remove what no shim lives in and no job stands in: after a state folder's last job nothing is left."""
         if self.root:
-            owners = [f"{self.root}/{name}" for name in os.listdir(self.root) if name.startswith("u")]
-            for folder in (*owners, self.shims, self.root):
+            for folder in (*map(str, Path(self.root).glob("u*")), self.shims, self.root):
                 with contextlib.suppress(OSError):  # jobs go on in it
                     os.rmdir(folder)
 
@@ -1029,7 +1032,7 @@ def read_record(folder: str) -> Record:
     try:
         descriptor = os.open(f"{folder}/exit", os.O_RDONLY | os.O_CLOEXEC)  # `open` costs twice as much
         try:
-            text = os.read(descriptor, 4 * RECORD_BYTES).decode("ascii", "replace")  # with finishers' repetitions
+            text = os.read(descriptor, os.fstat(descriptor).st_size).decode("ascii", "replace")
         finally:
             os.close(descriptor)
     except FileNotFoundError:
@@ -1075,6 +1078,8 @@ def send_wish(folder: str, by: str) -> bool:
     try:
         with contextlib.suppress(BlockingIOError):  # full of wishes: one of them will do
             os.write(descriptor, f"kill {encode_name(by)[:1000]}\n".encode())
+    except BrokenPipeError:  # it has ended since
+        return False
     finally:
         os.close(descriptor)
     return True
@@ -1107,6 +1112,8 @@ class Launcher:
 
     def __init__(self) -> None:
         self.places = asyncio.Semaphore(STARTS_AT_ONCE)  # held while a request is on its way
+        self.finishers = asyncio.Semaphore(FINISHES_AT_ONCE)  # held until its job is finished, which may take long
+        self.queued: set[str] = set()  # jobs whose finisher waits for that
         self._waiting: set[asyncio.Task[None]] = set()  # for a place; an event loop alone would forget its tasks
         self._arguments: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -1261,10 +1268,11 @@ class Pump:
         self.output = output
         self.open = True  # until every writer has closed
         self._order = order
-        self.little = False  # whether the last move was worth less than its cost
+        self.little = False  # whether the last move was worth less than its cost, and the pipe has room for more
         self._written = 0
         self._unchecked = 0  # bytes since the last look at the disk
         self._splices = order.splice
+        self._little = min(LITTLE_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
 
     def move(self) -> Wish | None:
         """Move at most 1 MiB; the wish to end the job when that was too much, for it or for the disk."""
@@ -1282,7 +1290,7 @@ class Pump:
             self.open = False
         elif room == 0:
             return Wish("OUTPUT_LIMIT")
-        self.little = 0 < moved < LITTLE_BYTES
+        self.little = 0 < moved < self._little
         self._written += moved
         self._unchecked += moved
         return self._look_at_disk() if self._unchecked >= MIB else None
@@ -1337,8 +1345,11 @@ class Shim:
         pipe, stdout = make_pipe(self._order)
         if not self._order.cgroup:  # what is left of the job then becomes the shim's, and is found by it
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        deadline = time.monotonic() + self._order.timeout if self._order.timeout else None
         try:
-            process, pidfd = start_process(self._order, cgroup, stdout)
+            process, pidfd, report = start_process(self._order, cgroup, stdout)
+            wish = self._wait_for_exec(report, pidfd, deadline)
+            check_exec(process, report)
         except OSError as error:
             write_record(self._record, "failed", errno=error.errno or errno.EINVAL)
             return
@@ -1349,11 +1360,33 @@ class Shim:
             os.close(cgroup)
         write_record(self._record, "started")
         pump = Pump(pipe, output, self._order)
-        wish = self._supervise(pump, pidfd)
+        wish = self._supervise(pump, pidfd, deadline, wish)
         ending = self._ending(process, wish or pump.drain(), forced=wish is not None)
+        write_record(self._record, "ended", **vars(ending))
         finish_job(self._folder, self._order, self._record, ending, pump)
 
-    def _supervise(self, pump: Pump, pidfd: int) -> Wish | None:
+    def _wait_for_exec(self, report: int, pidfd: int, deadline: float | None) -> Wish | None:
+        """Wait until `report` tells of the exec: a lease or a disk may keep it. The wish that ended that, if any."""
+        poller = select.poll()
+        for descriptor in (report, self._control):
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
+            wish = receive_wish(self._control) if self._control in ready else None
+            if deadline is not None and time.monotonic() >= deadline:
+                wish = wish or Wish("TIMEOUT")
+            if wish:
+                self._kill(pidfd)
+            if wish or report in ready:
+                return wish
+
+    def _kill(self, pidfd: int) -> None:
+        """Kill the job; its main process also where it has left its cgroup, as root may."""
+        self._processes.kill()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def _supervise(self, pump: Pump, pidfd: int, deadline: float | None, wish: Wish | None) -> Wish | None:
         """Wait, in one poll, for the job's end, output, wishes and deadline; the wish that ended it, if any."""
         poller = select.poll()
         for descriptor in (pidfd, pump.pipe, self._control):
@@ -1361,8 +1394,6 @@ class Shim:
         pause = select.poll()  # short lines that come fast share a move; nothing else waits for them
         for descriptor in (pidfd, self._control):
             pause.register(descriptor, select.POLLIN)
-        deadline = time.monotonic() + self._order.timeout if self._order.timeout else None
-        wish = None
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
             # The wish is read first: one that came before the end is older than the end.
@@ -1375,7 +1406,7 @@ class Shim:
                 new, deadline = new or Wish("TIMEOUT"), None
             if new and wish is None:
                 wish = new
-                self._processes.kill()
+                self._kill(pidfd)
             if pidfd in ready:
                 return wish
             if pump.little:
@@ -1427,19 +1458,23 @@ def reap_orphans(job: int) -> None:
     signal.signal(signal.SIGCHLD, reap)
 
 
-def start_process(order: Order, cgroup: int, stdout: int) -> tuple[int, int]:
-    """Start the job's process in its cgroup; its pid and pidfd. Raises OSError with the errno of its exec."""
+def start_process(order: Order, cgroup: int, stdout: int) -> tuple[int, int, int]:
+    """Start the job's process in its cgroup; its pid, its pidfd, and the pipe on which it reports (`check_exec`)."""
     report, reporter = os.pipe2(os.O_CLOEXEC)
     process, pidfd, placed = clone_into(cgroup)
     if process == 0:
         become_job(order, stdout, reporter, "" if placed else order.cgroup)
     os.close(reporter)
+    return process, pidfd, report
+
+
+def check_exec(process: int, report: int) -> None:
+    """Wait until the job's command runs. Raises OSError with the errno of its exec."""
     failure = os.read(report, 16)  # the end of file is a successful exec: the pipe closes on exec
     os.close(report)
     if failure:
         os.waitpid(process, 0)
         raise OSError(int(failure), os.strerror(int(failure)))
-    return process, pidfd
 
 
 def clone_into(cgroup: int) -> tuple[int, int, bool]:
@@ -1498,7 +1533,6 @@ def finish_job(folder: str, order: Order, record: int, ending: Ending, pump: Pum
     the record is completed, last. Each step may be the last one before a crash: `finish_lost` repeats them.
     """
     processes = order.processes()
-    write_record(record, "ended", **vars(ending))
     processes.kill_all()
     rest = pump.drain() if pump else None
     usage = processes.usage()
@@ -1510,8 +1544,11 @@ def finish_job(folder: str, order: Order, record: int, ending: Ending, pump: Pum
 
 def finish_lost(folder: str, order: Order, record: int) -> None:
     """Finish a job whose shim is gone: with the ending that its record has, else as LOST."""
-    ending = read_record(folder).ending or LOST
+    ending = read_record(folder).ending
     os.write(record, b"\n")  # what the lost shim may have torn is then a line of its own
+    if ending is None:
+        ending = LOST
+        write_record(record, "ended", **vars(ending))
     finish_job(folder, order, record, ending, None)
 
 
@@ -1864,11 +1901,12 @@ class Worker:
         what cannot be run, IdTakenError, ExhaustedError, UnavailableError.
         """
         check_request(request)
-        async with self._launcher.places:
-            for _ in range(2):
+        for _ in range(2):
+            async with self._launcher.places:
                 job = self._same_job(request) or self._begin(self._order(request))
-                if await self._began(job):
-                    return job.id
+                await self._until(job, lambda: job.record.phase != "" or not self._holds(job))  # noqa: B023
+            if await self._began(job):
+                return job.id
         raise UnavailableError("the launcher died before it could start the job; try again")
 
     async def _began(self, job: Job) -> bool:
@@ -2074,19 +2112,23 @@ class Worker:
 
     def _finish(self, job: Job) -> None:
         """Have a shim that was lost replaced by one that only finishes: it kills what is left and says LOST."""
+        if job.id in self._launcher.queued:
+            return
         job.attempts += 1
         if job.attempts > 3:
             say(f"job {job.id} cannot be finished; its record {job.folder}/exit says why")
             return
         if job.record.ending is None:
             say(f"the shim of job {job.id} is gone without a record: killing what is left of it")
+        self._launcher.queued.add(job.id)  # until it holds `control`, and so can be seen to live
         self._launcher.run_in_turn(self._finish_in_turn(job, job.attempts))
 
     async def _finish_in_turn(self, job: Job, attempt: int) -> None:
         """After a power cut hundreds may be lost, and only so many requests can be on their way at once."""
-        async with self._launcher.places:
+        async with self._launcher.finishers:
             try:
                 with contextlib.ExitStack() as handed:
+                    handed.callback(self._launcher.queued.discard, job.id)
                     descriptors = open_record(job.folder, handed)
                     self._launcher.send("finish", job.folder, job.order, descriptors)
                 await self._until(job, lambda: job.ended or job.attempts != attempt or not self._holds(job))
@@ -2376,6 +2418,7 @@ def start_failure(number: int, order: Order) -> JobWorkerError:
 # gRPC beyond the dictionary in which it hands over what TLS found out.
 
 ROLES_OID = "1.2.840.10070.8.1"
+LONGEST_CHAIN = 5  # certificates between a client's and its authority's; the ways through more are too many to try
 
 
 def encode_roles(roles: Iterable[str]) -> bytes:
@@ -2394,14 +2437,15 @@ def decode_roles(value: bytes) -> frozenset[str]:
 
 @dataclasses.dataclass(frozen=True)
 class PeerCertificate:
-    """What a client's certificate says, and whether a current authority stands behind it."""
+    """What a client's certificate says, and when an authority stands behind it."""
 
     names: tuple[str, ...]
     roles: frozenset[str]
-    valid_from: float  # seconds since 1970, as everything between it and its authority is valid
-    valid_to: float
     for_clients: bool
-    trusted: bool
+    valid: tuple[tuple[float, float], ...]  # for each way to an authority, since and until when all of it is valid
+
+    def current(self, now: float) -> bool:
+        return any(since <= now <= until for since, until in self.valid)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -2411,14 +2455,18 @@ def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerC
     purposes = extension(leaf, x509.ExtendedKeyUsage)
     roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
     between = x509.load_pem_x509_certificates(chain) if chain.strip() else []
-    issuers = issuers_of(leaf, between, x509.load_pem_x509_certificates(authorities))
+    ways = ways_to(x509.load_pem_x509_certificates(authorities), leaf, list(dict.fromkeys(between))[:LONGEST_CHAIN])
     return PeerCertificate(
         names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
         roles=decode_roles(roles),
-        valid_from=max(each.not_valid_before_utc for each in (leaf, *issuers)).timestamp(),
-        valid_to=min(each.not_valid_after_utc for each in (leaf, *issuers)).timestamp(),
         for_clients=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
-        trusted=bool(issuers),
+        valid=tuple(
+            (
+                max(each.not_valid_before_utc for each in way).timestamp(),
+                min(each.not_valid_after_utc for each in way).timestamp(),
+            )
+            for way in ways
+        ),
     )
 
 
@@ -2430,22 +2478,17 @@ def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
         return None
 
 
-def issuers_of(
-    leaf: x509.Certificate, between: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
-) -> list[x509.Certificate]:
-    """The signers that lead from a certificate to one of the authorities (RFC 5280, 6.1), each the one that is valid
-    longest; none where they lead nowhere.
+def ways_to(
+    authorities: Sequence[x509.Certificate], leaf: x509.Certificate, between: Sequence[x509.Certificate]
+) -> Iterator[tuple[x509.Certificate, ...]]:
+    """Every chain of signatures from a certificate to an authority (RFC 5280, 6.1), both included: a renewed one of
+    either kind makes more than one, and TLS may have taken another than the one that is valid longest.
     """
-    path = [leaf]
-    for _ in range(len(between) + 1):
-        last = [authority for authority in authorities if signed(path[-1], authority)]
-        more = last or [issuer for issuer in between if is_authority(issuer) and signed(path[-1], issuer)]
-        if not more:
-            break
-        path.append(max(more, key=lambda issuer: issuer.not_valid_after_utc))
-        if last:
-            return path[1:]
-    return []
+    yield from ((leaf, authority) for authority in authorities if signed(leaf, authority))
+    for issuer in between:
+        if is_authority(issuer) and signed(leaf, issuer):
+            rest = [other for other in between if other is not issuer]
+            yield from ((leaf, *way) for way in ways_to(authorities, issuer, rest))
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -2484,9 +2527,9 @@ def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Call
         peer = read_peer_certificate(pem, b"".join(tls.get("x509_pem_cert_chain", ())), authorities)
     except ValueError:
         raise DeniedError("the client's certificate cannot be read") from None
-    if not peer.trusted:
+    if not peer.valid:
         raise DeniedError("the client's certificate is not from an authority that this server trusts now")
-    if not peer.valid_from <= time.time() <= peer.valid_to:
+    if not peer.current(time.time()):
         raise DeniedError("the client's certificate, or an authority behind it, is out of date")
     if not peer.for_clients:
         raise DeniedError("the client's certificate is not for clients: it lacks the purpose clientAuth")
@@ -2736,7 +2779,9 @@ class ServerCertificates:
         key, certificate, authorities = (
             read_file(self._folder / name) for name in ("server.key", "server.pem", "client-ca.pem")
         )
-        self._configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], authorities)
+        self._configuration = grpc.ssl_server_certificate_configuration(
+            [(key, certificate)], current_first(authorities)
+        )
         self._fresh = True
         self.authorities = authorities
 
@@ -2756,6 +2801,18 @@ class ServerCertificates:
         self._fresh = False
         time.sleep(RELOAD_SECONDS)
         return self._configuration
+
+
+def current_first(authorities: bytes) -> bytes:
+    """Authorities in the order in which TLS is to try them: of those with one name and key it takes the first."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    def order(authority: x509.Certificate) -> tuple[bool, datetime.timedelta]:
+        outside = not authority.not_valid_before_utc <= now <= authority.not_valid_after_utc
+        return outside, now - authority.not_valid_after_utc
+
+    ordered = sorted(x509.load_pem_x509_certificates(authorities), key=order)
+    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in ordered)
 
 
 def read_file(path: Path) -> bytes:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import doctest
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -446,6 +447,29 @@ async def test_of_a_tree_only_what_jobs_go_on_in_outlives_its_server(state, nest
 
 @pytest.mark.tree
 @as_root
+@in_loop
+async def test_a_job_that_left_its_cgroup_is_stopped_all_the_same(state):
+    async with worker_on(state) as worker:
+        out = f"echo $$ > {CgroupMount.find().point}/cgroup.procs; echo out; exec sleep 1000"
+        job = await worker.start(shell(out, run_as="root"))
+        await said(worker, job, b"out")
+        await worker.stop(job)
+        assert ending(worker, job) == ("STOPPED", 137, "")
+
+
+@pytest.mark.controllers
+def test_a_server_that_enforces_more_than_the_last_starts_jobs_beside_its_jobs(state, certs):
+    port = free_port()
+    with killed(spawn(state, certs, port, "--without", "memory"), certs, port) as served:
+        served.start("--", "sleep", "1000")
+    with serving(state, certs, port=port) as served:
+        job = served.start("--", "echo", "hello")
+        assert served.run("stream", job).stdout == "hello\n"
+        assert json.loads(served.run("status", "--json", job).stdout)["limits"]["memory"] == 512 * MIB
+
+
+@pytest.mark.tree
+@as_root
 def test_a_user_s_tree_stands_in_the_highest_cgroup_that_was_delegated(state, nested):
     user = 65534
     os.chown(state, user, user)
@@ -850,6 +874,15 @@ RECORD = [
 ]
 
 
+def an_order(**changes):
+    account = jobworker.Account.own()
+    return dataclasses.replace(jobworker.Order(
+        id=ID, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
+        user=account.name, home="/", cgroup="", controllers=(), limits=Limits(), timeout=0.0, max_output=MIB,
+        reserve=0, splice=True, created=1.0,
+    ), **changes)  # fmt: skip
+
+
 def record_of(folder, lines, cut=None):
     descriptor = os.open(folder / "exit", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     for word, facts in lines:
@@ -858,6 +891,37 @@ def record_of(folder, lines, cut=None):
     os.truncate(descriptor, size if cut is None else cut)
     os.close(descriptor)
     return size
+
+
+@pytest.mark.parametrize(("waiting", "shared"), [(80, True), (8192, False)])
+def test_only_what_leaves_room_in_the_pipe_waits_for_more(tmp_path, waiting, shared):
+    """A small pipe that is full holds its writer up: many users' jobs have small ones (pipe(7))."""
+    pipe, writer = os.pipe()
+    output = os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT)
+    try:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
+        pump = jobworker.Pump(pipe, output, an_order(max_output=MIB))
+        os.write(writer, bytes(waiting))
+        assert pump.move() is None
+        assert pump.little == shared
+    finally:
+        for descriptor in (pipe, writer, output):
+            os.close(descriptor)
+
+
+def test_a_record_may_grow_by_finishers_that_fail(tmp_path):
+    record_of(tmp_path, RECORD[:-1])
+    with (tmp_path / "exit").open("ab") as file:
+        file.write(b"crashed KernelError cannot remove it\n" * 2000)
+        file.write(b"done at=2.0 reason= cpu_seconds=None memory_peak=None read_bytes=None written_bytes=None .\n")
+    assert jobworker.read_record(str(tmp_path)).phase == "done"
+
+
+def test_a_wish_that_comes_as_the_shim_ends_is_no_error(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "control")
+    reader = os.open(tmp_path / "control", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(jobworker, "encode_name", lambda _: os.close(reader) or "name")  # between its open and its write
+    assert jobworker.send_wish(str(tmp_path), "name") is False
 
 
 def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
@@ -1536,12 +1600,7 @@ def fabricate(state, job_id, record, order="whole"):
         jobworker.make_record(str(folder), handed)
     (folder / "exit").write_bytes(record)
     (folder / "output").write_text("said\n")
-    account = jobworker.Account.own()
-    jobworker.write_order(str(folder), jobworker.Order(
-        id=job_id, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
-        user=account.name, home="/", cgroup="", controllers=(), limits=Limits(), timeout=0.0, max_output=MIB,
-        reserve=0, splice=True, created=1.0,
-    ))  # fmt: skip
+    jobworker.write_order(str(folder), an_order(id=job_id))
     text = (folder / "job.json").read_text()
     if order == "torn":
         (folder / "job.json").write_text(text[: len(text) // 2])
@@ -1751,6 +1810,48 @@ async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(sta
         await output(worker, job)
         assert not armed.exists()
         assert ending(worker, job) == LOST  # `born`: the command may have run
+
+
+@in_loop
+async def test_many_stops_of_a_lost_job_send_one_finisher(state, capfd):
+    async with worker_on(state) as worker:
+        jobs = [await worker.start(shell("echo $PPID; exec sleep 1000")) for _ in range(20)]
+        shims = [int(await said(worker, job, b"\n")) for job in jobs]
+        for shim in shims:
+            os.kill(shim, signal.SIGKILL)
+        await asyncio.gather(*(worker.stop(job) for job in jobs for _ in range(6)))
+        assert {ending(worker, job) for job in jobs} == {("FINISHED", 255, "LOST")}
+    assert "cannot be finished" not in capfd.readouterr().err
+
+
+LEASES = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+for number in range(int(sys.argv[1])):
+    with open(f"leased{number}", "w") as file:
+        file.write("#!/bin/sh\\n")
+    os.chmod(f"leased{number}", 0o755)
+    fcntl.fcntl(os.open(f"leased{number}", os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("leased", os.getcwd(), flush=True)
+signal.pause()
+"""
+
+
+@in_loop
+async def test_starts_that_wait_for_leases_can_be_stopped_and_keep_nobody_waiting(state):
+    """Who opens such a file, as execve(2) does, waits for its lease, 45 seconds at most (fcntl(2))."""
+    many = jobworker.STARTS_AT_ONCE + 2
+    async with worker_on(state) as worker:
+        leaser = await worker.start(JobRequest(str(PYTHON_FOR_ALL), ("-c", LEASES, str(many)), owner="eve"))
+        home = (await said(worker, leaser, b"\n")).decode().split()[1]
+        ids = [jobworker.new_job_id() for _ in range(many)]
+        held = [asyncio.ensure_future(worker.start(JobRequest(f"{home}/leased{number}", owner="eve", id=ids[number]))) for number in range(many)]
+        assert (await result(worker, JobRequest("echo", ("free",), owner="bob")))[0] == b"free\n"
+        assert not any(start.done() for start in held)
+        await asyncio.gather(*(worker.stop(job) for job in ids))
+        await asyncio.gather(*held)
+        assert {ending(worker, job)[:2] for job in ids} == {("STOPPED", 137)}
+        await worker.stop(leaser)
 
 
 # What a full disk costs
@@ -2149,6 +2250,33 @@ def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connectio
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "PERMISSION_DENIED"
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="new")[0] == "NOT_FOUND"
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "UNAVAILABLE"
+
+
+def twin(authority, start, days):
+    """An authority's certificate again, of the same name and key, for other days."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(authority.certificate.subject)
+        .issuer_name(authority.certificate.subject)
+        .public_key(authority.key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + datetime.timedelta(days=start))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    )
+    return builder.sign(authority.key, hashes.SHA256()).public_bytes(jobworker.serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize(("start", "days"), [(-9, -1), (1, 9999), (-1, 9999)])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_authority_s_renewal_keeps_nobody_out(state, certs, tmp_path, start, days, first):
+    """Beside the one in force stands another of its name and key, which is over, to come, or valid as well."""
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    current, other = (folder / "client-ca.pem").read_bytes(), twin(jobworker.load_authority(certs, "client-ca"), start, days)
+    (folder / "client-ca.pem").write_bytes(other + current if first else current + other)
+    with serving(state, folder) as served:
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
 
 
 @pytest.mark.parametrize(("version", "spoken"), [("-tls1_3", True), ("-tls1_2", False), ("-tls1_1", False)])
