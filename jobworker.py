@@ -1371,13 +1371,13 @@ class Shim:
         for descriptor in (report, self._control):
             poller.register(descriptor, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            wish = receive_wish(self._control) if self._control in ready else None
+            told = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
+            wish = receive_wish(self._control) if self._control in told else None
             if deadline is not None and time.monotonic() >= deadline:
                 wish = wish or Wish("TIMEOUT")
             if wish:
                 self._kill(pidfd)
-            if wish or report in ready:
+            if wish or report in told:
                 return wish
 
     def _kill(self, pidfd: int) -> None:
