@@ -2733,14 +2733,22 @@ def test_a_server_that_is_full_says_so_and_what_allows_more(state, certs):
 # What a server does when it ends, starts again, or finds another one in its place.
 
 
+def of_descriptors(served, folder, look):
+    """What a look at each entry of `/proc/PID/fd` or `fdinfo` finds; one may close meanwhile."""
+    found = []
+    for path in Path(f"/proc/{served.process.pid}/{folder}").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(look(path))
+    return found
+
+
 def fds_of(served):
-    return sorted(os.readlink(f"/proc/{served.process.pid}/fd/{number}") for number in os.listdir(f"/proc/{served.process.pid}/fd"))
+    return sorted(of_descriptors(served, "fd", os.readlink))
 
 
 def watches_of(served):
     """The inotify watches of a server (proc_pid_fdinfo(5))."""
-    folder = Path(f"/proc/{served.process.pid}/fdinfo")
-    return sum(path.read_text().count("inotify wd:") for path in folder.iterdir())
+    return sum(text.count("inotify wd:") for text in of_descriptors(served, "fdinfo", Path.read_text))
 
 
 def until(reached):
