@@ -346,6 +346,11 @@ async def until_ended(channel: Any, job: str) -> int:
     return int(status.output_bytes)
 
 
+def seconds_told(text: bytes) -> float:
+    """How long a `dd` says, at the end of what it prints, that it took."""
+    return float(text.rsplit(b"copied, ", 1)[1].split()[0])
+
+
 async def speed_of(server: Server, followers: int, *words: str) -> float:
     """Seconds that a `dd` says it took, as a job with so many followers."""
     async with server.channel() as channel:
@@ -354,7 +359,7 @@ async def speed_of(server: Server, followers: int, *words: str) -> float:
         size = await until_ended(channel, job)
         last = b"".join([chunk async for chunk in stream(channel, job, max(0, size - 100))])
         await call(channel, "RemoveJob", pb.RemoveJobRequest(id=job), pb.RemoveJobResponse)
-        return float(last.rsplit(b"copied, ", 1)[1].split()[0])
+        return seconds_told(last)
 
 
 def piped(*words: str) -> float:
@@ -363,7 +368,7 @@ def piped(*words: str) -> float:
         told = subprocess.run(
             ["dd", "if=/dev/zero", *words], stdout=cat.stdin, stderr=subprocess.PIPE, check=True, env={"LC_ALL": "C"}
         )
-    return float(told.stderr.rsplit(b"copied, ", 1)[1].split()[0])
+    return seconds_told(told.stderr)
 
 
 async def forget_own_file(server: Server) -> None:

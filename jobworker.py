@@ -1272,7 +1272,7 @@ class Pump:
         self._written = 0
         self._unchecked = 0  # bytes since the last look at the disk
         self._splices = order.splice
-        self._little = min(LITTLE_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
+        self._little_bytes = min(LITTLE_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
 
     def move(self) -> Wish | None:
         """Move at most 1 MiB; the wish to end the job when that was too much, for it or for the disk."""
@@ -1290,7 +1290,7 @@ class Pump:
             self.open = False
         elif room == 0:
             return Wish("OUTPUT_LIMIT")
-        self.little = 0 < moved < self._little
+        self.little = 0 < moved < self._little_bytes
         self._written += moved
         self._unchecked += moved
         return self._look_at_disk() if self._unchecked >= MIB else None
@@ -2775,15 +2775,11 @@ class ServerCertificates:
 
     def load(self) -> None:
         """Read the folder. Raises JobWorkerError and leaves what is in force in force."""
-        check_server_folder(self._folder)
-        key, certificate, authorities = (
-            read_file(self._folder / name) for name in ("server.key", "server.pem", "client-ca.pem")
-        )
-        self._configuration = grpc.ssl_server_certificate_configuration(
-            [(key, certificate)], current_first(authorities)
-        )
+        key, certificate, authorities = read_server_folder(self._folder)
+        ordered = current_first(authorities)
+        self._configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], ordered)
         self._fresh = True
-        self.authorities = authorities
+        self.authorities = ordered
 
     def credentials(self) -> grpc.ServerCredentials:
         self._fresh = False
@@ -2803,16 +2799,15 @@ class ServerCertificates:
         return self._configuration
 
 
-def current_first(authorities: bytes) -> bytes:
-    """Authorities in the order in which TLS is to try them: of those with one name and key it takes the first."""
+def current_first(authorities: Iterable[x509.Certificate]) -> bytes:
+    """Authorities as PEM, in the order in which TLS is to try them: of one name and key it takes the first."""
     now = datetime.datetime.now(datetime.timezone.utc)
 
     def order(authority: x509.Certificate) -> tuple[bool, datetime.timedelta]:
         outside = not authority.not_valid_before_utc <= now <= authority.not_valid_after_utc
         return outside, now - authority.not_valid_after_utc
 
-    ordered = sorted(x509.load_pem_x509_certificates(authorities), key=order)
-    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in ordered)
+    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in sorted(authorities, key=order))
 
 
 def read_file(path: Path) -> bytes:
@@ -2822,13 +2817,16 @@ def read_file(path: Path) -> bytes:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
 
 
-def check_server_folder(folder: Path) -> None:
-    """Refuse, naming the file, a server certificate that gRPC cannot serve or that is not for its key."""
+def read_server_folder(folder: Path) -> tuple[bytes, bytes, list[x509.Certificate]]:
+    """The server's key and certificate, as PEM, and its clients' authorities. Refuses, naming the file, a certificate
+    that gRPC cannot serve or that is not for its key.
+    """
     paths = [folder / "server.pem", folder / "server.key"]
     try:
-        certificate = x509.load_pem_x509_certificate(read_file(paths[0]))
-        key = serialization.load_pem_private_key(read_file(paths[1]), password=None)
-        x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
+        certificate_pem, key_pem = map(read_file, paths)
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        key = serialization.load_pem_private_key(key_pem, password=None)
+        authorities = x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         raise JobWorkerError(
             f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}"
@@ -2839,6 +2837,7 @@ def check_server_folder(folder: Path) -> None:
         raise JobWorkerError(f"{paths[0]} is not the certificate of {paths[1]}")
     if not certificate.not_valid_before_utc.timestamp() <= time.time() <= certificate.not_valid_after_utc.timestamp():
         raise JobWorkerError(f"{paths[0]} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
+    return key_pem, certificate_pem, authorities
 
 
 def can_be_served(key: Any) -> bool:
