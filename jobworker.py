@@ -899,6 +899,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # what may follow what in a record; not
 }
 
 MODULE = "jobworker"  # what the launcher imports: as `__main__` it would be compiled anew each time
+LAUNCHER_ENVIRONMENT = {"LD_BIND_NOW": "1"}  # symbols are found once, not anew in every shim and child (ld.so(8))
 FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
 CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
 PR_SET_CHILD_SUBREAPER, FALLOC_FL_KEEP_SIZE = 36, 1
@@ -923,15 +924,15 @@ class Order:
     home: str
     cgroup: str  # empty: this machine has none for it
     controllers: tuple[str, ...]  # the limits that the kernel enforces
-    limits: Limits
     timeout: float  # 0: none
     max_output: int
     reserve: int  # bytes of the file system that the output leaves free
     splice: bool  # whether followers would notice a splice into the output
     created: float
+    limits: Limits
 
     def plain(self) -> dict[str, Any]:
-        """As built-in types, for json and marshal; `from_plain` reads it back."""
+        """As built-in types, for json; `from_plain` reads it back."""
         return {**vars(self), "limits": vars(self.limits)}
 
     @classmethod
@@ -941,6 +942,20 @@ class Order:
         tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
         limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
         return cls(**{**known, **tuples, "limits": Limits(**limits)})
+
+    def packed(self) -> tuple[Any, ...]:
+        """As built-in types without names, for marshal and a process of this version; `from_packed` reads it."""
+        return *list(vars(self).values())[:-1], tuple(vars(self.limits).values())
+
+    @classmethod
+    def from_packed(cls, values: tuple[Any, ...]) -> Order:
+        return cls(*[*values[:-1], Limits(*values[-1])])
+
+    def programs(self) -> list[str]:
+        """Where the command is looked for, in this order."""
+        if "/" in self.command:
+            return [self.command]
+        return [f"{folder}/{self.command}" for folder in JOB_PATH.split(":")]
 
     def environment(self) -> dict[str, str]:
         return {
@@ -1139,7 +1154,7 @@ class Launcher:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", code, str(there.fileno()), *self._arguments],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    pass_fds=[there.fileno()], start_new_session=True, cwd="/", env={},
+                    pass_fds=[there.fileno()], start_new_session=True, cwd="/", env=LAUNCHER_ENVIRONMENT,
                 )  # fmt: skip
             except OSError as error:
                 here.close()
@@ -1162,7 +1177,7 @@ class Launcher:
 
     def send(self, kind: str, folder: str, order: Order, descriptors: Sequence[int]) -> None:
         """Hand over one request: `start` a job or `finish` one whose shim was lost."""
-        packet = marshal.dumps((kind, folder, order.plain()))
+        packet = marshal.dumps((kind, folder, order.packed()))
         if len(packet) > PACKET_BYTES:
             packet = marshal.dumps((kind, folder, None))
         self.ensure()
@@ -1201,8 +1216,8 @@ def launcher_main() -> NoReturn:
             process = -1  # its descriptors close with no record begun: the server sees a job that never ran
         if process == 0:
             channel.close()
-            run_shim(request)
-        for descriptor in request[3]:
+            run_shim(*request)
+        for descriptor in request[1]:
             os.close(descriptor)
     os._exit(0)
 
@@ -1220,14 +1235,13 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
         kernel_write("/proc/self/oom_score_adj", "0")
     if shims:
         Cgroup(shims).adopt(0)
-    for library, name in (libc(), "syscall"), *((ctypes.pythonapi, name) for name in FORK_HOOKS):
-        getattr(library, name)  # found now, not in every shim
+    fork_hooks()  # found now, not in every shim
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
 
 
-def receive_request(channel: socket.socket) -> tuple[str, str, dict[str, Any] | None, list[int]] | None:
-    """One request (kind, folder, order if it fitted, descriptors), or None when the server is gone.
+def receive_request(channel: socket.socket) -> tuple[bytes, list[int]] | None:
+    """One request, as `Launcher.send` packs it, and its descriptors; None when the server is gone.
 
     Not `socket.recv_fds`, which ignores its flags: without MSG_CMSG_CLOEXEC jobs would hold `control`.
     """
@@ -1235,17 +1249,17 @@ def receive_request(channel: socket.socket) -> tuple[str, str, dict[str, Any] | 
     if not packet:
         return None
     descriptors = [number for _, _, data in ancillary for number in memoryview(data).cast("i")]
-    kind, folder, plain = marshal.loads(packet)  # noqa: S302  our own server wrote it
-    return kind, folder, plain, descriptors
+    return packet, descriptors
 
 
-def run_shim(request: tuple[str, str, dict[str, Any] | None, list[int]]) -> NoReturn:
+def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
     """The shim process. However it ends, it ends here; a record without `done` then says that it was lost."""
-    kind, folder, plain, (control, record, *cgroup) = request
+    control, record, *cgroup = descriptors
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        order = read_order(folder) if plain is None else Order.from_plain(plain)
+        kind, folder, packed = marshal.loads(packet)  # noqa: S302  our own server wrote it
+        order = read_order(folder) if packed is None else Order.from_packed(packed)
         if order is None:
             write_record(record, "born")
             write_record(record, "failed", errno=errno.EIO)
@@ -1477,6 +1491,13 @@ def check_exec(process: int, report: int) -> None:
         raise OSError(int(failure), os.strerror(int(failure)))
 
 
+@functools.cache
+def fork_hooks() -> list[Callable[[], None]]:
+    """What the interpreter wants called around a fork that it does not make itself."""
+    assert libc().syscall
+    return [getattr(ctypes.pythonapi, name) for name in FORK_HOOKS]
+
+
 def clone_into(cgroup: int) -> tuple[int, int, bool]:
     """Fork into a cgroup (clone3(2)): pid (0: the child), pidfd, and whether the child was born there.
 
@@ -1488,12 +1509,13 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
         flags = CLONE_PIDFD | CLONE_INTO_CGROUP
         words = (flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup)  # struct clone_args
         arguments = b"".join(word.to_bytes(8, sys.byteorder) for word in words)
-        ctypes.pythonapi.PyOS_BeforeFork()
+        before_fork, in_child, in_parent = fork_hooks()
+        before_fork()
         process = libc().syscall(ctypes.c_long(SYS_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
         if process == 0:
-            ctypes.pythonapi.PyOS_AfterFork_Child()
+            in_child()
             return 0, -1, True
-        ctypes.pythonapi.PyOS_AfterFork_Parent()
+        in_parent()
         if process > 0:
             return process, pidfd.value, True
     process = os.fork()
@@ -1509,7 +1531,6 @@ def become_job(order: Order, stdout: int, reporter: int, cgroup: str) -> NoRetur
         os.setsid()
         os.dup2(stdout, 1)
         os.dup2(stdout, 2)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if os.geteuid() == 0:
             os.setgroups(order.groups)
             os.setresgid(order.gid, order.gid, order.gid)
@@ -1518,7 +1539,7 @@ def become_job(order: Order, stdout: int, reporter: int, cgroup: str) -> NoRetur
             os.chdir(order.home)
         except OSError:
             os.chdir("/")  # as sshd does for an account without a home
-        os.execvpe(order.command, [order.command, *order.args], order.environment())  # noqa: S606
+        exec_first(order.programs(), [order.command, *order.args], order.environment())
     except OSError as error:
         failure = error.errno or failure
     except JobWorkerError as error:
@@ -1526,6 +1547,20 @@ def become_job(order: Order, stdout: int, reporter: int, cgroup: str) -> NoRetur
     finally:
         os.write(reporter, str(failure).encode())
         os._exit(127)
+
+
+def exec_first(programs: Sequence[str], arguments: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Run the first program that can be, as execvp(3) does, at a third of the cost of `os.execvpe`. Raises the OSError
+    of the first that is there, else of the last.
+    """
+    failure = OSError(errno.ENOENT, "no program")
+    for program in programs:
+        try:
+            os.execve(program, arguments, environment)  # noqa: S606
+        except OSError as error:
+            if failure.errno in (errno.ENOENT, errno.ENOTDIR):
+                failure = error
+    raise failure
 
 
 def finish_job(folder: str, order: Order, record: int, ending: Ending, pump: Pump | None) -> None:
@@ -2386,10 +2421,8 @@ def delete_job_folder(folder: str) -> None:
 def start_failure(number: int, order: Order) -> JobWorkerError:
     """The sentence for a command whose exec failed with that errno (execve(2))."""
     name = order.command
-    places = [name] if "/" in name else [f"{folder}/{name}" for folder in JOB_PATH.split(":")]
-    found = next(
-        (path for path in (os.path.join(order.home, place) for place in places) if os.path.lexists(path)), None
-    )
+    places = [os.path.join(order.home, program) for program in order.programs()]
+    found = next((place for place in places if os.path.lexists(place)), None)
     if number == errno.ENOENT and found is None:
         return BadRequestError(f"{name!r} is not found" + ("" if "/" in name else f" on PATH, which is {JOB_PATH}"))
     if number == errno.ENOENT:
