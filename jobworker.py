@@ -276,8 +276,12 @@ def kernel_write(path: str, value: str) -> None:
 def kernel_read(path: str) -> str:
     """The contents of a file of cgroupfs, procfs or sysfs; empty where this kernel does not have it."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # `open` costs three times as much, in every shim
+        try:
+            text = b"".join(iter(functools.partial(os.read, descriptor, 64 * KIB), b""))
+        finally:
+            os.close(descriptor)
+        return os.fsdecode(text)
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
@@ -417,6 +421,9 @@ class Cgroup:
 
     def remove(self) -> None:
         """Remove it with all below, depth first; nothing may live in it."""
+        with contextlib.suppress(OSError):  # most have none below, and looking for some takes longer
+            os.rmdir(self.path)
+            return
         for folder, _, _ in os.walk(self.path, topdown=False):
             try:
                 os.rmdir(folder)
@@ -1720,14 +1727,14 @@ class Accounts:
     def of(self, owner: str) -> Account:
         try:
             uid = self._uids.get(owner) or self._remember(owner)
-            home = self._homes / str(uid)
-            with contextlib.suppress(FileExistsError):
-                home.mkdir(mode=0o700)
-            if home.stat().st_uid != uid:  # new, or made by a server that died right here
+            home = f"{self._homes}/{uid}"
+            if not os.path.exists(home):
+                os.mkdir(home, 0o700)
+            if os.stat(home).st_uid != uid:  # new, or made by a server that died right here
                 os.chown(home, uid, uid)
         except OSError as error:
             raise disk_error(f"cannot make a home for {owner!r}", error) from error
-        return Account(uid, uid, (), owner, str(home))
+        return Account(uid, uid, (), owner, home)
 
     def _remember(self, owner: str) -> int:
         first, count = uid_range(str(self._owners))
