@@ -132,7 +132,7 @@ def running(words: list[str], certs: Path) -> Iterator[Server]:
 
 def serving(folder: Path) -> contextlib.AbstractContextManager[Server]:
     words = f"serve --listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
-    return running([f"{HERE}/jobworker.py", *words.split(), "--certs", f"{folder}/certs"], folder / "certs")
+    return running([f"{HERE}/jobworker.pyz", *words.split(), "--certs", f"{folder}/certs"], folder / "certs")
 
 
 def floor(folder: Path) -> contextlib.AbstractContextManager[Server]:
@@ -317,8 +317,23 @@ async def latency_of(server: Server, many: int, seconds: float, service: str = O
     return [quantile(seen.late, 0.5), quantile(seen.late, 0.99), used / seen.messages * 1e6, memory]
 
 
+async def latency_without_grpc(state: Path, seconds: float) -> list[float]:
+    """How late the ticks of a job are in a `Worker` (ms): what job, shim and follower take, with no gRPC behind them."""
+    seen, options = Ticks(), jobworker.WorkerOptions(state, without=frozenset({"auto"}), reserve=0)
+    async with jobworker.Worker(options) as worker:
+        job = await worker.start(jobworker.JobRequest(PYTHON, ("-c", TICKS, "0.05"), owner="bench"))
+        task = asyncio.create_task(seen.follow(worker.stream(job)))
+        await asyncio.sleep(1)
+        seen.settled = time.monotonic_ns()
+        await asyncio.sleep(seconds)
+        await worker.stop(job)
+        await task
+    return seen.late
+
+
 async def bench_latency(folder: Path, quick: bool) -> list[Row]:
     rows, rounds, seconds = [], 2 if quick else 3, 2 if quick else 10
+    alone = [quantile(await latency_without_grpc(folder / "alone", seconds), 0.5) for _ in range(rounds)]
     names = {"write() to client, p50": "ms", "write() to client, p99": "ms", "server CPU a message": "µs", "RSS": "MB"}
     for many in (1, 100, *(() if quick else (1000,))):
         ours, bare = [], []
@@ -332,6 +347,8 @@ async def bench_latency(folder: Path, quick: bool) -> list[Row]:
             Row(f"{count_of(many, 'follower', 'followers')}: {name}", unit, list(mine), "bare grpc.aio", list(its))
             for (name, unit), mine, its in sides
         ]
+    both = [ours + bare for ours, bare in zip(alone, rows[0].peer_rounds, strict=True)]
+    rows.insert(1, dataclasses.replace(rows[0], peer="bare grpc.aio + all but gRPC", peer_rounds=both))
     return rows
 
 
@@ -431,6 +448,31 @@ def folder_made(place: Path, number: int) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
+FORKS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import jobworker
+jobworker.prepare_launcher("", jobworker.resource.getrlimit(jobworker.resource.RLIMIT_NOFILE))
+for _ in range(int(sys.argv[2])):
+    began = time.perf_counter()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.execv("/bin/true", ["true"])
+        os._exit(0)
+    os.close(writer)
+    os.read(reader, 1)
+    os.close(reader)
+    os.write(1, b"%f " % (1e3 * (time.perf_counter() - began)))
+"""
+
+
+def forks_alone(count: int) -> list[float]:
+    """What the shim's fork, the job's fork and its exec alone cost a process like the launcher, in ms."""
+    words = [sys.executable, "-I", "-S", "-c", FORKS, str(HERE), str(count)]
+    return [float(word) for word in subprocess.check_output(words).split()]
+
+
 def systemd_run() -> list[float]:
     """The same by systemd-run, its end read from `systemctl show`, in ms; nothing where there is no systemd."""
     if Path("/proc/1/comm").read_text().strip() != "systemd":
@@ -449,9 +491,10 @@ def systemd_run() -> list[float]:
 
 async def bench_starts(folder: Path, quick: bool) -> list[Row]:
     count = 60 if quick else 200
-    with serving(folder) as server:
-        async with server.channel() as channel:
+    with serving(folder) as server, floor(folder) as other:
+        async with server.channel() as channel, other.channel() as its:
             await start_rate(channel, 20, 1)
+            calls = [1e3 / await status_rate(its, "", 1, FLOOR, 1) for _ in range(count)]
             one_by_one = [1e3 * await timed(start(channel, "true")) for _ in range(count)]
             sparse = [await asyncio.sleep(0.15, 1e3) * await timed(start(channel, "true")) for _ in range(count // 4)]
             rates = [await start_rate(channel, 2 * count, 16) for _ in range(3)]
@@ -459,8 +502,10 @@ async def bench_starts(folder: Path, quick: bool) -> list[Row]:
             stops = [await stop_to_dead(channel) for _ in range(count // 4)]
     plain = [1e3 * timed_process("true") for _ in range(count)]
     made = [folder_made(folder, number) for number in range(count)]
+    parts = [sum(each) for each in zip(calls, made, forks_alone(count), strict=True)]
     by_systemd = systemd_run()
     return [
+        Row("StartJob, one after the other", "ms", one_by_one, "a call, a folder, two forks, an exec", parts),
         Row("StartJob, one after the other", "ms", one_by_one, "subprocess.run true", plain),
         Row("StartJob, one each 150 ms", "ms", sparse, "its folder alone", made),
         Row("StartJob, 16 at a time", "/s", rates),
@@ -555,12 +600,15 @@ async def bench_scale(folder: Path, quick: bool) -> list[Row]:
             await drain(channel, await start(channel, "true"))
     make_ended(folder, ended)
     with serving(folder) as server, floor(folder) as other:
-        async with server.channel() as channel:
+        async with server.channel() as channel, other.channel() as its:
             alone = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
             ids = [await start(channel, "sleep", "1000") for _ in range(jobs)]
             loaded = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
             statuses = [1e3 / await status_rate(channel, job, 1, at_once=1) for job in ids]
             memory, shims = server.memory(), shim_memory(server)
+            for _ in ids:  # gRPC keeps the threads of busier times for a while: as many calls for both
+                await status_rate(its, "", 1, FLOOR, 1)
+        await asyncio.sleep(1)
         idle = await idle_cpu(server, seconds)
         bare_idle = await idle_cpu(other, seconds)
         server.process.kill()

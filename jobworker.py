@@ -52,13 +52,10 @@ import signal
 import socket
 import stat
 import sys
-import termios
 import time
 import types
-import zlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
 
+TYPE_CHECKING = False  # as `typing` has it, whose import every fork would copy
 if TYPE_CHECKING:
     import argparse
     import asyncio
@@ -66,10 +63,13 @@ if TYPE_CHECKING:
     import datetime
     import ipaddress
     import json
+    import pathlib
     import pwd
     import ssl
     import subprocess
+    import termios
     import traceback
+    import zlib
     from collections.abc import (
         AsyncGenerator,
         AsyncIterator,
@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         Sequence,
     )
     from types import TracebackType
+    from typing import Any, NoReturn, TypeAlias
 
     import grpc
     from cryptography import exceptions, x509
@@ -114,10 +115,13 @@ else:
     datetime = Deferred("datetime")
     ipaddress = Deferred("ipaddress")
     json = Deferred("json")
+    pathlib = Deferred("pathlib")
     pwd = Deferred("pwd")
     ssl = Deferred("ssl")
     subprocess = Deferred("subprocess")
+    termios = Deferred("termios")
     traceback = Deferred("traceback")
+    zlib = Deferred("zlib")
     grpc = Deferred("grpc")
     pb = Deferred("gen.workerservice_pb2")
     protobuf = Deferred("google.protobuf.message")
@@ -467,7 +471,7 @@ class Descendants:
                 if state in "ZX":
                     continue
                 parents[int(name)] = int(parent)
-                if self._mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                if self._mark in pathlib.Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
                     found.add(int(name))
         family = {os.getpid()}
         while more := {child for child, parent in parents.items() if parent in family} - family:
@@ -582,7 +586,7 @@ class CgroupTree:
     def remove_unused(self) -> None:
         """Remove what no shim lives in and no job stands in: after a state folder's last job nothing is left."""
         if self.root:
-            for folder in (*map(str, Path(self.root).glob("u*")), self.shims, self.root):
+            for folder in (*map(str, pathlib.Path(self.root).glob("u*")), self.shims, self.root):
                 with contextlib.suppress(OSError):  # jobs go on in it
                     os.rmdir(folder)
 
@@ -1154,7 +1158,7 @@ class Launcher:
         self.close()
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here.setblocking(False)
-        folder = str(Path(__file__).resolve().parent)
+        folder = str(pathlib.Path(__file__).resolve().parent)
         code = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
         with there:
             try:
@@ -1214,7 +1218,8 @@ class Launcher:
 
 def launcher_main() -> NoReturn:
     """The launcher process, exec'ed by `Launcher`: receives requests and forks a shim for each."""
-    channel, shims, soft, hard = socket.socket(fileno=int(sys.argv[1])), sys.argv[2], *map(int, sys.argv[3:5])
+    number, shims, soft, hard = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5])
+    channel = socket.socket(fileno=number)
     prepare_launcher(shims, (soft, hard))
     while (request := receive_request(channel)) is not None:
         try:
@@ -1222,7 +1227,7 @@ def launcher_main() -> NoReturn:
         except OSError:
             process = -1  # its descriptors close with no record begun: the server sees a job that never ran
         if process == 0:
-            channel.close()
+            os.close(number)  # cheaper than `channel.close()`
             run_shim(*request)
         for descriptor in request[1]:
             os.close(descriptor)
@@ -1604,7 +1609,7 @@ def sync_folder(folder: str) -> bool:
     return True
 
 
-def sync(path: str | Path) -> None:
+def sync(path: str | pathlib.Path) -> None:
     """Make a file or a folder durable (fsync(2))."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -1622,7 +1627,7 @@ def sync(path: str | Path) -> None:
 class WorkerOptions:
     """How one `Worker` behaves. Seconds, bytes; 0 means none where that makes sense."""
 
-    state: Path
+    state: pathlib.Path
     cgroup: str | None = None  # the tree's root instead of the one by rule
     without: frozenset[str] = frozenset()  # controllers that need not be enforced; "auto": whatever is missing
     defaults: Limits = Limits()
@@ -1711,7 +1716,7 @@ class Accounts:
     state folder, so that two servers never give the same one.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: pathlib.Path) -> None:
         self._owners = state / "owners"
         self._homes = state / "home"
         self._uids: dict[str, int] = {}
@@ -1783,10 +1788,7 @@ class Job:
     @property
     def order(self) -> Order:
         """What was asked. Raises NoSuchJobError where job.json is gone or unreadable."""
-        order = self._order or read_order(self.folder)
-        if order is None:
-            raise NoSuchJobError(self.id)
-        return order
+        return self._order or order_of(self)
 
     def ring(self) -> None:
         """Wake whoever waits for the job or follows it."""
@@ -1821,6 +1823,15 @@ class Job:
             return os.stat(f"{self.folder}/output").st_size
         except OSError:
             return 0
+
+
+@functools.lru_cache(maxsize=16)  # every call asks twice, and whoever polls a job asks again
+def order_of(job: Job) -> Order:
+    """The order of an ended job, from its folder. Raises NoSuchJobError."""
+    order = read_order(job.folder)
+    if order is None:
+        raise NoSuchJobError(job.id)
+    return order
 
 
 class Retention:
@@ -2266,7 +2277,7 @@ def check_kernel() -> None:
         raise JobWorkerError(f"this is Linux {release}, and serving jobs needs 5.4 or newer")
 
 
-def make_state_folder(state: Path) -> None:
+def make_state_folder(state: pathlib.Path) -> None:
     """Make what is missing; jobs pass through the state folder to their homes, and through nothing else."""
     mode = 0o711 if os.geteuid() == 0 else 0o700
     try:
@@ -2277,7 +2288,7 @@ def make_state_folder(state: Path) -> None:
         raise KernelError(f"cannot use the state folder {state} (`--state DIR` names another)", error) from error
 
 
-def lock_state_folder(state: Path) -> int:
+def lock_state_folder(state: pathlib.Path) -> int:
     """Hold `<state>/lock` (flock(2)) with the pid inside; the descriptor is the lock."""
     descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -2291,7 +2302,7 @@ def lock_state_folder(state: Path) -> int:
     return descriptor
 
 
-def state_name(state: Path) -> str:
+def state_name(state: pathlib.Path) -> str:
     """The name of a state folder's part of the cgroup tree: two servers must not meet there."""
     return f"{zlib.crc32(os.fsencode(state.resolve())):08x}"
 
@@ -2345,7 +2356,7 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
     )
 
 
-def checked_reserve(state: Path, share: float) -> int:
+def checked_reserve(state: pathlib.Path, share: float) -> int:
     """The bytes that jobs may not fill of the state folder's file system. Raises ExhaustedError when they are."""
     disk = os.statvfs(state)
     reserve = int(disk.f_blocks * disk.f_frsize * share)
@@ -2767,7 +2778,7 @@ class ServeOptions:
 
     worker: WorkerOptions
     listen: tuple[str, int]
-    certs: Path
+    certs: pathlib.Path
     stop_jobs: bool = False
 
 
@@ -2796,8 +2807,8 @@ def defer_twin() -> None:
 
 def import_everything() -> None:
     """All imports now: a .pyz that is replaced under a running server has nothing left to give."""
-    for name in ("argparse", "asyncio", "ctypes", "cryptography.x509", "gen.workerservice_pb2", "grpc", "json", "pwd",
-                 "subprocess", "traceback", "encodings.idna"):  # fmt: skip
+    for name in ("argparse", "asyncio", "ctypes", "cryptography.x509", "gen.workerservice_pb2", "grpc", "json",
+                 "pathlib", "pwd", "subprocess", "termios", "traceback", "zlib", "encodings.idna"):  # fmt: skip
         importlib.import_module(name)
 
 
@@ -2807,7 +2818,7 @@ RELOAD_SECONDS = 0.1
 class ServerCertificates:
     """The certificates in force, read from the folder again at a reload."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
         self.authorities = b""
         self._configuration: Any = None
@@ -2850,14 +2861,14 @@ def current_first(authorities: Iterable[x509.Certificate]) -> bytes:
     return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in sorted(authorities, key=order))
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: pathlib.Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_server_folder(folder: Path) -> tuple[bytes, bytes, list[x509.Certificate]]:
+def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Certificate]]:
     """The server's key and certificate, as PEM, and its clients' authorities. Refuses, naming the file, a certificate
     that gRPC cannot serve or that is not for its key.
     """
@@ -3015,7 +3026,7 @@ class ClientOptions:
 
     host: str
     port: int
-    certs: Path
+    certs: pathlib.Path
     role: str
     retry_for: float = 60.0
 
@@ -3024,7 +3035,7 @@ class ClientOptions:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
-    def identity(self) -> tuple[Path, Path]:
+    def identity(self) -> tuple[pathlib.Path, pathlib.Path]:
         return self.certs / f"{self.role}.pem", self.certs / f"{self.role}.key"
 
 
@@ -3276,7 +3287,7 @@ def own_names() -> list[str]:
     return list(dict.fromkeys(name for name in names if name and len(name) < 64))
 
 
-def prepare_folder(folder: Path, names: Sequence[str]) -> str:
+def prepare_folder(folder: pathlib.Path, names: Sequence[str]) -> str:
     """Make what a server's folder needs, if it is empty, or a server.pem with the names it lacks.
 
     Returns what was made, as a sentence, or nothing. Raises JobWorkerError, and changes nothing, where the folder
@@ -3299,7 +3310,7 @@ def prepare_folder(folder: Path, names: Sequence[str]) -> str:
         ) from error
 
 
-def make_folder(folder: Path, names: Sequence[str]) -> None:
+def make_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
     """Both authorities and what they sign, in a new folder that then takes its place whole."""
     server_authority, client_authority = (
         make_authority("jobworker server authority"),
@@ -3326,7 +3337,7 @@ def make_folder(folder: Path, names: Sequence[str]) -> None:
             new.rmdir()
 
 
-def write_pair(folder: Path, name: str, signed_: Signed) -> None:
+def write_pair(folder: pathlib.Path, name: str, signed_: Signed) -> None:
     """Put NAME.key and NAME.pem in place, each whole or not at all; the key is for its owner's eyes only."""
     for suffix, content, mode in ((".key", signed_.key_pem(), 0o600), (".pem", signed_.certificate_pem(), 0o644)):
         path = folder / f"{name}{suffix}"
@@ -3339,7 +3350,7 @@ def write_pair(folder: Path, name: str, signed_: Signed) -> None:
         os.rename(new, path)
 
 
-def load_authority(folder: Path, name: str) -> Signed:
+def load_authority(folder: pathlib.Path, name: str) -> Signed:
     """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
     path = folder / f"{name}.key"
     if not path.exists():
@@ -3351,7 +3362,7 @@ def load_authority(folder: Path, name: str) -> Signed:
         raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
 
 
-def add_names(folder: Path, names: Sequence[str]) -> str:
+def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
     """A new server.pem with the names that the present one lacks, besides those that it has."""
     present = extension(x509.load_pem_x509_certificate(read_file(folder / "server.pem")), x509.SubjectAlternativeName)
     has = [str(name.value) for name in present or ()]
@@ -3426,23 +3437,23 @@ def text_argument(text: str) -> str:
         raise UsageError(f"{text!r} is not UTF-8, which commands and arguments must be") from None
 
 
-def default_certs() -> Path:
+def default_certs() -> pathlib.Path:
     """`./certs` where nobody else could have put it there, else the machine's or the user's own folder."""
-    here = Path("certs")
+    here = pathlib.Path("certs")
     with contextlib.suppress(OSError):
         facts = here.stat()
         if stat.S_ISDIR(facts.st_mode) and facts.st_uid in (0, os.geteuid()) and not facts.st_mode & 0o022:
             return here
-    return Path("/etc/jobworker") if os.geteuid() == 0 else user_folder("XDG_CONFIG_HOME", ".config")
+    return pathlib.Path("/etc/jobworker") if os.geteuid() == 0 else user_folder("XDG_CONFIG_HOME", ".config")
 
 
-def default_state() -> Path:
-    return Path("/var/lib/jobworker") if os.geteuid() == 0 else user_folder("XDG_STATE_HOME", ".local/state")
+def default_state() -> pathlib.Path:
+    return pathlib.Path("/var/lib/jobworker") if os.geteuid() == 0 else user_folder("XDG_STATE_HOME", ".local/state")
 
 
-def user_folder(variable: str, below_home: str) -> Path:
+def user_folder(variable: str, below_home: str) -> pathlib.Path:
     base = os.environ.get(variable) or os.path.join(os.environ.get("HOME") or Account.own().home, below_home)
-    return Path(base) / "jobworker"
+    return pathlib.Path(base) / "jobworker"
 
 
 def write_out(chunk: bytes) -> None:
@@ -3457,7 +3468,7 @@ def write_out(chunk: bytes) -> None:
 
 # -- Options that several verbs have
 
-Row = tuple[str, "Callable[[str], Any]", str, Any, str]  # flag, type, metavar, default, help
+Row: TypeAlias = "tuple[str, Callable[[str], Any], str, Any, str]"  # flag, type, metavar, default, help
 LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("cpu", as_cpus, "1"),
     ("memory", as_bytes, "512M"),
@@ -3510,7 +3521,7 @@ def chosen_id(options: argparse.Namespace) -> str:
 
 def client_of(options: argparse.Namespace) -> Client:
     host, port = options.server
-    certs = Path(options.certs) if options.certs else default_certs()
+    certs = pathlib.Path(options.certs) if options.certs else default_certs()
     return Client(ClientOptions(host or "localhost", port, certs, options.role, options.retry_for))
 
 
@@ -3579,7 +3590,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(options: argparse.Namespace) -> int:
     prepare_grpc()
     worker = worker_options(options)
-    certs = (Path(options.certs) if options.certs else default_certs()).absolute()
+    certs = (pathlib.Path(options.certs) if options.certs else default_certs()).absolute()
     made = prepare_folder(certs, options.name)
     if made:
         say(made)
@@ -3595,7 +3606,7 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
             raise UsageError(f"--{name.replace('_', '-')} 0 would let no job run")
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
-        state=Path(options.state or default_state()).absolute(),
+        state=pathlib.Path(options.state or default_state()).absolute(),
         without=chosen_without(options.without),
         defaults=defaults,
         caps=Limits(**caps),
@@ -3774,7 +3785,7 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_identity(options: argparse.Namespace) -> int:
-    folder = Path(options.certs) if options.certs else default_certs()
+    folder = pathlib.Path(options.certs) if options.certs else default_certs()
     name = text_argument(options.name)
     if not re.fullmatch(r"[^/\0]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
         raise UsageError(

@@ -1686,7 +1686,7 @@ FIRST = "echo said; exit 7" if os.geteuid() else "[ -w . ] && echo said; exit 7"
 SERVER_DEATHS = [  # the statement before which the server dies; last words; whether the job is there afterwards
     ("new.rename(self._owners / str(uid))", "pass", False),
     ("self._uids[owner] = uid", "pass", False),  # the owner has a uid
-    ("if home.stat().st_uid != uid:", "pass", False),  # and a home, which is still the server's
+    ("if os.stat(home).st_uid != uid:", "pass", False),  # and a home, which is still the server's
     ("undo.callback(self._dispose, job)", "pass", False),  # the folder is made
     ('os.mkfifo(f"{folder}/control", 0o600)', "pass", False),
     ('os.close(os.open(f"{folder}/output"', "pass", False),  # and control
