@@ -1398,13 +1398,17 @@ class Shim:
             poller.register(descriptor, select.POLLIN)
         while True:
             told = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            wish = receive_wish(self._control) if self._control in told else None
-            if deadline is not None and time.monotonic() >= deadline:
-                wish = wish or Wish("TIMEOUT")
+            wish = self._asked(told, deadline)
             if wish:
                 self._kill(pidfd)
             if wish or report in told:
                 return wish
+
+    def _asked(self, ready: set[int], deadline: float | None) -> Wish | None:
+        """What a line in `control`, or the deadline, asks for."""
+        wish = receive_wish(self._control) if self._control in ready else None
+        late = deadline is not None and time.monotonic() >= deadline
+        return wish or (Wish("TIMEOUT") if late else None)
 
     def _kill(self, pidfd: int) -> None:
         """Kill the job; its main process also where it has left its cgroup, as root may."""
@@ -1423,16 +1427,16 @@ class Shim:
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
             # The wish is read first: one that came before the end is older than the end.
-            new = receive_wish(self._control) if self._control in ready else None
+            new = self._asked(ready, deadline)
             if pump.pipe in ready:
-                new = pump.move() or new
-                if not pump.open or (new and new.reason):
+                over = pump.move()
+                new = over or new
+                if over or not pump.open:
                     poller.unregister(pump.pipe)
-            if deadline is not None and time.monotonic() >= deadline:
-                new, deadline = new or Wish("TIMEOUT"), None
             if new and wish is None:
                 wish = new
                 self._kill(pidfd)
+            deadline = None if wish else deadline
             if pidfd in ready:
                 return wish
             if pump.little:
@@ -3154,9 +3158,8 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         context.load_cert_chain(*map(str, options.identity))
         with context.wrap_socket(raw, server_hostname=options.host) as channel:
             with contextlib.suppress(ConnectionResetError):
-                if channel.recv(
-                    1
-                ):  # HTTP/2's first frame: in TLS 1.3 the verdict on the client comes after the handshake
+                # In TLS 1.3 the verdict on the client comes after the handshake: HTTP/2's first frame says yes.
+                if channel.recv(1):
                     return ""
             return (
                 f"{options.address} refuses {options.identity[0]}: it is out of date, not for clients, or not from "
