@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import doctest
+import errno
 import fcntl
 import functools
 import hashlib
@@ -1366,6 +1367,17 @@ async def test_asking_twice_with_one_id_is_asking_once(state):
 
 
 @in_loop
+async def test_an_id_that_was_forgotten_is_free_for_another_owner_and_command(state):
+    async with worker_on(state) as worker:
+        for owner, word in (("alice", "hers"), ("bob", "his")):
+            assert await worker.start(shell(f"echo {word}", id=ID, owner=owner)) == ID
+            assert await output(worker, ID) == f"{word}\n".encode()
+            order = worker.status(ID).order
+            assert (order.owner, order.args) == (owner, ("-c", f"echo {word}"))
+            worker.remove(ID)
+
+
+@in_loop
 async def test_an_unknown_job_is_no_such_job_to_every_call(state):
     async with worker_on(state) as worker:
         for call in (worker.status, worker.remove, worker.job):
@@ -1823,6 +1835,25 @@ async def test_many_stops_of_a_lost_job_send_one_finisher(state, capfd):
         await asyncio.gather(*(worker.stop(job) for job in jobs for _ in range(6)))
         assert {ending(worker, job) for job in jobs} == {("FINISHED", 255, "LOST")}
     assert "cannot be finished" not in capfd.readouterr().err
+
+
+UNRUNNABLE = [  # what stands at the places where a command is looked for; what is said of it
+    (("nothing", "nothing"), errno.ENOENT),
+    (("nothing", "text", "nothing"), errno.EACCES),
+    (("text/below", "text"), errno.EACCES),
+    (("text", "garbage"), errno.EACCES),
+    (("garbage", "text"), errno.ENOEXEC),
+    (("nothing", "text/below"), errno.ENOTDIR),
+]
+
+
+@pytest.mark.parametrize(("places", "said_"), UNRUNNABLE)
+def test_a_command_that_cannot_run_fails_for_the_first_place_where_it_is(tmp_path, places, said_):
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "garbage").write_bytes(b"\x00\x01")
+    (tmp_path / "garbage").chmod(0o755)
+    with pytest.raises(OSError, match=rf"\[Errno {said_}\]"):
+        jobworker.exec_first([str(tmp_path / place) for place in places], ["x"], {})
 
 
 LEASES = """
