@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 HERE = Path(__file__).resolve().parent
+PYZ = HERE / "jobworker.pyz"
 OURS, FLOOR = jobworker.SERVICE_NAME, "floor"
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable
 
@@ -132,7 +133,7 @@ def running(words: list[str], certs: Path) -> Iterator[Server]:
 
 def serving(folder: Path) -> contextlib.AbstractContextManager[Server]:
     words = f"serve --listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
-    return running([f"{HERE}/jobworker.pyz", *words.split(), "--certs", f"{folder}/certs"], folder / "certs")
+    return running([str(PYZ), *words.split(), "--certs", f"{folder}/certs"], folder / "certs")
 
 
 def floor(folder: Path) -> contextlib.AbstractContextManager[Server]:
@@ -533,7 +534,7 @@ async def status_rate(channel: Any, job: str, count: int, service: str = OURS, a
 
 async def bench_calls(folder: Path, quick: bool) -> list[Row]:
     rounds = 7 if quick else 15
-    program = [sys.executable, str(HERE / "jobworker.pyz")]
+    program = [sys.executable, str(PYZ)]
     with serving(folder) as server, floor(folder) as other, sshd(folder) as ssh:
         async with server.channel() as channel, other.channel() as its:
             job = await start(channel, "true")
@@ -687,6 +688,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a Ctrl-C: what was started is ended
     if unknown := set(options.items) - set(ITEMS):
         parser.error(f"there is no item {', '.join(unknown)}")
+    if not PYZ.exists():
+        parser.error(f"there is no {PYZ} to measure; `./build.sh pyz` makes it")
     rows = [row for item in options.items or ITEMS for row in measure(item, options.quick)]
     if options.json:
         print(

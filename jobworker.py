@@ -52,6 +52,7 @@ import signal
 import socket
 import stat
 import sys
+import termios
 import time
 import types
 
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     import pwd
     import ssl
     import subprocess
-    import termios
     import traceback
     import zlib
     from collections.abc import (
@@ -119,7 +119,6 @@ else:
     pwd = Deferred("pwd")
     ssl = Deferred("ssl")
     subprocess = Deferred("subprocess")
-    termios = Deferred("termios")
     traceback = Deferred("traceback")
     zlib = Deferred("zlib")
     grpc = Deferred("grpc")
@@ -460,7 +459,7 @@ class Descendants:
     """
 
     def __init__(self, job_id: str) -> None:
-        self._mark = f"{JOB_ID_VARIABLE}={job_id}".encode()
+        self._mark = f"{JOB_ID_VARIABLE}={job_id}"
 
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -471,7 +470,7 @@ class Descendants:
                 if state in "ZX":
                     continue
                 parents[int(name)] = int(parent)
-                if self._mark in pathlib.Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                if self._mark in kernel_read(f"/proc/{name}/environ").split("\0"):
                     found.add(int(name))
         family = {os.getpid()}
         while more := {child for child, parent in parents.items() if parent in family} - family:
@@ -910,7 +909,6 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # what may follow what in a record; not
 }
 
 MODULE = "jobworker"  # what the launcher imports: as `__main__` it would be compiled anew each time
-LAUNCHER_ENVIRONMENT = {"LD_BIND_NOW": "1"}  # symbols are found once, not anew in every shim and child (ld.so(8))
 FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
 CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
 PR_SET_CHILD_SUBREAPER, FALLOC_FL_KEEP_SIZE = 36, 1
@@ -940,7 +938,7 @@ class Order:
     reserve: int  # bytes of the file system that the output leaves free
     splice: bool  # whether followers would notice a splice into the output
     created: float
-    limits: Limits
+    limits: Limits  # last, as `from_packed` has it
 
     def plain(self) -> dict[str, Any]:
         """As built-in types, for json; `from_plain` reads it back."""
@@ -955,7 +953,7 @@ class Order:
         return cls(**{**known, **tuples, "limits": Limits(**limits)})
 
     def packed(self) -> tuple[Any, ...]:
-        """As built-in types without names, for marshal and a process of this version; `from_packed` reads it."""
+        """As built-in types without names, for marshal and a process of the same LAYOUT; `from_packed` reads it."""
         return *list(vars(self).values())[:-1], tuple(vars(self.limits).values())
 
     @classmethod
@@ -980,6 +978,9 @@ class Order:
 
     def processes(self) -> Cgroup | Descendants:
         return Cgroup(self.cgroup) if self.cgroup else Descendants(self.id)
+
+
+LAYOUT = " ".join((*Order.__dataclass_fields__, *Limits.__dataclass_fields__))
 
 
 def write_order(folder: str, order: Order) -> None:
@@ -1165,7 +1166,7 @@ class Launcher:
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", "-c", code, str(there.fileno()), *self._arguments],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    pass_fds=[there.fileno()], start_new_session=True, cwd="/", env=LAUNCHER_ENVIRONMENT,
+                    pass_fds=[there.fileno()], start_new_session=True, cwd="/", env={},
                 )  # fmt: skip
             except OSError as error:
                 here.close()
@@ -1188,9 +1189,9 @@ class Launcher:
 
     def send(self, kind: str, folder: str, order: Order, descriptors: Sequence[int]) -> None:
         """Hand over one request: `start` a job or `finish` one whose shim was lost."""
-        packet = marshal.dumps((kind, folder, order.packed()))
+        packet = marshal.dumps((kind, folder, LAYOUT, order.packed()))
         if len(packet) > PACKET_BYTES:
-            packet = marshal.dumps((kind, folder, None))
+            packet = marshal.dumps((kind, folder, "", ()))
         self.ensure()
         try:
             self._send(packet, descriptors)
@@ -1270,8 +1271,9 @@ def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        kind, folder, packed = marshal.loads(packet)  # noqa: S302  our own server wrote it
-        order = read_order(folder) if packed is None else Order.from_packed(packed)
+        kind, folder, layout, packed = marshal.loads(packet)  # noqa: S302  our own server wrote it
+        # Another layout: jobworker.py was replaced under a running server, whose launcher was exec'ed again since.
+        order = Order.from_packed(packed) if layout == LAYOUT else read_order(folder)
         if order is None:
             write_record(record, "born")
             write_record(record, "failed", errno=errno.EIO)
@@ -1829,7 +1831,7 @@ class Job:
             return 0
 
 
-@functools.lru_cache(maxsize=16)  # every call asks twice, and whoever polls a job asks again
+@functools.lru_cache(maxsize=1)  # a call asks twice; and an order may take megabytes
 def order_of(job: Job) -> Order:
     """The order of an ended job, from its folder. Raises NoSuchJobError."""
     order = read_order(job.folder)
@@ -2812,7 +2814,7 @@ def defer_twin() -> None:
 def import_everything() -> None:
     """All imports now: a .pyz that is replaced under a running server has nothing left to give."""
     for name in ("argparse", "asyncio", "ctypes", "cryptography.x509", "gen.workerservice_pb2", "grpc", "json",
-                 "pathlib", "pwd", "subprocess", "termios", "traceback", "zlib", "encodings.idna"):  # fmt: skip
+                 "pathlib", "pwd", "subprocess", "traceback", "zlib", "encodings.idna"):  # fmt: skip
         importlib.import_module(name)
 
 

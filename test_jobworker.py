@@ -338,19 +338,24 @@ def dying_copy(folder, place, last_words="pass"):
 
     It dies when the file `armed` is there; so that a test can tell that the place was reached.
     """
+    armed = folder / "armed"
+    armed.touch()
+    death = f"if os.path.exists({str(armed)!r}): os.unlink({str(armed)!r}); {last_words}; os.kill(os.getpid(), 9)"
+    return altered_copy(folder, place, death), armed
+
+
+def altered_copy(folder, place, statement):
+    """A copy of jobworker.py with one more statement, before the one that begins like `place`."""
     text = Path(jobworker.__file__).read_text()
     found = re.findall(rf"^ *{re.escape(place)}", text, re.MULTILINE)
     assert len(found) == 1, f"{place!r} stands {len(found)} times in jobworker.py"
-    armed = folder / "armed"
-    armed.touch()
-    death = f"if os.path.exists({str(armed)!r}): os.unlink({str(armed)!r}); {last_words}; os.kill(os.getpid(), 9)\n"
     indent = " " * (len(found[0]) - len(found[0].lstrip()))
-    (folder / "jobworker.py").write_text(text.replace(found[0], indent + death + found[0]))
-    specification = importlib.util.spec_from_file_location("dying_jobworker", folder / "jobworker.py")
+    (folder / "jobworker.py").write_text(text.replace(found[0], f"{indent}{statement}\n{found[0]}"))
+    specification = importlib.util.spec_from_file_location("altered_jobworker", folder / "jobworker.py")
     module = importlib.util.module_from_spec(specification)
-    sys.modules["dying_jobworker"] = module  # where dataclasses look for it
+    sys.modules["altered_jobworker"] = module  # where dataclasses look for it
     specification.loader.exec_module(module)
-    return module, armed
+    return module
 
 
 ID = "aa0319d4-e37d-420b-ac43-7316f6b032e5"
@@ -1823,6 +1828,46 @@ async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(sta
         await output(worker, job)
         assert not armed.exists()
         assert ending(worker, job) == LOST  # `born`: the command may have run
+
+
+WITHOUT_PYTHON = [  # a job; what is done to it; how it ends
+    ("echo said; exec sleep 1000", {}, "stop", ("STOPPED", 137, "")),
+    ("echo said; exec sleep 1000", {}, "lose", LOST),
+    ("echo said; exec yes", {"max_output": 100_000}, "", ("STOPPED", 137, "OUTPUT_LIMIT")),
+    ("echo said; exec sleep 1000", {"timeout": 0.2}, "", ("STOPPED", 137, "TIMEOUT")),
+    ("echo said; sleep 1000 & exit 3", {}, "", ("FINISHED", 3, "")),
+]
+
+
+@pytest.mark.parametrize("cgroup", [True, False], ids=["cgroup", "no cgroup"])
+@pytest.mark.parametrize(("script", "limits", "deed", "how"), WITHOUT_PYTHON)
+@in_loop
+async def test_a_python_that_was_removed_meanwhile_keeps_no_job_from_its_end(
+    state, tmp_path, monkeypatch, cgroup, script, limits, deed, how
+):
+    bare = altered_copy(tmp_path, "gc.freeze()  # a collection", "sys.path.clear(); sys.meta_path.clear()")
+    if not cgroup:
+        monkeypatch.setattr(bare.CgroupMount, "find", classmethod(lambda _class: None))
+    async with worker_on(state, bare) as worker:
+        job = await worker.start(bare.JobRequest("sh", ("-c", f"echo $PPID; {script}"), owner="alice", **limits))
+        shim = int((await said(worker, job, b"said")).split()[0])
+        if deed == "lose":
+            os.kill(shim, signal.SIGKILL)
+        if deed == "stop":
+            await worker.stop(job)
+        await output(worker, job)
+        assert ending(worker, job) == how
+
+
+@in_loop
+async def test_a_launcher_of_another_version_starts_and_finishes_jobs(state, monkeypatch):
+    async with worker_on(state) as worker:
+        monkeypatch.setattr(jobworker, "LAYOUT", "what a server of another version has in memory")
+        monkeypatch.setattr(jobworker.Order, "packed", lambda _order: ("another order",))
+        job = await worker.start(shell("echo $PPID; exec sleep 1000"))
+        os.kill(int(await said(worker, job, b"\n")), signal.SIGKILL)
+        await output(worker, job)
+        assert ending(worker, job) == LOST
 
 
 @in_loop
