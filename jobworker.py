@@ -1572,9 +1572,9 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
     of the first that is there, else of the last.
     """
     failure = OSError(errno.ENOENT, "no program")
-    for program in programs:
+    for path in programs:
         try:
-            os.execve(program, arguments, environment)  # noqa: S606
+            os.execve(path, arguments, environment)  # noqa: S606
         except OSError as error:
             if failure.errno in (errno.ENOENT, errno.ENOTDIR):
                 failure = error
@@ -2445,7 +2445,7 @@ def delete_job_folder(folder: str) -> None:
 def start_failure(number: int, order: Order) -> JobWorkerError:
     """The sentence for a command whose exec failed with that errno (execve(2))."""
     name = order.command
-    places = [os.path.join(order.home, program) for program in order.programs()]
+    places = [os.path.join(order.home, path) for path in order.programs()]
     found = next((place for place in places if os.path.lexists(place)), None)
     if number == errno.ENOENT and found is None:
         return BadRequestError(f"{name!r} is not found" + ("" if "/" in name else f" on PATH, which is {JOB_PATH}"))
