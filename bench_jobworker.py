@@ -614,8 +614,7 @@ async def bench_scale(folder: Path, quick: bool) -> list[Row]:
             loaded = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
             statuses = [1e3 / await status_rate(channel, job, 1, at_once=1) for job in ids]
             memory, shims = server.memory(), shim_memory(server)
-            for _ in ids:  # gRPC keeps the threads of busier times for a while: as many calls for both
-                await status_rate(its, "", 1, FLOOR, 1)
+            await status_rate(its, "", jobs, FLOOR, 1)  # gRPC keeps the threads of busier times: as many calls for both
         await asyncio.sleep(1)
         idle = await idle_cpu(server, seconds)
         bare_idle = await idle_cpu(other, seconds)

@@ -242,6 +242,15 @@ def say(sentence: str) -> None:
         print(f"jobworker: {line}", file=sys.stderr, flush=True)
 
 
+def read_whole(path: str) -> bytes:
+    """All bytes of a small file. Raises OSError. `open` costs three times as much, and every shim would pay that."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(functools.partial(os.read, descriptor, 64 * KIB), b""))
+    finally:
+        os.close(descriptor)
+
+
 def libc_call(name: str, *arguments: Any) -> int:
     """Call a libc function by name and return its result; raise OSError with its errno where that is -1."""
     result: int = getattr(libc(), name)(*arguments)
@@ -279,12 +288,7 @@ def kernel_write(path: str, value: str) -> None:
 def kernel_read(path: str) -> str:
     """The contents of a file of cgroupfs, procfs or sysfs; empty where this kernel does not have it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # `open` costs three times as much, in every shim
-        try:
-            text = b"".join(iter(functools.partial(os.read, descriptor, 64 * KIB), b""))
-        finally:
-            os.close(descriptor)
-        return os.fsdecode(text)
+        return os.fsdecode(read_whole(path))
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
@@ -359,15 +363,16 @@ class Cgroup:
     def controllers(self) -> frozenset[str]:
         return frozenset(kernel_read(f"{self.path}/cgroup.controllers").split())
 
-    def enable(self, controller: str) -> bool:
-        """Give the children of this cgroup a controller; whether they have it now."""
-        file = f"{self.path}/cgroup.subtree_control"
-        if controller in kernel_read(file).split():
-            return True
-        if controller in self.controllers():
+    def enable(self, controllers: Iterable[str]) -> frozenset[str]:
+        """Give the children of this cgroup these controllers; which of them they have now."""
+        file, wanted = f"{self.path}/cgroup.subtree_control", frozenset(controllers)
+        missing = wanted.difference(kernel_read(file).split())
+        if not missing:
+            return wanted
+        for controller in missing & self.controllers():
             with contextlib.suppress(KernelError):  # the answer says so; EBUSY where processes live in it
                 kernel_write(file, f"+{controller}")
-        return controller in kernel_read(file).split()
+        return wanted.intersection(kernel_read(file).split())
 
     def limit(self, limits: Limits, controllers: Iterable[str], disks: Sequence[Disk]) -> None:
         for controller in controllers:
@@ -575,9 +580,7 @@ class CgroupTree:
         cgroup = Cgroup(f"{self.root}/u{uid}/{job_id}")
         owner = Cgroup(os.path.dirname(cgroup.path))
         owner.create()
-        there = kernel_read(f"{owner.path}/cgroup.subtree_control").split()
-        for controller in self.controllers.difference(there):  # all, or what an earlier server did without
-            owner.enable(controller)
+        owner.enable(self.controllers)  # all when it is new, else what an earlier server did without
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
         return cgroup
@@ -602,8 +605,7 @@ def make_tree(place: str | None, folder: str, without: frozenset[str]) -> Cgroup
     if top is None:
         enforced: frozenset[str] = frozenset()
     else:
-        path = f"{top}/{folder}"
-        enforced = frozenset(name for name in wanted if enable_down_to(path, name))
+        enforced = enable_down_to(f"{top}/{folder}", frozenset(wanted))
     disks = whole_disks()
     missing = [name for name in wanted if name not in enforced]
     if missing and "auto" not in without:
@@ -644,14 +646,15 @@ def leave_for_leaf(cgroup: str) -> None:
     leaf.adopt(0)
 
 
-def enable_down_to(path: str, controller: str) -> bool:
-    """Enable a controller from the first cgroup that is not ours down to `path`, making what is missing."""
-    steps = [os.path.dirname(os.path.dirname(path)), os.path.dirname(path), path]
-    for step in steps:
-        Cgroup(step).create()
-        if not Cgroup(step).enable(controller):
-            return False
-    return True
+def enable_down_to(path: str, controllers: frozenset[str]) -> frozenset[str]:
+    """Enable controllers from the first cgroup that is not ours down to `path`, making what is missing; those that
+    come through.
+    """
+    for step in (os.path.dirname(os.path.dirname(path)), os.path.dirname(path), path):
+        if controllers:  # else nothing is left behind by a server that then refuses to start
+            Cgroup(step).create()
+            controllers = Cgroup(step).enable(controllers)
+    return controllers
 
 
 def whole_disks() -> tuple[Disk, ...]:
@@ -954,11 +957,13 @@ class Order:
 
     def packed(self) -> tuple[Any, ...]:
         """As built-in types without names, for marshal and a process of the same LAYOUT; `from_packed` reads it."""
-        return *list(vars(self).values())[:-1], tuple(vars(self.limits).values())
+        *plain, limits = vars(self).values()
+        return *plain, tuple(vars(limits).values())
 
     @classmethod
     def from_packed(cls, values: tuple[Any, ...]) -> Order:
-        return cls(*[*values[:-1], Limits(*values[-1])])
+        *plain, limits = values
+        return cls(*[*plain, Limits(*limits)])
 
     def programs(self) -> list[str]:
         """Where the command is looked for, in this order."""
@@ -1057,11 +1062,7 @@ def write_record(descriptor: int, word: str, **facts: object) -> None:
 def read_record(folder: str) -> Record:
     """The record of a job's folder; a line that is torn, or may not follow the one before, does not count."""
     try:
-        descriptor = os.open(f"{folder}/exit", os.O_RDONLY | os.O_CLOEXEC)  # `open` costs twice as much
-        try:
-            text = os.read(descriptor, os.fstat(descriptor).st_size).decode("ascii", "replace")
-        finally:
-            os.close(descriptor)
+        text = read_whole(f"{folder}/exit").decode("ascii", "replace")
     except FileNotFoundError:
         return Record()
     except OSError as error:
@@ -1248,7 +1249,7 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
         kernel_write("/proc/self/oom_score_adj", "0")
     if shims:
         Cgroup(shims).adopt(0)
-    fork_hooks()  # found now, not in every shim
+    fork_calls()  # found now, not in every shim
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
 
@@ -1510,10 +1511,9 @@ def check_exec(process: int, report: int) -> None:
 
 
 @functools.cache
-def fork_hooks() -> list[Callable[[], None]]:
-    """What the interpreter wants called around a fork that it does not make itself."""
-    assert libc().syscall
-    return [getattr(ctypes.pythonapi, name) for name in FORK_HOOKS]
+def fork_calls() -> list[Callable[..., Any]]:
+    """syscall(2), and what the interpreter wants called around a fork that it does not make itself."""
+    return [libc().syscall, *(getattr(ctypes.pythonapi, name) for name in FORK_HOOKS)]
 
 
 def clone_into(cgroup: int) -> tuple[int, int, bool]:
@@ -1527,9 +1527,9 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
         flags = CLONE_PIDFD | CLONE_INTO_CGROUP
         words = (flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup)  # struct clone_args
         arguments = b"".join(word.to_bytes(8, sys.byteorder) for word in words)
-        before_fork, in_child, in_parent = fork_hooks()
+        syscall, before_fork, in_child, in_parent = fork_calls()
         before_fork()
-        process = libc().syscall(ctypes.c_long(SYS_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
+        process = syscall(ctypes.c_long(SYS_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
         if process == 0:
             in_child()
             return 0, -1, True

@@ -385,8 +385,7 @@ def nested():
     assert mount
     cgroup = Cgroup(f"{mount.point}/jobworker-test-{os.urandom(4).hex()}")
     cgroup.create()
-    for controller in jobworker.CONTROLLERS:
-        Cgroup(mount.point).enable(controller)
+    Cgroup(mount.point).enable(jobworker.CONTROLLERS)
     yield cgroup
     cgroup.remove()
 
@@ -2218,19 +2217,25 @@ def one_sentence(done, *words, status=1):
 UTF8 = jobworker.encode_roles(["user"])
 
 
-def certificate(authority, *, names=("mallory",), roles=UTF8, purposes=("CLIENT_AUTH",), start=-1.0, days=1.0):
-    """A client's key and certificate in which anything may be wrong."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def unsigned(authority, subject, public_key, start, days):
+    """A certificate that an authority may sign, for some days from now on, with nothing else in it yet."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    builder = (
+    return (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name) for name in names]))
+        .subject_name(subject)
         .issuer_name(authority.certificate.subject)
-        .public_key(key.public_key())
+        .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now + datetime.timedelta(days=start))
         .not_valid_after(now + datetime.timedelta(days=days))
     )
+
+
+def certificate(authority, *, names=("mallory",), roles=UTF8, purposes=("CLIENT_AUTH",), start=-1.0, days=1.0):
+    """A client's key and certificate in which anything may be wrong."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name) for name in names])
+    builder = unsigned(authority, subject, key.public_key(), start, days)
     if purposes:
         oids = [getattr(x509.oid.ExtendedKeyUsageOID, purpose) for purpose in purposes]
         builder = builder.add_extension(x509.ExtendedKeyUsage(oids), critical=False)
@@ -2332,17 +2337,8 @@ def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connectio
 
 def twin(authority, start, days):
     """An authority's certificate again, of the same name and key, for other days."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(authority.certificate.subject)
-        .issuer_name(authority.certificate.subject)
-        .public_key(authority.key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now + datetime.timedelta(days=start))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    )
+    builder = unsigned(authority, authority.certificate.subject, authority.key.public_key(), start, days)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     return builder.sign(authority.key, hashes.SHA256()).public_bytes(jobworker.serialization.Encoding.PEM)
 
 
