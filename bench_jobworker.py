@@ -444,7 +444,7 @@ def folder_made(place: Path, number: int) -> float:
     began, folder = time.perf_counter(), place / str(number)
     folder.mkdir()
     os.mkfifo(folder / "control")
-    for name in ("job.json", "output", "exit"):
+    for name in ("job.json", "output", "events"):
         (folder / name).touch()
     return 1e3 * (time.perf_counter() - began)
 
@@ -569,7 +569,7 @@ async def bench_calls(folder: Path, quick: bool) -> list[Row]:
 def make_ended(folder: Path, count: int) -> None:
     """So many ended jobs: copies of one, each under an id of its own."""
     jobs = folder / "state" / "jobs"
-    model = next(path for path in jobs.iterdir() if b"done" in (path / "exit").read_bytes())
+    model = next(path for path in jobs.iterdir() if b"done" in (path / "events").read_bytes())
     for _ in range(count):
         shutil.copytree(model, jobs / jobworker.new_job_id(), ignore=shutil.ignore_patterns("control"))
 

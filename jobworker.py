@@ -8,8 +8,8 @@ The processes, and the way a byte takes::
 
     client ══ gRPC, mTLS 1.3 ══ server ── one packet with descriptors ──> launcher
                                  │ ▲ ▲                                       │ fork
-                                 │ │ └── inotify ── <state>/jobs/<id>/exit <─┤
-             a wish: "kill alice"│ │                                         ▼
+                                 │ │ └── inotify ── <state>/jobs/<id>/events <─┤
+             a request: "kill alice"│ │                                         ▼
                                  └─┼── <state>/jobs/<id>/control (FIFO) ──> shim ── clone3 into ──> job
                                    │                                         │       its cgroup      │
              inotify, pread 256 KiB└── <state>/jobs/<id>/output <── splice ──┴──────── pipe <────────┘
@@ -158,7 +158,7 @@ JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-
 ROLES = ("admin", "user")
 
 READ_BYTES = 256 * KIB  # one read of an output, and so one message of a stream
-PACE_SECONDS = 0.002  # between two wake-ups of an output's followers: lines that come faster share a message
+COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers: lines that come faster share a message
 STARTS_AT_ONCE, FINISHES_AT_ONCE = 48, 16  # beyond, descriptors in flight make sends to the launcher fail
 STOP_SECONDS = 30.0  # how long a stop waits for the record before it says that the job will not die
 
@@ -381,7 +381,7 @@ class Cgroup:
                 if file != "memory.swap.max" or os.path.exists(f"{self.path}/{file}"):
                     kernel_write(f"{self.path}/{file}", value)
 
-    def adopt(self, process: int) -> None:
+    def attach(self, process: int) -> None:
         """Move a process in (0: the caller)."""
         kernel_write(f"{self.path}/cgroup.procs", str(process))
 
@@ -456,7 +456,7 @@ class Cgroup:
         )
 
 
-class Descendants:
+class ProcessTree:
     """What a machine without a writable cgroup2 has instead of a `Cgroup`: no limits, and a kill by search.
 
     Finds the caller's descendants (a shim is their subreaper, prctl(2)) and whatever carries the job's id
@@ -643,7 +643,7 @@ def leave_for_leaf(cgroup: str) -> None:
     """
     leaf = Cgroup(f"{cgroup}/jobworker/server")
     leaf.create()
-    leaf.adopt(0)
+    leaf.attach(0)
 
 
 def enable_down_to(path: str, controllers: frozenset[str]) -> frozenset[str]:
@@ -847,7 +847,7 @@ class Tail:
         self._followers = 0
         self._watch: int | None = None
         self._woken = 0.0  # when, by the loop's clock
-        self.armings = 0  # how often it was armed: what was read before an arming may not have been the end
+        self.arm_count = 0  # how often it was armed: what was read before an arming may not have been the end
         self._bell = Bell()
 
     def acquire(self) -> None:
@@ -870,13 +870,13 @@ class Tail:
         if self._watch is not None:
             return False
         self._watch = self._inotify.watch(self.output.path, IN_MODIFY | IN_ONESHOT, self._grew)
-        self.armings += 1
+        self.arm_count += 1
         return True
 
     def _grew(self, _mask: int) -> None:
         """Wake the followers, at once when that is rare. Until then it counts as armed: who comes now waits too."""
         loop = asyncio.get_running_loop()
-        rest = self._woken + PACE_SECONDS - loop.time()
+        rest = self._woken + COALESCE_SECONDS - loop.time()
         if rest > 0:
             loop.call_later(rest, self.wake)
         else:
@@ -898,16 +898,16 @@ class Tail:
 
 
 # --- 5. Launcher and shim -------------------------------------------------------------------------------
-# Owns what happens between the server's wish and the job's process: the order (job.json), the record
+# Owns what happens between the server's request and the job's process: the order (job.json), the record
 # (`exit`), wishes (`control`), the launcher, the shim and the child. Of the server only class `Launcher`
 # runs here; everything else runs in the small processes and may import nothing third-party.
 
 FOLLOWS: dict[str, tuple[str, ...]] = {  # what may follow what in a record; nothing else counts
     "": ("born",),
-    "born": ("started", "failed", "ended"),  # ended at once: the shim was lost on the brink
-    "started": ("ended",),
+    "born": ("started", "failed", "exited"),  # ended at once: the shim was lost on the brink
+    "started": ("exited",),
     "failed": (),
-    "ended": ("done",),
+    "exited": ("done",),
     "done": (),
 }
 
@@ -915,14 +915,14 @@ MODULE = "jobworker"  # what the launcher imports: as `__main__` it would be com
 FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
 CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
 PR_SET_CHILD_SUBREAPER, FALLOC_FL_KEEP_SIZE = 36, 1
-LITTLE_BYTES, PAUSE_MILLISECONDS = 16 * KIB, 1
+MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1
 PIPE_BYTES = MIB  # of the job's pipe, where fs.pipe-max-size and the user's share allow it
 RECORD_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
-PACKET_BYTES = 2 * KIB  # a longer order is read from job.json: 64 packets must fit a socket's buffer
+PACKET_BYTES = 2 * KIB  # a longer spec is read from job.json: 64 packets must fit a socket's buffer
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class Spec:
     """What was asked for one job: the contents of its job.json. Seconds, bytes, seconds since 1970."""
 
     id: str
@@ -948,7 +948,7 @@ class Order:
         return {**vars(self), "limits": vars(self.limits)}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Order:
+    def from_plain(cls, plain: dict[str, Any]) -> Spec:
         """What a later version added is left out, so that an older one can take over; it must have a default here."""
         known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
         tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
@@ -961,12 +961,12 @@ class Order:
         return *plain, tuple(vars(limits).values())
 
     @classmethod
-    def from_packed(cls, values: tuple[Any, ...]) -> Order:
+    def from_packed(cls, values: tuple[Any, ...]) -> Spec:
         *plain, limits = values
         return cls(*[*plain, Limits(*limits)])
 
     def programs(self) -> list[str]:
-        """Where the command is looked for, in this order."""
+        """Where the command is looked for, in this spec."""
         if "/" in self.command:
             return [self.command]
         return [f"{folder}/{self.command}" for folder in JOB_PATH.split(":")]
@@ -981,24 +981,24 @@ class Order:
             JOB_ID_VARIABLE: self.id,
         }
 
-    def processes(self) -> Cgroup | Descendants:
-        return Cgroup(self.cgroup) if self.cgroup else Descendants(self.id)
+    def processes(self) -> Cgroup | ProcessTree:
+        return Cgroup(self.cgroup) if self.cgroup else ProcessTree(self.id)
 
 
-LAYOUT = " ".join((*Order.__dataclass_fields__, *Limits.__dataclass_fields__))
+LAYOUT = " ".join((*Spec.__dataclass_fields__, *Limits.__dataclass_fields__))
 
 
-def write_order(folder: str, order: Order) -> None:
+def write_spec(folder: str, spec: Spec) -> None:
     descriptor = os.open(f"{folder}/job.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(order.plain()))
+        file.write(json.dumps(spec.plain()))
 
 
-def read_order(folder: str) -> Order | None:
+def read_spec(folder: str) -> Spec | None:
     """The order of a job's folder; None where it is missing or was half-written."""
     try:
         with open(f"{folder}/job.json", encoding="utf-8") as file:
-            return Order.from_plain(json.loads(file.read()))
+            return Spec.from_plain(json.loads(file.read()))
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return None
     except OSError as error:
@@ -1020,7 +1020,7 @@ LOST = Ending("FINISHED", 255, reason="LOST")
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class Events:
     """A job's record: its last line's word, and the facts of all lines as `word.key`."""
 
     phase: str = ""
@@ -1036,10 +1036,10 @@ class Record:
 
     @property
     def ending(self) -> Ending | None:
-        if "ended.code" not in self.facts:
+        if "exited.code" not in self.facts:
             return None
         status, code, number, reason, by = (
-            self.facts[f"ended.{key}"] for key in ("status", "code", "signal", "reason", "by")
+            self.facts[f"exited.{key}"] for key in ("status", "code", "signal", "reason", "by")
         )
         return Ending(status, int(code), int(number), self.facts.get("done.reason", reason).strip("-"), by.strip("-"))
 
@@ -1053,20 +1053,20 @@ class Record:
         return Usage(**{name: number(name, kind) for name, kind in kinds.items()})
 
 
-def write_record(descriptor: int, word: str, **facts: object) -> None:
-    """Append one line to a record; `read_record` is its reader. Values hold no blank; the dot says: complete."""
+def write_event(descriptor: int, word: str, **facts: object) -> None:
+    """Append one line to a record; `read_events` is its reader. Values hold no blank; the dot says: complete."""
     pairs = "".join(f" {key}={'-' if value == '' else value}" for key, value in facts.items())
     os.write(descriptor, f"{word} at={time.time():.6f}{pairs} .\n".encode())
 
 
-def read_record(folder: str) -> Record:
+def read_events(folder: str) -> Events:
     """The record of a job's folder; a line that is torn, or may not follow the one before, does not count."""
     try:
-        text = read_whole(f"{folder}/exit").decode("ascii", "replace")
+        text = read_whole(f"{folder}/events").decode("ascii", "replace")
     except FileNotFoundError:
-        return Record()
+        return Events()
     except OSError as error:
-        raise KernelError(f"cannot read {folder}/exit", error) from error
+        raise KernelError(f"cannot read {folder}/events", error) from error
     phase, facts = "", {}
     for line in text.splitlines():
         word, *pairs = line.split(" ")
@@ -1075,11 +1075,11 @@ def read_record(folder: str) -> Record:
             for pair in pairs[:-1]:
                 key, _, value = pair.partition("=")
                 facts[f"{word}.{key}"] = value
-    return Record(phase, facts)
+    return Events(phase, facts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
+class StopRequest:
     """That a job be ended by force: for a limit's reason, or by somebody."""
 
     reason: str = ""
@@ -1095,7 +1095,7 @@ def decode_name(word: str) -> str:
     return re.sub(r"%([0-9a-f]+)\.", lambda found: chr(int(found[1], 16)), word)
 
 
-def send_wish(folder: str, by: str) -> bool:
+def send_stop(folder: str, by: str) -> bool:
     """Ask a job's shim to kill it; False when no shim lives. ENXIO is a FIFO without a reader (fifo(7))."""
     try:
         descriptor = os.open(f"{folder}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1113,10 +1113,10 @@ def send_wish(folder: str, by: str) -> bool:
     return True
 
 
-def receive_wish(control: int) -> Wish | None:
-    """What was asked through `control`; the first wish is the one that counts."""
+def receive_stop(control: int) -> StopRequest | None:
+    """What was asked through `control`; the first request is the one that counts."""
     words = os.read(control, 4 * KIB).decode("ascii", "replace").split("\n")[0].split(" ")
-    return Wish(by=words[1]) if words[0] == "kill" and len(words) == 2 else None
+    return StopRequest(by=words[1]) if words[0] == "kill" and len(words) == 2 else None
 
 
 def shim_lives(folder: str) -> bool:
@@ -1139,8 +1139,8 @@ class Launcher:
     """The server's side of the launcher: exec's it, and again when it died; hands it one request at a time."""
 
     def __init__(self) -> None:
-        self.places = asyncio.Semaphore(STARTS_AT_ONCE)  # held while a request is on its way
-        self.finishers = asyncio.Semaphore(FINISHES_AT_ONCE)  # held until its job is finished, which may take long
+        self.start_slots = asyncio.Semaphore(STARTS_AT_ONCE)  # held while a request is on its way
+        self.finish_slots = asyncio.Semaphore(FINISHES_AT_ONCE)  # held until its job is finished, which may take long
         self.queued: set[str] = set()  # jobs whose finisher waits for that
         self._waiting: set[asyncio.Task[None]] = set()  # for a place; an event loop alone would forget its tasks
         self._arguments: list[str] = []
@@ -1188,9 +1188,9 @@ class Launcher:
     def process(self) -> int:
         return self._process.pid if self._process else 0
 
-    def send(self, kind: str, folder: str, order: Order, descriptors: Sequence[int]) -> None:
+    def send(self, kind: str, folder: str, spec: Spec, descriptors: Sequence[int]) -> None:
         """Hand over one request: `start` a job or `finish` one whose shim was lost."""
-        packet = marshal.dumps((kind, folder, LAYOUT, order.packed()))
+        packet = marshal.dumps((kind, folder, LAYOUT, spec.packed()))
         if len(packet) > PACKET_BYTES:
             packet = marshal.dumps((kind, folder, "", ()))
         self.ensure()
@@ -1248,7 +1248,7 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
     with contextlib.suppress(KernelError):  # lowering it needs a privilege that the server may lack
         kernel_write("/proc/self/oom_score_adj", "0")
     if shims:
-        Cgroup(shims).adopt(0)
+        Cgroup(shims).attach(0)
     fork_calls()  # found now, not in every shim
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
@@ -1274,14 +1274,14 @@ def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         kind, folder, layout, packed = marshal.loads(packet)  # noqa: S302  our own server wrote it
         # Another layout: jobworker.py was replaced under a running server, whose launcher was exec'ed again since.
-        order = Order.from_packed(packed) if layout == LAYOUT else read_order(folder)
-        if order is None:
-            write_record(record, "born")
-            write_record(record, "failed", errno=errno.EIO)
+        spec = Spec.from_packed(packed) if layout == LAYOUT else read_spec(folder)
+        if spec is None:
+            write_event(record, "born")
+            write_event(record, "failed", errno=errno.EIO)
         elif kind == "finish":
-            finish_lost(folder, order, record)
+            finish_lost(folder, spec, record)
         else:
-            Shim(folder, order, control, record).run(cgroup[0] if cgroup else -1)
+            Shim(folder, spec, control, record).run(cgroup[0] if cgroup else -1)
     except BaseException as error:  # noqa: BLE001
         with contextlib.suppress(OSError):  # for whoever looks: the line counts for nothing
             os.write(record, f"crashed {type(error).__name__} {error}\n".encode())
@@ -1292,21 +1292,21 @@ def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
 class Pump:
     """Moves what a job prints from its pipe into `output`, up to its cap and the disk's reserve."""
 
-    def __init__(self, pipe: int, output: int, order: Order) -> None:
+    def __init__(self, pipe: int, output: int, spec: Spec) -> None:
         self.pipe = pipe
         self.output = output
         self.open = True  # until every writer has closed
-        self._order = order
-        self.little = False  # whether the last move was worth less than its cost, and the pipe has room for more
+        self._spec = spec
+        self.small_batch = False  # whether the last move was worth less than its cost, and the pipe has room for more
         self._written = 0
         self._unchecked = 0  # bytes since the last look at the disk
-        self._splices = order.splice
-        self._little_bytes = min(LITTLE_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
+        self._splices = spec.splice
+        self._min_batch = min(MIN_BATCH_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
 
-    def move(self) -> Wish | None:
-        """Move at most 1 MiB; the wish to end the job when that was too much, for it or for the disk."""
-        self.little = False
-        room = min(MIB, self._order.max_output - self._written)
+    def move(self) -> StopRequest | None:
+        """Move at most 1 MiB; the request to end the job when that was too much, for it or for the disk."""
+        self.small_batch = False
+        room = min(MIB, self._spec.max_output - self._written)
         try:
             moved = self._move(room) if room else self._waiting()
         except BlockingIOError:
@@ -1314,12 +1314,12 @@ class Pump:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise
-            return Wish("DISK_FULL")
+            return StopRequest("DISK_FULL")
         if moved == 0:
             self.open = False
         elif room == 0:
-            return Wish("OUTPUT_LIMIT")
-        self.little = 0 < moved < self._little_bytes
+            return StopRequest("OUTPUT_LIMIT")
+        self.small_batch = 0 < moved < self._min_batch
         self._written += moved
         self._unchecked += moved
         return self._look_at_disk() if self._unchecked >= MIB else None
@@ -1342,76 +1342,76 @@ class Pump:
         """How many bytes wait in the pipe (FIONREAD, pipe(7)); none, when it was the end that woke us."""
         return int.from_bytes(fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
-    def _look_at_disk(self) -> Wish | None:
+    def _look_at_disk(self) -> StopRequest | None:
         self._unchecked = 0
         disk = os.fstatvfs(self.output)
-        return Wish("DISK_FULL") if disk.f_bavail * disk.f_frsize < self._order.reserve else None
+        return StopRequest("DISK_FULL") if disk.f_bavail * disk.f_frsize < self._spec.reserve else None
 
-    def drain(self) -> Wish | None:
+    def drain(self) -> StopRequest | None:
         """Move what is in the pipe, and no more than fits one: whoever else holds it may write for ever."""
         limit = self._written + fcntl.fcntl(self.pipe, fcntl.F_GETPIPE_SZ)
         while self.open and self._written < limit:
             before = self._written
-            wish = self.move()
-            if wish or (self._written == before and self.open):
-                return wish
+            request = self.move()
+            if request or (self._written == before and self.open):
+                return request
         return None
 
 
 class Shim:
     """The parent of one job: pumps its output, carries out stops and limits, and finishes its record."""
 
-    def __init__(self, folder: str, order: Order, control: int, record: int) -> None:
+    def __init__(self, folder: str, spec: Spec, control: int, record: int) -> None:
         self._folder = folder
-        self._order = order
+        self._spec = spec
         self._control = control
-        self._record = record
-        self._processes = order.processes()
+        self._events = record
+        self._processes = spec.processes()
 
     def run(self, cgroup: int) -> None:
-        write_record(self._record, "born")
+        write_event(self._events, "born")
         output = os.open(f"{self._folder}/output", os.O_WRONLY | os.O_CLOEXEC)
-        pipe, stdout = make_pipe(self._order)
-        if not self._order.cgroup:  # what is left of the job then becomes the shim's, and is found by it
+        pipe, stdout = make_pipe(self._spec)
+        if not self._spec.cgroup:  # what is left of the job then becomes the shim's, and is found by it
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        deadline = time.monotonic() + self._order.timeout if self._order.timeout else None
+        deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         try:
-            process, pidfd, report = start_process(self._order, cgroup, stdout)
-            wish = self._wait_for_exec(report, pidfd, deadline)
-            check_exec(process, report)
+            process, pidfd, errpipe_read = start_process(self._spec, cgroup, stdout)
+            request = self._wait_for_exec(errpipe_read, pidfd, deadline)
+            check_exec(process, errpipe_read)
         except OSError as error:
-            write_record(self._record, "failed", errno=error.errno or errno.EINVAL)
+            write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
             return
         os.close(stdout)
-        if not self._order.cgroup:
+        if not self._spec.cgroup:
             reap_orphans(process)
         if cgroup >= 0:
             os.close(cgroup)
-        write_record(self._record, "started")
-        pump = Pump(pipe, output, self._order)
-        wish = self._supervise(pump, pidfd, deadline, wish)
-        ending = self._ending(process, wish or pump.drain(), forced=wish is not None)
-        write_record(self._record, "ended", **vars(ending))
-        finish_job(self._folder, self._order, self._record, ending, pump)
+        write_event(self._events, "started")
+        pump = Pump(pipe, output, self._spec)
+        request = self._supervise(pump, pidfd, deadline, request)
+        ending = self._ending(process, request or pump.drain(), forced=request is not None)
+        write_event(self._events, "exited", **vars(ending))
+        finish_job(self._folder, self._spec, self._events, ending, pump)
 
-    def _wait_for_exec(self, report: int, pidfd: int, deadline: float | None) -> Wish | None:
-        """Wait until `report` tells of the exec: a lease or a disk may keep it. The wish that ended that, if any."""
+    def _wait_for_exec(self, errpipe_read: int, pidfd: int, deadline: float | None) -> StopRequest | None:
+        """Wait until `report` tells of the exec: a lease or a disk may keep it. The request that ended that, if any."""
         poller = select.poll()
-        for descriptor in (report, self._control):
+        for descriptor in (errpipe_read, self._control):
             poller.register(descriptor, select.POLLIN)
         while True:
             told = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            wish = self._asked(told, deadline)
-            if wish:
+            request = self._stop_request(told, deadline)
+            if request:
                 self._kill(pidfd)
-            if wish or report in told:
-                return wish
+            if request or errpipe_read in told:
+                return request
 
-    def _asked(self, ready: set[int], deadline: float | None) -> Wish | None:
+    def _stop_request(self, ready: set[int], deadline: float | None) -> StopRequest | None:
         """What a line in `control`, or the deadline, asks for."""
-        wish = receive_wish(self._control) if self._control in ready else None
+        request = receive_stop(self._control) if self._control in ready else None
         late = deadline is not None and time.monotonic() >= deadline
-        return wish or (Wish("TIMEOUT") if late else None)
+        return request or (StopRequest("TIMEOUT") if late else None)
 
     def _kill(self, pidfd: int) -> None:
         """Kill the job; its main process also where it has left its cgroup, as root may."""
@@ -1419,8 +1419,10 @@ class Shim:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
-    def _supervise(self, pump: Pump, pidfd: int, deadline: float | None, wish: Wish | None) -> Wish | None:
-        """Wait, in one poll, for the job's end, output, wishes and deadline; the wish that ended it, if any."""
+    def _supervise(
+        self, pump: Pump, pidfd: int, deadline: float | None, request: StopRequest | None
+    ) -> StopRequest | None:
+        """Wait, in one poll, for the job's end, output, wishes and deadline; the request that ended it, if any."""
         poller = select.poll()
         for descriptor in (pidfd, pump.pipe, self._control):
             poller.register(descriptor, select.POLLIN)
@@ -1429,36 +1431,36 @@ class Shim:
             pause.register(descriptor, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            # The wish is read first: one that came before the end is older than the end.
-            new = self._asked(ready, deadline)
+            # The request is read first: one that came before the end is older than the end.
+            new = self._stop_request(ready, deadline)
             if pump.pipe in ready:
                 over = pump.move()
                 new = over or new
                 if over or not pump.open:
                     poller.unregister(pump.pipe)
-            if new and wish is None:
-                wish = new
+            if new and request is None:
+                request = new
                 self._kill(pidfd)
-            deadline = None if wish else deadline
+            deadline = None if request else deadline
             if pidfd in ready:
-                return wish
-            if pump.little:
-                pause.poll(PAUSE_MILLISECONDS)
-                pump.little = False
+                return request
+            if pump.small_batch:
+                pause.poll(COALESCE_MILLISECONDS)
+                pump.small_batch = False
 
-    def _ending(self, process: int, wish: Wish | None, *, forced: bool) -> Ending:
-        """How the main process ended. STOPPED only when it died of the kill that a wish, or the kernel's
+    def _ending(self, process: int, request: StopRequest | None, *, forced: bool) -> Ending:
+        """How the main process ended. STOPPED only when it died of the kill that a request, or the kernel's
         out-of-memory killer, sent; a job that ended by itself keeps its code, and what its output lacks is said.
         """
         result = os.waitid(os.P_PID, process, os.WEXITED)
         assert result is not None
         exited = result.si_code == os.CLD_EXITED
         code, number = (result.si_status, 0) if exited else (128 + result.si_status, result.si_status)
-        if number == signal.SIGKILL and forced and wish:
-            return Ending("STOPPED", code, number, wish.reason, wish.by)
+        if number == signal.SIGKILL and forced and request:
+            return Ending("STOPPED", code, number, request.reason, request.by)
         if number == signal.SIGKILL and self._processes.out_of_memory_kills():
             return Ending("STOPPED", code, number, "OOM")
-        truncated = wish.reason if wish and wish.reason != "TIMEOUT" else ""
+        truncated = request.reason if request and request.reason != "TIMEOUT" else ""
         return Ending("FINISHED", code, number, truncated)
 
 
@@ -1469,14 +1471,14 @@ def milliseconds_until(deadline: float | None) -> int | None:
     return min(86_400_000, max(0, int((deadline - time.monotonic()) * 1000) + 1))
 
 
-def make_pipe(order: Order) -> tuple[int, int]:
+def make_pipe(spec: Spec) -> tuple[int, int]:
     """The job's stdout and stderr: owned by the job, so that it can open /dev/stderr; read without waiting."""
     pipe, stdout = os.pipe2(os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # EPERM above the user's share of pipe memory: the default size does
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.set_blocking(pipe, False)
-    if order.uid != os.geteuid():
-        os.fchown(stdout, order.uid, order.gid)
+    if spec.uid != os.geteuid():
+        os.fchown(stdout, spec.uid, spec.gid)
     return pipe, stdout
 
 
@@ -1491,20 +1493,20 @@ def reap_orphans(job: int) -> None:
     signal.signal(signal.SIGCHLD, reap)
 
 
-def start_process(order: Order, cgroup: int, stdout: int) -> tuple[int, int, int]:
+def start_process(spec: Spec, cgroup: int, stdout: int) -> tuple[int, int, int]:
     """Start the job's process in its cgroup; its pid, its pidfd, and the pipe on which it reports (`check_exec`)."""
-    report, reporter = os.pipe2(os.O_CLOEXEC)
+    errpipe_read, errpipe_write = os.pipe2(os.O_CLOEXEC)
     process, pidfd, placed = clone_into(cgroup)
     if process == 0:
-        become_job(order, stdout, reporter, "" if placed else order.cgroup)
-    os.close(reporter)
-    return process, pidfd, report
+        become_job(spec, stdout, errpipe_write, "" if placed else spec.cgroup)
+    os.close(errpipe_write)
+    return process, pidfd, errpipe_read
 
 
-def check_exec(process: int, report: int) -> None:
+def check_exec(process: int, errpipe_read: int) -> None:
     """Wait until the job's command runs. Raises OSError with the errno of its exec."""
-    failure = os.read(report, 16)  # the end of file is a successful exec: the pipe closes on exec
-    os.close(report)
+    failure = os.read(errpipe_read, 16)  # the end of file is a successful exec: the pipe closes on exec
+    os.close(errpipe_read)
     if failure:
         os.waitpid(process, 0)
         raise OSError(int(failure), os.strerror(int(failure)))
@@ -1540,30 +1542,30 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     return process, os.pidfd_open(process) if process else -1, False
 
 
-def become_job(order: Order, stdout: int, reporter: int, cgroup: str) -> NoReturn:
+def become_job(spec: Spec, stdout: int, errpipe_write: int, cgroup: str) -> NoReturn:
     """The child: takes its place and identity, and execs. Every exception travels back as an errno."""
     failure = errno.EINVAL  # a ValueError: what execve(2) cannot be given at all
     try:
         if cgroup:
-            Cgroup(cgroup).adopt(0)
+            Cgroup(cgroup).attach(0)
         os.setsid()
         os.dup2(stdout, 1)
         os.dup2(stdout, 2)
         if os.geteuid() == 0:
-            os.setgroups(order.groups)
-            os.setresgid(order.gid, order.gid, order.gid)
-            os.setresuid(order.uid, order.uid, order.uid)
+            os.setgroups(spec.groups)
+            os.setresgid(spec.gid, spec.gid, spec.gid)
+            os.setresuid(spec.uid, spec.uid, spec.uid)
         try:
-            os.chdir(order.home)
+            os.chdir(spec.home)
         except OSError:
             os.chdir("/")  # as sshd does for an account without a home
-        exec_first(order.programs(), [order.command, *order.args], order.environment())
+        exec_first(spec.programs(), [spec.command, *spec.args], spec.environment())
     except OSError as error:
         failure = error.errno or failure
     except JobWorkerError as error:
         failure = getattr(error, "errno", failure)
     finally:
-        os.write(reporter, str(failure).encode())
+        os.write(errpipe_write, str(failure).encode())
         os._exit(127)
 
 
@@ -1581,28 +1583,28 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
     raise failure
 
 
-def finish_job(folder: str, order: Order, record: int, ending: Ending, pump: Pump | None) -> None:
+def finish_job(folder: str, spec: Spec, record: int, ending: Ending, pump: Pump | None) -> None:
     """Everything after the main process's end: what it left behind is killed, the last output is kept, and
     the record is completed, last. Each step may be the last one before a crash: `finish_lost` repeats them.
     """
-    processes = order.processes()
+    processes = spec.processes()
     processes.kill_all()
     rest = pump.drain() if pump else None
     usage = processes.usage()
     processes.remove()
     reason = ending.reason or (rest.reason if rest else "") or ("" if sync_folder(folder) else "DISK_FULL")
-    write_record(record, "done", reason=reason, **vars(usage))
+    write_event(record, "done", reason=reason, **vars(usage))
     os.fsync(record)
 
 
-def finish_lost(folder: str, order: Order, record: int) -> None:
+def finish_lost(folder: str, spec: Spec, record: int) -> None:
     """Finish a job whose shim is gone: with the ending that its record has, else as LOST."""
-    ending = read_record(folder).ending
+    ending = read_events(folder).ending
     os.write(record, b"\n")  # what the lost shim may have torn is then a line of its own
     if ending is None:
         ending = LOST
-        write_record(record, "ended", **vars(ending))
-    finish_job(folder, order, record, ending, None)
+        write_event(record, "exited", **vars(ending))
+    finish_job(folder, spec, record, ending, None)
 
 
 def sync_folder(folder: str) -> bool:
@@ -1668,7 +1670,7 @@ class JobStatus:
     """All that is known of a job. `status` is RUNNING, STOPPED or FINISHED; `ending` is there once it ended."""
 
     status: str
-    order: Order
+    spec: Spec
     ending: Ending | None
     usage: Usage
     started: float  # seconds since 1970; 0: not yet
@@ -1775,26 +1777,26 @@ def uid_range(place: str) -> tuple[int, int]:
 class Job:
     """One job of the table: its folder, and what of it the server has at hand. All of it can be read back."""
 
-    __slots__ = ("_order", "attempts", "bell", "folder", "id", "record", "tail", "watch")
+    __slots__ = ("_spec", "attempts", "bell", "events", "folder", "id", "tail", "watch")
 
     def __init__(self, jobs: str, job_id: str) -> None:
         self.id = job_id
         self.folder = f"{jobs}/{job_id}"
-        self.record = Record()
+        self.events = Events()
         self.bell = Bell()  # rings at every change of the record, and when the job leaves the table
         self.tail: Tail | None = None  # while somebody follows
         self.watch: int | None = None  # on `exit`, until the shim is gone
         self.attempts = 0  # finishers sent after a lost shim
-        self._order: Order | None = None
+        self._spec: Spec | None = None
 
     @property
     def ended(self) -> bool:
-        return self.record.phase == "done"
+        return self.events.phase == "done"
 
     @property
-    def order(self) -> Order:
+    def spec(self) -> Spec:
         """What was asked. Raises NoSuchJobError where job.json is gone or unreadable."""
-        return self._order or order_of(self)
+        return self._spec or spec_of(self)
 
     def ring(self) -> None:
         """Wake whoever waits for the job or follows it."""
@@ -1802,27 +1804,27 @@ class Job:
         if self.tail is not None:
             self.tail.wake()
 
-    def hold(self, order: Order | None) -> None:
+    def keep_spec(self, spec: Spec | None) -> None:
         """Keep the order at hand while the job runs; of ten thousand ended ones nobody needs it."""
-        self._order = order
+        self._spec = spec
 
     def refresh(self, *, closed: bool) -> None:
         """Read the record again. `done` counts only once the shim has let go of it: then it is on the disk."""
-        record = read_record(self.folder)
-        if closed or record.phase != "done":
-            self.record = record
+        events = read_events(self.folder)
+        if closed or events.phase != "done":
+            self.events = events
         self.bell.ring()
 
     def fate(self, *, alive: bool) -> str:
         """What a job is, whose shim lives or not: the first rule that fits."""
-        record = self.record
-        if record.phase == "done":
+        events = self.events
+        if events.phase == "done":
             return "ended"
         if alive:
             return "running"
-        if record.phase in ("", "failed"):
+        if events.phase in ("", "failed"):
             return "never ran"
-        return "unfinished" if read_order(self.folder) else "unreadable"
+        return "unfinished" if read_spec(self.folder) else "unreadable"
 
     def output_bytes(self) -> int:
         try:
@@ -1832,12 +1834,12 @@ class Job:
 
 
 @functools.lru_cache(maxsize=1)  # a call asks twice; and an order may take megabytes
-def order_of(job: Job) -> Order:
+def spec_of(job: Job) -> Spec:
     """The order of an ended job, from its folder. Raises NoSuchJobError."""
-    order = read_order(job.folder)
-    if order is None:
+    spec = read_spec(job.folder)
+    if spec is None:
         raise NoSuchJobError(job.id)
-    return order
+    return spec
 
 
 class Retention:
@@ -1869,7 +1871,7 @@ class Retention:
             return None
         if self._keep_bytes and self._total > self._keep_bytes:
             return 0.0
-        return max(0.0, oldest.record.seconds("done") + self._keep - time.time()) if self._keep else None
+        return max(0.0, oldest.events.seconds("done") + self._keep - time.time()) if self._keep else None
 
     def oldest(self) -> Job:
         return next(iter(self._sizes))
@@ -1933,10 +1935,10 @@ class Worker:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.dismiss()
+        self.begin_shutdown()
         await self._resources.aclose()
 
-    def dismiss(self) -> None:
+    def begin_shutdown(self) -> None:
         """Tell everybody who follows or waits that this server ends (UnavailableError); the jobs go on."""
         self._inotify.close()
         for job in self._table.values():
@@ -1961,40 +1963,40 @@ class Worker:
         """
         check_request(request)
         for _ in range(2):
-            async with self._launcher.places:
-                job = self._same_job(request) or self._begin(self._order(request))
-                await self._until(job, lambda: job.record.phase != "" or not self._holds(job))  # noqa: B023
+            async with self._launcher.start_slots:
+                job = self._same_job(request) or self._begin(self._spec(request))
+                await self._until(job, lambda: job.events.phase != "" or not self._in_table(job))  # noqa: B023
             if await self._began(job):
                 return job.id
         raise UnavailableError("the launcher died before it could start the job; try again")
 
     async def _began(self, job: Job) -> bool:
         """Wait until a job's command runs. False: its request was lost before anybody tried, and may be made again."""
-        await self._until(job, lambda: job.record.phase not in ("", "born") or not self._holds(job))
-        if job.record.failure:
-            await self._until(job, lambda: not self._holds(job))  # nothing of it is left then
-            raise start_failure(job.record.failure, job.order)
-        return job.record.phase != ""
+        await self._until(job, lambda: job.events.phase not in ("", "born") or not self._in_table(job))
+        if job.events.failure:
+            await self._until(job, lambda: not self._in_table(job))  # nothing of it is left then
+            raise start_failure(job.events.failure, job.spec)
+        return job.events.phase != ""
 
     def _same_job(self, request: JobRequest) -> Job | None:
         """The job that an earlier try with the same id began."""
         job = self._table.get(request.id)
         if job is None:
             return None
-        order = job.order
-        if (order.owner, order.command, order.args) != (request.owner, request.command, request.args):
+        spec = job.spec
+        if (spec.owner, spec.command, spec.args) != (request.owner, request.command, request.args):
             raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
         return job
 
-    def _order(self, request: JobRequest) -> Order:
-        """The whole order: the request, the defaults and caps, the account and the cgroup's name."""
+    def _spec(self, request: JobRequest) -> Spec:
+        """The whole spec: the request, the defaults and caps, the account and the cgroup's name."""
         options = self.options
         if self.running >= options.max_jobs:
             raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
         reserve = checked_reserve(options.state, options.reserve)
         account = self._account(request)
         job_id = request.id or new_job_id()
-        return Order(
+        return Spec(
             id=job_id, owner=request.owner, command=request.command, args=request.args,
             uid=account.uid, gid=account.gid, groups=account.groups, user=account.name, home=account.home,
             cgroup=self._tree.job_path(account.uid, job_id), controllers=tuple(sorted(self._tree.controllers)),
@@ -2012,31 +2014,31 @@ class Worker:
             raise BadRequestError(f"this server runs as {own.name}, and only root can run a job as {request.run_as!r}")
         return own
 
-    def _begin(self, order: Order) -> Job:
+    def _begin(self, spec: Spec) -> Job:
         if not self._inotify.is_open:
             raise UnavailableError("the server is stopping and starts no job any more")
-        job = Job(self._jobs, order.id)
+        job = Job(self._jobs, spec.id)
         with contextlib.ExitStack() as undo:
             make_job_folder(job)
-            undo.callback(self._dispose, job)
-            job.hold(order)
+            undo.callback(self._delete, job)
+            job.keep_spec(spec)
             self._table[job.id] = job
             with contextlib.ExitStack() as handed:
-                descriptors = make_record(job.folder, handed)
+                descriptors = make_job_files(job.folder, handed)
                 try:
-                    write_order(job.folder, order)
+                    write_spec(job.folder, spec)
                 except OSError as error:
                     raise disk_error(f"cannot write {job.folder}/job.json", error) from error
                 self._watch(job)
-                descriptors += self._make_cgroup(order, handed)
-                self._launcher.send("start", job.folder, order, descriptors)
+                descriptors += self._make_cgroup(spec, handed)
+                self._launcher.send("start", job.folder, spec, descriptors)
             undo.pop_all()
         return job
 
-    def _make_cgroup(self, order: Order, handed: contextlib.ExitStack) -> list[int]:
-        if not order.cgroup:
+    def _make_cgroup(self, spec: Spec, handed: contextlib.ExitStack) -> list[int]:
+        if not spec.cgroup:
             return []
-        cgroup = self._tree.make_job(order.uid, order.id, order.limits)
+        cgroup = self._tree.make_job(spec.uid, spec.id, spec.limits)
         descriptor = cgroup.open()
         handed.callback(os.close, descriptor)
         return [descriptor]
@@ -2052,17 +2054,17 @@ class Worker:
 
     def status(self, job_id: str) -> JobStatus:
         job = self.job(job_id)
-        order, record = job.order, job.record
-        ending = record.ending if job.ended else None
+        spec, events = job.spec, job.events
+        ending = events.ending if job.ended else None
         return JobStatus(
             status=ending.status if ending else "RUNNING",
-            order=order,
+            spec=spec,
             ending=ending,
-            usage=record.usage,
-            started=record.seconds("started"),
-            ended=record.seconds("ended") if ending else 0.0,
+            usage=events.usage,
+            started=events.seconds("started"),
+            ended=events.seconds("exited") if ending else 0.0,
             output_bytes=job.output_bytes(),
-            notes=job_notes(order.cgroup != "", order.controllers, separate=order.uid not in (0, os.geteuid())),
+            notes=job_notes(spec.cgroup != "", spec.controllers, separate=spec.uid not in (0, os.geteuid())),
         )
 
     async def stop(self, job_id: str, by: str = "") -> None:
@@ -2070,11 +2072,11 @@ class Worker:
         job = self.job(job_id)
         if job.ended:
             return
-        if not send_wish(job.folder, by):
+        if not send_stop(job.folder, by):
             job.refresh(closed=True)
             self._settle(job, alive=False)
         try:
-            await asyncio.wait_for(self._until(job, lambda: job.ended or not self._holds(job)), STOP_SECONDS)
+            await asyncio.wait_for(self._until(job, lambda: job.ended or not self._in_table(job)), STOP_SECONDS)
         except asyncio.TimeoutError:
             raise UnavailableError(
                 f"job {job_id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
@@ -2093,8 +2095,8 @@ class Worker:
         tail.acquire()
         try:
             while True:
-                over = job.ended or not self._holds(job)  # asked before the read, which then has every byte
-                armings = tail.armings
+                over = job.ended or not self._in_table(job)  # asked before the read, which then has every byte
+                arm_count = tail.arm_count
                 if chunk := tail.output.read(offset):
                     offset += len(chunk)
                     yield chunk
@@ -2104,7 +2106,7 @@ class Worker:
                     continue
                 if not self._inotify.is_open:
                     raise UnavailableError("the server is stopping; the job goes on")
-                if not tail.arm() and tail.armings == armings:
+                if not tail.arm() and tail.arm_count == arm_count:
                     await tail.changed()
         finally:
             if tail.release() == 0:
@@ -2115,7 +2117,7 @@ class Worker:
         job = self.job(job_id)
         if not job.ended:
             raise StillRunningError(f"job {job_id} is running; stop it first")
-        self._dispose(job)
+        self._delete(job)
 
     # -- What the kernel tells: records that change, shims that are gone
 
@@ -2123,7 +2125,7 @@ class Worker:
     def _jobs(self) -> str:
         return f"{self.options.state}/jobs"
 
-    def _holds(self, job: Job) -> bool:
+    def _in_table(self, job: Job) -> bool:
         return self._table.get(job.id) is job
 
     async def _until(self, job: Job, reached: Callable[[], bool]) -> None:
@@ -2139,7 +2141,7 @@ class Worker:
             if closed:  # the last descriptor: the shim is gone, whatever else of it may linger a moment
                 self._settle(job, alive=False)
 
-        job.watch = self._inotify.watch(f"{job.folder}/exit", IN_MODIFY | IN_CLOSE_WRITE, changed)
+        job.watch = self._inotify.watch(f"{job.folder}/events", IN_MODIFY | IN_CLOSE_WRITE, changed)
 
     def _look_again(self) -> None:
         """Events were lost (IN_Q_OVERFLOW): look at every running job, and have every follower look."""
@@ -2155,8 +2157,8 @@ class Worker:
         actions: dict[str, Callable[[Job], None]] = {
             "running": lambda _job: None,
             "ended": self._retire,
-            "never ran": self._dispose,
-            "unreadable": self._set_aside,
+            "never ran": self._delete,
+            "unreadable": self._quarantine,
             "unfinished": self._finish,
         }
         actions[job.fate(alive=alive)](job)
@@ -2165,7 +2167,7 @@ class Worker:
         if job.watch is not None:
             self._inotify.unwatch(job.watch)
             job.watch = None
-        job.hold(None)
+        job.keep_spec(None)
         self._retention.add(job)
         job.ring()
 
@@ -2175,59 +2177,59 @@ class Worker:
             return
         job.attempts += 1
         if job.attempts > 3:
-            say(f"job {job.id} cannot be finished; its record {job.folder}/exit says why")
+            say(f"job {job.id} cannot be finished; its record {job.folder}/events says why")
             return
-        if job.record.ending is None:
+        if job.events.ending is None:
             say(f"the shim of job {job.id} is gone without a record: killing what is left of it")
         self._launcher.queued.add(job.id)  # until it holds `control`, and so can be seen to live
         self._launcher.run_in_turn(self._finish_in_turn(job, job.attempts))
 
     async def _finish_in_turn(self, job: Job, attempt: int) -> None:
         """After a power cut hundreds may be lost, and only so many requests can be on their way at once."""
-        async with self._launcher.finishers:
+        async with self._launcher.finish_slots:
             try:
                 with contextlib.ExitStack() as handed:
                     handed.callback(self._launcher.queued.discard, job.id)
-                    descriptors = open_record(job.folder, handed)
-                    self._launcher.send("finish", job.folder, job.order, descriptors)
-                await self._until(job, lambda: job.ended or job.attempts != attempt or not self._holds(job))
+                    descriptors = open_job_files(job.folder, handed)
+                    self._launcher.send("finish", job.folder, job.spec, descriptors)
+                await self._until(job, lambda: job.ended or job.attempts != attempt or not self._in_table(job))
             except (JobWorkerError, OSError) as error:
                 if self._inotify.is_open:
                     say(f"job {job.id} is not finished yet: {error}")
 
-    def _leave(self, job: Job) -> None:
+    def _remove_from_table(self, job: Job) -> None:
         """Take a job out of the table; whoever waits for it sees that."""
         if job.watch is not None:
             self._inotify.unwatch(job.watch)
             job.watch = None
-        if self._holds(job):
+        if self._in_table(job):
             del self._table[job.id]
         self._retention.discard(job)
         job.ring()
 
-    def _dispose(self, job: Job) -> None:
+    def _delete(self, job: Job) -> None:
         """The one place that deletes a job: its cgroup, then its folder, the record first, so that what a crash
         leaves is a job that never ran.
         """
         try:
-            order = read_order(job.folder)
-            if order is not None:
-                order.processes().remove()
+            spec = read_spec(job.folder)
+            if spec is not None:
+                spec.processes().remove()
             delete_job_folder(job.folder)
         except (JobWorkerError, OSError) as error:
             say(f"job {job.id} is not wholly removed: {error}")
-        self._leave(job)
+        self._remove_from_table(job)
 
-    def _set_aside(self, job: Job) -> None:
+    def _quarantine(self, job: Job) -> None:
         """Keep, where nobody stumbles over it, what cannot be understood."""
-        aside = self.options.state / "aside"
+        aside = self.options.state / "quarantine"
         try:
             aside.mkdir(mode=0o700, exist_ok=True)
             os.rename(job.folder, aside / f"{job.id}-{time.time_ns()}")
             say(f"{job.folder} cannot be read as a job; it is now in {aside}")
         except OSError as error:  # a full disk: the next start tries again
             say(f"{job.folder} cannot be read as a job, nor moved to {aside}: {error.strerror}")
-        self._leave(job)
+        self._remove_from_table(job)
 
     # -- Recovery and retention
 
@@ -2237,24 +2239,24 @@ class Worker:
         for name in os.listdir(self._jobs):
             job = Job(self._jobs, name)
             if JOB_ID.fullmatch(name) is None or not os.path.isdir(job.folder):
-                self._set_aside(job)
+                self._quarantine(job)
                 continue
             self._table[name] = job
-            job.record = read_record(job.folder)
+            job.events = read_events(job.folder)
             if job.ended:
                 ended.append(job)
             else:
                 self._adopt(job)
-        for job in sorted(ended, key=lambda job: job.record.seconds("done")):
+        for job in sorted(ended, key=lambda job: job.events.seconds("done")):
             self._retire(job)
 
     def _adopt(self, job: Job) -> None:
         """Watch first, then read: what the shim writes in between is either read or an event."""
-        if os.path.exists(f"{job.folder}/exit"):
+        if os.path.exists(f"{job.folder}/events"):
             self._watch(job)
         alive = shim_lives(job.folder)
         job.refresh(closed=not alive)
-        job.hold(read_order(job.folder))
+        job.keep_spec(read_spec(job.folder))
         self._settle(job, alive=alive)
 
     async def _retain(self) -> None:
@@ -2262,7 +2264,7 @@ class Worker:
         while True:
             left = self._retention.seconds_left()
             if left == 0.0:
-                self._dispose(self._retention.oldest())
+                self._delete(self._retention.oldest())
                 await asyncio.sleep(0)
                 continue
             # Not asyncio.wait_for, which may swallow a cancellation (until Python 3.12).
@@ -2396,17 +2398,17 @@ def make_job_folder(job: Job) -> None:
         raise disk_error(f"cannot make {job.folder}", error) from error
 
 
-def make_record(folder: str, handed: contextlib.ExitStack) -> list[int]:
+def make_job_files(folder: str, handed: contextlib.ExitStack) -> list[int]:
     """Make `control`, `output` and `exit`; descriptors of control and exit, which `handed` closes."""
     try:
         os.mkfifo(f"{folder}/control", 0o600)
         os.close(os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        record = os.open(f"{folder}/exit", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        record = os.open(f"{folder}/events", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.close(record)
-        descriptors = open_record(folder, handed)
+        descriptors = open_job_files(folder, handed)
         allocate(descriptors[1], RECORD_BYTES)
     except OSError as error:
-        raise disk_error(f"cannot make {folder}/exit", error) from error
+        raise disk_error(f"cannot make {folder}/events", error) from error
     return descriptors
 
 
@@ -2419,13 +2421,13 @@ def allocate(descriptor: int, size: int) -> None:
             raise
 
 
-def open_record(folder: str, handed: contextlib.ExitStack) -> list[int]:
+def open_job_files(folder: str, handed: contextlib.ExitStack) -> list[int]:
     """Descriptors of `control` and `exit` for a shim. O_RDWR: a FIFO opened for reading alone polls as hung up for
     ever after its first writer (fifo(7)).
     """
     control = os.open(f"{folder}/control", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     handed.callback(os.close, control)
-    record = os.open(f"{folder}/exit", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    record = os.open(f"{folder}/events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     handed.callback(os.close, record)
     return [control, record]
 
@@ -2436,16 +2438,16 @@ def disk_error(doing: str, error: OSError) -> JobWorkerError:
 
 
 def delete_job_folder(folder: str) -> None:
-    for name in ("exit", "control", "output", "job.json"):
+    for name in ("events", "control", "output", "job.json"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{folder}/{name}")
     os.rmdir(folder)
 
 
-def start_failure(number: int, order: Order) -> JobWorkerError:
+def start_failure(number: int, spec: Spec) -> JobWorkerError:
     """The sentence for a command whose exec failed with that errno (execve(2))."""
-    name = order.command
-    places = [os.path.join(order.home, path) for path in order.programs()]
+    name = spec.command
+    places = [os.path.join(spec.home, path) for path in spec.programs()]
     found = next((place for place in places if os.path.lexists(place)), None)
     if number == errno.ENOENT and found is None:
         return BadRequestError(f"{name!r} is not found" + ("" if "/" in name else f" on PATH, which is {JOB_PATH}"))
@@ -2456,12 +2458,12 @@ def start_failure(number: int, order: Order) -> JobWorkerError:
     if number == errno.EACCES and found and os.path.isdir(found):
         return BadRequestError(f"{found} is a folder, not a command")
     if number == errno.EACCES:
-        return BadRequestError(f"{found or name} is not executable for {order.user}")
+        return BadRequestError(f"{found or name} is not executable for {spec.user}")
     if number == errno.ENOEXEC:
         return BadRequestError(f"{found or name} cannot run: it is no program of this machine and has no `#!` line")
     if number == errno.E2BIG:
         return BadRequestError(
-            f"{name!r} with its {len(order.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+            f"{name!r} with its {len(spec.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {os.strerror(number)}")
@@ -2498,10 +2500,10 @@ class PeerCertificate:
 
     names: tuple[str, ...]
     roles: frozenset[str]
-    for_clients: bool
+    client_auth: bool
     valid: tuple[tuple[float, float], ...]  # for each way to an authority, since and until when all of it is valid
 
-    def current(self, now: float) -> bool:
+    def valid_at(self, now: float) -> bool:
         return any(since <= now <= until for since, until in self.valid)
 
 
@@ -2511,12 +2513,14 @@ def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerC
     leaf = x509.load_pem_x509_certificate(pem)
     purposes = extension(leaf, x509.ExtendedKeyUsage)
     roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
-    between = x509.load_pem_x509_certificates(chain) if chain.strip() else []
-    ways = ways_to(x509.load_pem_x509_certificates(authorities), leaf, list(dict.fromkeys(between))[:LONGEST_CHAIN])
+    intermediates = x509.load_pem_x509_certificates(chain) if chain.strip() else []
+    ways = chains_to(
+        x509.load_pem_x509_certificates(authorities), leaf, list(dict.fromkeys(intermediates))[:LONGEST_CHAIN]
+    )
     return PeerCertificate(
         names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
         roles=decode_roles(roles),
-        for_clients=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
+        client_auth=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
         valid=tuple(
             (
                 max(each.not_valid_before_utc for each in way).timestamp(),
@@ -2535,17 +2539,17 @@ def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
         return None
 
 
-def ways_to(
-    authorities: Sequence[x509.Certificate], leaf: x509.Certificate, between: Sequence[x509.Certificate]
+def chains_to(
+    authorities: Sequence[x509.Certificate], leaf: x509.Certificate, intermediates: Sequence[x509.Certificate]
 ) -> Iterator[tuple[x509.Certificate, ...]]:
     """Every chain of signatures from a certificate to an authority (RFC 5280, 6.1), both included: a renewed one of
     either kind makes more than one, and TLS may have taken another than the one that is valid longest.
     """
     yield from ((leaf, authority) for authority in authorities if signed(leaf, authority))
-    for issuer in between:
+    for issuer in intermediates:
         if is_authority(issuer) and signed(leaf, issuer):
-            rest = [other for other in between if other is not issuer]
-            yield from ((leaf, *way) for way in ways_to(authorities, issuer, rest))
+            rest = [other for other in intermediates if other is not issuer]
+            yield from ((leaf, *way) for way in chains_to(authorities, issuer, rest))
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -2586,9 +2590,9 @@ def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Call
         raise DeniedError("the client's certificate cannot be read") from None
     if not peer.valid:
         raise DeniedError("the client's certificate is not from an authority that this server trusts now")
-    if not peer.current(time.time()):
+    if not peer.valid_at(time.time()):
         raise DeniedError("the client's certificate, or an authority behind it, is out of date")
-    if not peer.for_clients:
+    if not peer.client_auth:
         raise DeniedError("the client's certificate is not for clients: it lacks the purpose clientAuth")
     if len(peer.names) != 1 or not peer.names[0]:
         raise DeniedError(f"the client's certificate has {len(peer.names)} common names and must have one")
@@ -2600,7 +2604,7 @@ def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Call
 def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
     """The job, if there is one and the caller may see it. Raises NoSuchJobError: the two are indistinguishable."""
     job = worker.job(check_id(job_id))
-    if not caller.may_see(job.order.owner):
+    if not caller.may_see(job.spec.owner):
         raise NoSuchJobError(job_id)
     return job
 
@@ -2726,19 +2730,19 @@ def shortened(sentence: str) -> str:
 
 
 def status_message(status: JobStatus) -> pb.GetStatusResponse:
-    order, ending, usage = status.order, status.ending, status.usage
-    enforced = {name: getattr(order.limits, name) for name in order.controllers}
+    spec, ending, usage = status.spec, status.ending, status.usage
+    enforced = {name: getattr(spec.limits, name) for name in spec.controllers}
     return pb.GetStatusResponse(
         status=status.status,
         exitcode=status.exit_code,
         reason=ending.reason if ending else "",
         signal=ending.signal if ending else 0,
         stopped_by=status.stopped_by,
-        owner=order.owner,
-        cmd=order.command,
-        args=order.args,
-        user=order.user if order.uid in (0, os.geteuid()) else f"{order.user} (uid {order.uid})",
-        created_ms=int(order.created * 1000),
+        owner=spec.owner,
+        cmd=spec.command,
+        args=spec.args,
+        user=spec.user if spec.uid in (0, os.geteuid()) else f"{spec.user} (uid {spec.uid})",
+        created_ms=int(spec.created * 1000),
         started_ms=int(status.started * 1000),
         ended_ms=int(status.ended * 1000),
         output_bytes=status.output_bytes,
@@ -2750,8 +2754,8 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         memory_limit=enforced.get("memory"),
         pids_limit=enforced.get("pids"),
         io_limit=enforced.get("io"),
-        timeout=order.timeout,
-        max_output=order.max_output,
+        timeout=spec.timeout,
+        max_output=spec.max_output,
         notes=status.notes,
     )
 
@@ -2794,10 +2798,10 @@ def prepare_grpc() -> None:
     """
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
     os.environ["GRPC_VERBOSITY"] = "NONE"
-    defer_twin()
+    skip_pure_python_protobuf()
 
 
-def defer_twin() -> None:
+def skip_pure_python_protobuf() -> None:
     """Keep out the pure Python protobuf, which is imported and never used beside the C one: 9 ms of each call."""
     name = "google.protobuf.internal.python_message"
     stub = types.ModuleType(name)
@@ -2925,7 +2929,7 @@ async def serve(options: ServeOptions) -> int:
         if options.stop_jobs:
             await worker.stop_all(by="serve --stop-jobs")
         say(f"stopping; {count_of(worker.running, 'job goes', 'jobs go')} on")
-        worker.dismiss()  # first: `stop` alone waits out its grace for whoever follows
+        worker.begin_shutdown()  # first: `stop` alone waits out its grace for whoever follows
         await server.stop(0.3)
     return 0
 
@@ -3028,12 +3032,12 @@ CLIENT_OPTIONS = [
 
 @dataclasses.dataclass(frozen=True)
 class ClientOptions:
-    """Which server, as whom: `role` is the NAME of NAME.pem and NAME.key in `certs`."""
+    """Which server, as whom: `identity` is the NAME of NAME.pem and NAME.key in `certs`."""
 
     host: str
     port: int
     certs: pathlib.Path
-    role: str
+    identity: str
     retry_for: float = 60.0
 
     @property
@@ -3041,8 +3045,8 @@ class ClientOptions:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
-    def identity(self) -> tuple[pathlib.Path, pathlib.Path]:
-        return self.certs / f"{self.role}.pem", self.certs / f"{self.role}.key"
+    def files(self) -> tuple[pathlib.Path, pathlib.Path]:
+        return self.certs / f"{self.identity}.pem", self.certs / f"{self.identity}.key"
 
 
 class Client:
@@ -3055,7 +3059,7 @@ class Client:
 
     def __enter__(self) -> Self:
         prepare_grpc()
-        certificate, key = self._options.identity
+        certificate, key = self._options.files
         hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {self._options.certs}"
         try:
             files = [read_file(path) for path in (self._options.certs / "server-ca.pem", key, certificate)]
@@ -3157,14 +3161,14 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
-        context.load_cert_chain(*map(str, options.identity))
+        context.load_cert_chain(*map(str, options.files))
         with context.wrap_socket(raw, server_hostname=options.host) as channel:
             with contextlib.suppress(ConnectionResetError):
                 # In TLS 1.3 the verdict on the client comes after the handshake: HTTP/2's first frame says yes.
                 if channel.recv(1):
                     return ""
             return (
-                f"{options.address} refuses {options.identity[0]}: it is out of date, not for clients, or not from "
+                f"{options.address} refuses {options.files[0]}: it is out of date, not for clients, or not from "
                 f"the client authority of that server"
             )
     except ssl.SSLCertVerificationError as error:
@@ -3177,7 +3181,7 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         return f"the certificate of {options.address} is not trusted by {authority}: {error.verify_message}"
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"{options.address} does not speak TLS 1.3 with {options.identity[0]}: {reason}"
+        return f"{options.address} does not speak TLS 1.3 with {options.files[0]}: {reason}"
 
 
 # --- 11. Certificates -----------------------------------------------------------------------------------
@@ -3200,7 +3204,7 @@ MADE_FILES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Signed:
+class CertifiedKey:
     """A certificate with its private key."""
 
     certificate: x509.Certificate
@@ -3214,7 +3218,9 @@ class Signed:
         return self.key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-def sign(name: str, days: int, issuer: Signed | None, extensions: Sequence[tuple[x509.ExtensionType, bool]]) -> Signed:
+def sign(
+    name: str, days: int, issuer: CertifiedKey | None, extensions: Sequence[tuple[x509.ExtensionType, bool]]
+) -> CertifiedKey:
     """A new P-256 key and its certificate, signed by the issuer or, without one, by itself (RFC 5280)."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
@@ -3234,7 +3240,7 @@ def sign(name: str, days: int, issuer: Signed | None, extensions: Sequence[tuple
     for value, critical in extensions:
         builder = builder.add_extension(value, critical=critical)
     digest = None if isinstance(signer, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
-    return Signed(builder.sign(signer, digest), key)
+    return CertifiedKey(builder.sign(signer, digest), key)
 
 
 def key_usage(*allowed: str) -> x509.KeyUsage:
@@ -3243,7 +3249,7 @@ def key_usage(*allowed: str) -> x509.KeyUsage:
     return x509.KeyUsage(**{name: name in allowed for name in names})
 
 
-def make_authority(name: str) -> Signed:
+def make_authority(name: str) -> CertifiedKey:
     basics = [(x509.BasicConstraints(ca=True, path_length=None), True), (key_usage("key_cert_sign", "crl_sign"), True)]
     return sign(name, AUTHORITY_DAYS, None, basics)
 
@@ -3256,14 +3262,14 @@ def leaf_basics(purpose: x509.ObjectIdentifier) -> list[tuple[x509.ExtensionType
     ]
 
 
-def make_server_certificate(authority: Signed, names: Sequence[str]) -> Signed:
+def make_server_certificate(authority: CertifiedKey, names: Sequence[str]) -> CertifiedKey:
     """A certificate for a server that is reached by these names and addresses."""
     alternatives = x509.SubjectAlternativeName([general_name(name) for name in names])
     basics = leaf_basics(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
     return sign("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)])
 
 
-def make_identity(authority: Signed, name: str, roles: Sequence[str]) -> Signed:
+def make_identity(authority: CertifiedKey, name: str, roles: Sequence[str]) -> CertifiedKey:
     """A certificate for a client: its name is the owner of its jobs."""
     extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
     basics = leaf_basics(x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH)
@@ -3328,8 +3334,8 @@ def make_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
     new = folder.with_name(f".{folder.name}-{os.getpid()}")
     new.mkdir(mode=0o755)
     try:
-        for name, signed_ in made.items():
-            write_pair(new, name, signed_)
+        for name, pair in made.items():
+            write_pair(new, name, pair)
         if folder.exists() and os.listdir(folder):
             for path in sorted(new.iterdir(), key=lambda path: path.name == "server.pem"):
                 path.rename(folder / path.name)
@@ -3342,9 +3348,9 @@ def make_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
             new.rmdir()
 
 
-def write_pair(folder: pathlib.Path, name: str, signed_: Signed) -> None:
+def write_pair(folder: pathlib.Path, name: str, pair: CertifiedKey) -> None:
     """Put NAME.key and NAME.pem in place, each whole or not at all; the key is for its owner's eyes only."""
-    for suffix, content, mode in ((".key", signed_.key_pem(), 0o600), (".pem", signed_.certificate_pem(), 0o644)):
+    for suffix, content, mode in ((".key", pair.key_pem(), 0o600), (".pem", pair.certificate_pem(), 0o644)):
         path = folder / f"{name}{suffix}"
         new = folder / f".{name}{suffix}-{os.getpid()}"
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -3355,14 +3361,14 @@ def write_pair(folder: pathlib.Path, name: str, signed_: Signed) -> None:
         os.rename(new, path)
 
 
-def load_authority(folder: pathlib.Path, name: str) -> Signed:
+def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
     """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
     path = folder / f"{name}.key"
     if not path.exists():
         raise JobWorkerError(f"{path} is not there: only the folder that made the authority can sign with it")
     try:
         key = serialization.load_pem_private_key(read_file(path), password=None)
-        return Signed(x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem")), key)  # type: ignore[arg-type]
+        return CertifiedKey(x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem")), key)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
 
@@ -3502,7 +3508,11 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"where the server is (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})",
     )
     parser.add_argument(
-        "-r", "--role", metavar="NAME", default="user", help="use NAME.pem and NAME.key of the folder (default: user)"
+        "-r",
+        "--identity",
+        metavar="NAME",
+        default="user",
+        help="use NAME.pem and NAME.key of the folder (default: user)",
     )
     parser.add_argument(
         "--retry-for",
@@ -3527,7 +3537,7 @@ def chosen_id(options: argparse.Namespace) -> str:
 def client_of(options: argparse.Namespace) -> Client:
     host, port = options.server
     certs = pathlib.Path(options.certs) if options.certs else default_certs()
-    return Client(ClientOptions(host or "localhost", port, certs, options.role, options.retry_for))
+    return Client(ClientOptions(host or "localhost", port, certs, options.identity, options.retry_for))
 
 
 # -- serve

@@ -205,7 +205,10 @@ def nothing_is_left(request):
     """After every test: no descriptor, process, thread or cgroup that was not there before."""
     if request.node.get_closest_marker("controllers") and missing_controllers():
         pytest.skip(f"this machine's cgroup2 has no controllers {', '.join(missing_controllers())}")
-    if request.node.get_closest_marker("systemd") and (systemd := Path("/proc/1/comm").read_text().strip()) != "systemd":
+    if (
+        request.node.get_closest_marker("systemd")
+        and (systemd := Path("/proc/1/comm").read_text().strip()) != "systemd"
+    ):
         pytest.skip(f"process 1 is {systemd}, not systemd")
     jobworker.libc_call("prctl", jobworker.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what is orphaned becomes ours
     states = []
@@ -295,7 +298,7 @@ async def forgotten(worker, job):
     """Wait until a job has left the table."""
     with contextlib.suppress(NoSuchJobError):
         entry = worker.job(job)
-        await worker._until(entry, lambda: not worker._holds(entry))
+        await worker._until(entry, lambda: not worker._in_table(entry))
 
 
 SERVER = """
@@ -483,7 +486,13 @@ def test_a_user_s_tree_stands_in_the_highest_cgroup_that_was_delegated(state, ne
     for path in (nested.path, session.path):
         for file in (".", "cgroup.procs", "cgroup.subtree_control"):
             os.chown(f"{path}/{file}", user, user)
-    wrapper = (*inside(nested, leaf="/session.scope"), "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    wrapper = (
+        *inside(nested, leaf="/session.scope"),
+        "setpriv",
+        f"--reuid={user}",
+        f"--regid={user}",
+        "--clear-groups",
+    )
     told = in_server(state, SHOW_TREE, wrapper=wrapper, interpreter=PYTHON)
     assert f"tree {nested.path}/jobworker/{jobworker.state_name(state)} job " in told
 
@@ -620,9 +629,11 @@ def read_limits(cgroup):
 async def test_a_job_s_limits_are_the_kernel_s_before_it_runs(state):
     async with worker_on(state, without=frozenset()) as worker:
         job = await worker.start(shell(WAITS, cpu=0.5, memory=64 * MIB, pids=10, io=MIB))
-        limits = read_limits(worker.status(job).order.cgroup)
+        limits = read_limits(worker.status(job).spec.cgroup)
         assert limits.pop("memory.swap.max", "0") == "0"
-        disks = "\n".join(f"{disk.number} rbps={MIB} wbps={MIB} riops=max wiops=max" for disk in jobworker.whole_disks())
+        disks = "\n".join(
+            f"{disk.number} rbps={MIB} wbps={MIB} riops=max wiops=max" for disk in jobworker.whole_disks()
+        )
         assert limits == {
             "cpu.max": "50000 100000", "memory.max": str(64 * MIB), "memory.oom.group": "1", "pids.max": "10",
             "io.max": disks,
@@ -637,7 +648,7 @@ async def test_a_cpu_hog_is_throttled_to_its_limit(state):
     async with worker_on(state, without=frozenset()) as worker:
         job = await worker.start(python(hog, cpu=0.25))
         await said(worker, job, b"done")
-        counted = jobworker.keyed_values(jobworker.kernel_read(f"{worker.status(job).order.cgroup}/cpu.stat"))
+        counted = jobworker.keyed_values(jobworker.kernel_read(f"{worker.status(job).spec.cgroup}/cpu.stat"))
         assert counted["nr_throttled"] > 10
         assert counted["usage_usec"] <= 1.2 * 25_000 * (counted["nr_periods"] + 1)
         await worker.stop(job)
@@ -667,7 +678,7 @@ async def test_a_fork_bomb_is_held_at_its_limit_and_can_be_stopped(state, mark):
     async with worker_on(state, without=frozenset()) as worker:
         job = await worker.start(python(bomb, mark, pids=20))
         await said(worker, job, b"held")
-        cgroup = worker.status(job).order.cgroup
+        cgroup = worker.status(job).spec.cgroup
         assert int(jobworker.kernel_read(f"{cgroup}/pids.current")) <= 20
         assert jobworker.keyed_values(jobworker.kernel_read(f"{cgroup}/pids.events"))["max"] > 0
         await worker.stop(job)
@@ -701,13 +712,13 @@ async def test_a_writer_is_held_to_its_rate(nothing_is_left):
 async def test_a_job_can_neither_raise_its_limits_nor_leave_its_cgroup(state):
     async with worker_on(state, without=frozenset()) as worker:
         job = await worker.start(shell('echo ready; while [ ! -e "$HOME/go" ]; do :; done; . "$HOME/go"; echo tried'))
-        cgroup = worker.status(job).order.cgroup
+        cgroup = worker.status(job).spec.cgroup
         limits = read_limits(cgroup)
         above = [os.path.dirname(cgroup), os.path.dirname(os.path.dirname(cgroup)), CgroupMount.find().point]
         tries = [f"echo max > {cgroup}/{file}" for file in limits if file != "io.max"]
         tries += [f"echo $$ > {place}/cgroup.procs" for place in (*above, f"{cgroup}/sub")]
         tries += [f"mkdir {cgroup}/sub", f"rmdir {cgroup}", f"echo 1 > {cgroup}/cgroup.kill"]
-        home = Path(worker.status(job).order.home)
+        home = Path(worker.status(job).spec.home)
         (home / "new").write_text("\n".join(f"({line}) 2>/dev/null && echo did {line!r}" for line in tries))
         (home / "new").chmod(0o644)
         (home / "new").rename(home / "go")
@@ -722,7 +733,7 @@ async def test_kernels_before_cgroup_kill_have_their_way_of_killing_all(state, m
             pytest.skip("this machine gives no cgroup")
         job = await worker.start(python(BURROWS, mark))
         await said(worker, job, b"deep")
-        cgroup = Cgroup(worker.status(job).order.cgroup)
+        cgroup = Cgroup(worker.status(job).spec.cgroup)
         cgroup._kill_frozen()
         assert await output(worker, job) == b"deep\n"
         assert not processes_with(mark)
@@ -809,7 +820,7 @@ async def test_a_stream_is_live(state):
     async with worker_on(state) as worker:
         # A gate each: at one that is shared, the second read may meet the end of what the first was given.
         job = await worker.start(shell("mkfifo a b; echo one; read line < a; echo $line; read line < b; echo $line"))
-        home = Path(worker.status(job).order.home)
+        home = Path(worker.status(job).spec.home)
         heard = b""
         async with contextlib.aclosing(worker.stream(job)) as chunks:
             async for chunk in chunks:
@@ -842,7 +853,7 @@ async def test_an_overflow_of_inotify_loses_nothing(state):
         followers = [asyncio.create_task(output(worker, job)) for job in jobs]
         await asyncio.sleep(0)
         for job in jobs:
-            (Path(worker.status(job).order.home) / "gate").write_text("go\n")
+            (Path(worker.status(job).spec.home) / "gate").write_text("go\n")
         assert not all_gone(shims)  # the loop is not run meanwhile: that is what overflows
         outputs = await asyncio.gather(*followers)
         assert overflows
@@ -860,7 +871,7 @@ async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state
         job = await worker.start(shell(WAITS))
         follower = asyncio.create_task(output(worker, job))
         await said(worker, job, b"ready")
-        worker.dismiss()
+        worker.begin_shutdown()
         with pytest.raises(UnavailableError, match="the job goes on"):
             await follower
     async with worker_on(state) as worker:
@@ -874,24 +885,24 @@ async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state
 RECORD = [
     ("born", {}),
     ("started", {}),
-    ("ended", {"status": "STOPPED", "code": 137, "signal": 9, "reason": "", "by": "al%69."}),
+    ("exited", {"status": "STOPPED", "code": 137, "signal": 9, "reason": "", "by": "al%69."}),
     ("done", {"reason": "", "cpu_seconds": 0.25, "memory_peak": None, "read_bytes": 0, "written_bytes": 7}),
 ]
 
 
-def an_order(**changes):
+def a_spec(**changes):
     account = jobworker.Account.own()
-    return dataclasses.replace(jobworker.Order(
+    return dataclasses.replace(jobworker.Spec(
         id=ID, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
         user=account.name, home="/", cgroup="", controllers=(), limits=Limits(), timeout=0.0, max_output=MIB,
         reserve=0, splice=True, created=1.0,
     ), **changes)  # fmt: skip
 
 
-def record_of(folder, lines, cut=None):
-    descriptor = os.open(folder / "exit", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+def events_of(folder, lines, cut=None):
+    descriptor = os.open(folder / "events", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     for word, facts in lines:
-        jobworker.write_record(descriptor, word, **facts)
+        jobworker.write_event(descriptor, word, **facts)
     size = os.fstat(descriptor).st_size
     os.truncate(descriptor, size if cut is None else cut)
     os.close(descriptor)
@@ -905,61 +916,65 @@ def test_only_what_leaves_room_in_the_pipe_waits_for_more(tmp_path, waiting, sha
     output = os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT)
     try:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
-        pump = jobworker.Pump(pipe, output, an_order(max_output=MIB))
+        pump = jobworker.Pump(pipe, output, a_spec(max_output=MIB))
         os.write(writer, bytes(waiting))
         assert pump.move() is None
-        assert pump.little == shared
+        assert pump.small_batch == shared
     finally:
         for descriptor in (pipe, writer, output):
             os.close(descriptor)
 
 
 def test_a_record_may_grow_by_finishers_that_fail(tmp_path):
-    record_of(tmp_path, RECORD[:-1])
-    with (tmp_path / "exit").open("ab") as file:
+    events_of(tmp_path, RECORD[:-1])
+    with (tmp_path / "events").open("ab") as file:
         file.write(b"crashed KernelError cannot remove it\n" * 2000)
         file.write(b"done at=2.0 reason= cpu_seconds=None memory_peak=None read_bytes=None written_bytes=None .\n")
-    assert jobworker.read_record(str(tmp_path)).phase == "done"
+    assert jobworker.read_events(str(tmp_path)).phase == "done"
 
 
 def test_a_wish_that_comes_as_the_shim_ends_is_no_error(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "control")
     reader = os.open(tmp_path / "control", os.O_RDONLY | os.O_NONBLOCK)
-    monkeypatch.setattr(jobworker, "encode_name", lambda _: os.close(reader) or "name")  # between its open and its write
-    assert jobworker.send_wish(str(tmp_path), "name") is False
+    monkeypatch.setattr(
+        jobworker, "encode_name", lambda _: os.close(reader) or "name"
+    )  # between its open and its write
+    assert jobworker.send_stop(str(tmp_path), "name") is False
 
 
 def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
-    size = record_of(tmp_path, RECORD)
-    text = (tmp_path / "exit").read_bytes()
+    size = events_of(tmp_path, RECORD)
+    text = (tmp_path / "events").read_bytes()
     for cut in range(size + 1):
-        (tmp_path / "exit").write_bytes(text[:cut])
-        record = jobworker.read_record(str(tmp_path))
+        (tmp_path / "events").write_bytes(text[:cut])
+        events = jobworker.read_events(str(tmp_path))
         # A line without its line end is whole too: its dot is its last word.
         whole = len(re.findall(rb" \.(\n|$)", text[:cut]))
-        assert record.phase == ["", "born", "started", "ended", "done"][whole]
-        assert (record.ending is not None) == (whole >= 3)
-    assert record.ending == jobworker.Ending("STOPPED", 137, 9, "", "al%69.")
-    assert record.usage == jobworker.Usage(0.25, None, 0, 7)
+        assert events.phase == ["", "born", "started", "exited", "done"][whole]
+        assert (events.ending is not None) == (whole >= 3)
+    assert events.ending == jobworker.Ending("STOPPED", 137, 9, "", "al%69.")
+    assert events.usage == jobworker.Usage(0.25, None, 0, 7)
 
 
 @settings(deadline=None)
-@given(st.integers(0, 255), st.sampled_from(["", "OOM", "TIMEOUT"]), st.text(), st.integers(0, 200), st.binary(max_size=40))
+@given(
+    st.integers(0, 255), st.sampled_from(["", "OOM", "TIMEOUT"]), st.text(), st.integers(0, 200), st.binary(max_size=40)
+)
 def test_what_is_torn_in_a_record_never_counts(code, reason, by, kept, rubbish):
     with tempfile.TemporaryDirectory() as folder:
-        ended = {"status": "FINISHED", "code": code, "signal": 0, "reason": reason, "by": jobworker.encode_name(by)}
-        record_of(Path(folder), [("born", {}), ("started", {}), ("ended", ended)])
-        with open(f"{folder}/exit", "r+b") as file:
+        exited = {"status": "FINISHED", "code": code, "signal": 0, "reason": reason, "by": jobworker.encode_name(by)}
+        events_of(Path(folder), [("born", {}), ("started", {}), ("exited", exited)])
+        with open(f"{folder}/events", "r+b") as file:
             whole = file.read()
             kept = min(kept, len(whole))
             file.truncate(kept)
             file.seek(kept)
             file.write(b"\n" + rubbish.replace(b".", b"") + b"\n")
-        record = jobworker.read_record(folder)
+        events = jobworker.read_events(folder)
         lines = whole[:kept].count(b" .\n") + (whole[kept - 2 : kept] == b" .")
-        assert record.phase == ["", "born", "started", "ended"][lines]
-        if record.phase == "ended":
-            assert record.ending == jobworker.Ending("FINISHED", code, 0, reason, jobworker.encode_name(by).strip("-"))
+        assert events.phase == ["", "born", "started", "exited"][lines]
+        if events.phase == "exited":
+            assert events.ending == jobworker.Ending("FINISHED", code, 0, reason, jobworker.encode_name(by).strip("-"))
 
 
 @given(st.text())
@@ -977,7 +992,10 @@ RECORD_LINES = [  # lines, and the phase that they make
     ("born at=1 .\nfailed at=1 errno=2 .\nstarted at=1 .\n", "failed"),
     ("born at=1 .\nstarted at=1 .\nborn at=2 .\n", "started"),
     ("born at=1 .\nstarted at=1 .\ndone at=1 .\n", "started"),
-    ("born at=1 .\nstarted at=1 .\nended at=1 st\nended at=2 status=FINISHED code=3 signal=0 reason=- by=- .\n", "ended"),
+    (
+        "born at=1 .\nstarted at=1 .\nexited at=1 st\nexited at=2 status=FINISHED code=3 signal=0 reason=- by=- .\n",
+        "exited",
+    ),
     ("born at=1 .\ncrashed OSError oh .\nstarted at=1 .\n", "started"),
     ("born at=1 .\n\0\0\0\xff\n", "born"),
 ]
@@ -985,8 +1003,8 @@ RECORD_LINES = [  # lines, and the phase that they make
 
 @pytest.mark.parametrize(("text", "phase"), RECORD_LINES)
 def test_only_what_may_follow_counts_in_a_record(tmp_path, text, phase):
-    (tmp_path / "exit").write_text(text, "latin-1")
-    assert jobworker.read_record(str(tmp_path)).phase == phase
+    (tmp_path / "events").write_text(text, "latin-1")
+    assert jobworker.read_events(str(tmp_path)).phase == phase
 
 
 @in_loop
@@ -1054,8 +1072,10 @@ async def test_what_a_child_wrote_after_its_parent_s_end_is_kept(state):
         "  if gate is None and n == 100: gate = os.open('ready', os.O_RDWR); os.write(gate, b'x')"
     )
     async with worker_on(state) as worker:
-        text, status = await result(worker, python(f"import os\nos.path.exists('ready') or os.mkfifo('ready')\n{program}"))
-        noted = (Path(status.order.home) / "notes").read_bytes()
+        text, status = await result(
+            worker, python(f"import os\nos.path.exists('ready') or os.mkfifo('ready')\n{program}")
+        )
+        noted = (Path(status.spec.home) / "notes").read_bytes()
         assert status.exit_code == 0
         assert noted.count(b"\n") >= 100
         assert text.startswith(noted)
@@ -1067,7 +1087,7 @@ async def test_no_job_can_touch_its_own_record_output_or_shim(state):
     tries = [
         "kill -9 $PPID", "kill -STOP $PPID", "cat $STATE/jobs/$ID/job.json", "ls $STATE/jobs", "ls $STATE",
         ": > $STATE/jobs/$ID/output", "rm -f $STATE/jobs/$ID/output && [ ! -d $STATE/jobs/$ID ]",
-        "echo 'done at=1 .' >> $STATE/jobs/$ID/exit", "echo 'kill x' > $STATE/jobs/$ID/control",
+        "echo 'done at=1 .' >> $STATE/jobs/$ID/events", "echo 'kill x' > $STATE/jobs/$ID/control",
         "truncate -s 0 /proc/self/fd/1", "truncate -s 0 /dev/stdout", "ls /proc/$PPID/fd/", "echo x > /proc/$PPID/fd/3",
         "cat $STATE/lock", "mv $HOME $HOME.x", "mkdir $STATE/home/x", "echo -1000 > /proc/self/oom_score_adj",
     ]  # fmt: skip
@@ -1099,8 +1119,8 @@ async def test_a_job_s_environment_is_a_small_one_of_its_own(state, monkeypatch)
         text, status = await result(worker, JobRequest("env", owner="alice"))
         assert dict(line.split("=", 1) for line in text.decode().splitlines()) == {
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": status.order.home, "USER": status.order.user, "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
-            "JOBWORKER_JOB_ID": status.order.id,
+            "HOME": status.spec.home, "USER": status.spec.user, "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
+            "JOBWORKER_JOB_ID": status.spec.id,
         }  # fmt: skip
 
 
@@ -1167,7 +1187,11 @@ async def test_a_killed_shim_is_one_lost_job_and_nothing_else(state, mark, capfd
         shims = [int(await said(worker, job, b"\n")) for job in jobs]
         os.kill(shims[1], signal.SIGKILL)
         assert await output(worker, jobs[1]) == f"{shims[1]}\n".encode()
-        assert [ending(worker, job) for job in jobs] == [("RUNNING", 0, ""), ("FINISHED", 255, "LOST"), ("RUNNING", 0, "")]
+        assert [ending(worker, job) for job in jobs] == [
+            ("RUNNING", 0, ""),
+            ("FINISHED", 255, "LOST"),
+            ("RUNNING", 0, ""),
+        ]
         assert len(processes_with(mark)) == 4
         assert len(jobs_cgroups(state)) == (2 if worker._tree.root else 0)
         await worker.stop_all("root")
@@ -1322,7 +1346,11 @@ async def test_what_cannot_run_is_refused_in_a_sentence_and_leaves_nothing(state
 
 RUN = [  # command, arguments, output
     ("true", ("x",) * 100_000, b""),
-    ("printf", ("%s|", "two words", "line\nend", "", "-n", "--", "*", "$HOME", "'"), b"two words|line\nend||-n|--|*|$HOME|'|"),
+    (
+        "printf",
+        ("%s|", "two words", "line\nend", "", "-n", "--", "*", "$HOME", "'"),
+        b"two words|line\nend||-n|--|*|$HOME|'|",
+    ),
     ("printf", ("%s", "ünïcödé ☃ \U0001f600 \u202e"), "ünïcödé ☃ \U0001f600 \u202e".encode()),
     ("printf", ("%s", "\udcff\udc80"), b"\xff\x80"),
     ("{}/-dash", ("-x",), b"{}/-dash -x\n"),
@@ -1337,10 +1365,12 @@ async def test_odd_words_reach_the_command_as_they_are(state, programs, command,
         text, status = await result(worker, JobRequest(command.format(programs), args, owner="alice"))
         assert (text, status.exit_code) == (expected.replace(b"{}", programs.encode()), 0)
     async with worker_on(state) as worker:  # and they are remembered
-        assert worker.status(status.order.id).order == status.order
+        assert worker.status(status.spec.id).order == status.spec
 
 
-@pytest.mark.parametrize("job_id", ["x", ID.upper(), ID.replace("-", ""), ID + "\n", "../" + ID, ID.replace("-4", "-1")])
+@pytest.mark.parametrize(
+    "job_id", ["x", ID.upper(), ID.replace("-", ""), ID + "\n", "../" + ID, ID.replace("-4", "-1")]
+)
 @in_loop
 async def test_an_id_that_is_no_lower_case_random_uuid_is_refused(state, job_id):
     async with worker_on(state) as worker:
@@ -1376,8 +1406,8 @@ async def test_an_id_that_was_forgotten_is_free_for_another_owner_and_command(st
         for owner, word in (("alice", "hers"), ("bob", "his")):
             assert await worker.start(shell(f"echo {word}", id=ID, owner=owner)) == ID
             assert await output(worker, ID) == f"{word}\n".encode()
-            order = worker.status(ID).order
-            assert (order.owner, order.args) == (owner, ("-c", f"echo {word}"))
+            spec = worker.status(ID).order
+            assert (spec.owner, spec.args) == (owner, ("-c", f"echo {word}"))
             worker.remove(ID)
 
 
@@ -1442,9 +1472,9 @@ async def test_each_owner_has_a_uid_and_a_private_home_for_good(state):
             for owner in ("alice", "bob", "../eve", "", "ünï\r\ncödé", "ünï\ncödé"):
                 text, status = await result(worker, shell(look, owner=owner))
                 uid, groups, place, mode = text.decode().splitlines()
-                assert uid == groups == str(status.order.uid)
+                assert uid == groups == str(status.spec.uid)
                 assert int(uid) >= 1000
-                assert place == status.order.home == str(state / "home" / uid)
+                assert place == status.spec.home == str(state / "home" / uid)
                 assert mode == "700"
                 assert homes.setdefault(owner, place) == place
             text, status = await result(worker, shell(f"ls {homes['alice']} 2>/dev/null || echo private", owner="bob"))
@@ -1555,8 +1585,8 @@ async def test_a_server_that_starts_again_takes_everything_up(state):
         ended, status = await result(worker, shell("echo bye; exit 3"))
         await said(worker, running, b"one")
     async with worker_on(state) as worker:
-        assert worker.status(status.order.id) == status
-        assert await output(worker, status.order.id) == ended == b"bye\n"
+        assert worker.status(status.spec.id) == status
+        assert await output(worker, status.spec.id) == ended == b"bye\n"
         assert ending(worker, running) == ("RUNNING", 0, "")
         assert worker.running == 2
         follower = asyncio.create_task(output(worker, running))
@@ -1606,35 +1636,35 @@ async def test_a_second_server_on_one_state_folder_is_refused_by_the_first_s_pid
         pass
 
 
-def fabricate(state, job_id, record, order="whole"):
+def fabricate(state, job_id, record, spec="whole"):
     """A job's folder as a crash might have left it."""
     folder = state / "jobs" / job_id
     folder.mkdir(parents=True)
     if record is None:
         return folder
     with contextlib.ExitStack() as handed:
-        jobworker.make_record(str(folder), handed)
-    (folder / "exit").write_bytes(record)
+        jobworker.make_job_files(str(folder), handed)
+    (folder / "events").write_bytes(record)
     (folder / "output").write_text("said\n")
-    jobworker.write_order(str(folder), an_order(id=job_id))
+    jobworker.write_spec(str(folder), a_spec(id=job_id))
     text = (folder / "job.json").read_text()
-    if order == "torn":
+    if spec == "torn":
         (folder / "job.json").write_text(text[: len(text) // 2])
-    elif order == "none":
+    elif spec == "none":
         (folder / "job.json").unlink()
-    elif order == "newer":
+    elif spec == "newer":
         newer = {**json.loads(text), "colour": "red", "limits": {**json.loads(text)["limits"], "gpu": 1}}
         (folder / "job.json").write_text(json.dumps(newer))
-    elif order == "strange":
+    elif spec == "strange":
         (folder / "job.json").write_text(json.dumps({**json.loads(text), "limits": 7}))
     return folder
 
 
 BORN = b"born at=1.0 .\n"
 STARTED = BORN + b"started at=2.0 .\n"
-ENDED = STARTED + b"ended at=3.0 status=FINISHED code=7 signal=0 reason=- by=- .\n"
+ENDED = STARTED + b"exited at=3.0 status=FINISHED code=7 signal=0 reason=- by=- .\n"
 DONE = ENDED + b"done at=4.0 reason=- cpu_seconds=1.5 memory_peak=None read_bytes=0 written_bytes=0 .\n"
-GONE, ASIDE = "gone", "aside"
+GONE, QUARANTINE = "gone", "quarantine"
 FATES = [  # record, job.json; what becomes of the job when its shim is gone
     (None, "none", GONE),
     (b"", "none", GONE),
@@ -1642,9 +1672,9 @@ FATES = [  # record, job.json; what becomes of the job when its shim is gone
     (b"", "whole", GONE),
     (b"bo", "whole", GONE),
     (BORN + b"failed at=1.0 errno=2 .\n", "whole", GONE),
-    (BORN, "none", ASIDE),
-    (STARTED, "torn", ASIDE),
-    (ENDED, "strange", ASIDE),
+    (BORN, "none", QUARANTINE),
+    (STARTED, "torn", QUARANTINE),
+    (ENDED, "strange", QUARANTINE),
     (BORN, "whole", ("FINISHED", 255, "LOST")),
     (STARTED, "whole", ("FINISHED", 255, "LOST")),
     (ENDED[:-2], "whole", ("FINISHED", 255, "LOST")),
@@ -1657,22 +1687,22 @@ FATES = [  # record, job.json; what becomes of the job when its shim is gone
 ]
 
 
-@pytest.mark.parametrize(("record", "order", "fate"), FATES, ids=[f"{(r or b'')[-9:]}-{o}-{f}" for r, o, f in FATES])
+@pytest.mark.parametrize(("record", "spec", "fate"), FATES, ids=[f"{(r or b'')[-9:]}-{o}-{f}" for r, o, f in FATES])
 @in_loop
-async def test_what_a_crash_left_of_a_job_has_its_fate(state, capfd, record, order, fate):
-    folder = fabricate(state, ID, record, order)
+async def test_what_a_crash_left_of_a_job_has_its_fate(state, capfd, record, spec, fate):
+    folder = fabricate(state, ID, record, spec)
     for _ in range(2):  # and a second server finds the same
         async with worker_on(state, keep=0.0) as worker:
             if isinstance(fate, str):
                 await forgotten(worker, ID)
                 assert not folder.exists()
-                assert len(list(state.glob("aside/*"))) == (fate == ASIDE)
+                assert len(list(state.glob("quarantine/*"))) == (fate == QUARANTINE)
             else:
                 assert await output(worker, ID) == b"said\n"
                 assert ending(worker, ID) == fate
             assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
     # One line for what is set aside or lost without an ending, and silence for the rest.
-    assert len(capfd.readouterr().err.splitlines()) == (fate == ASIDE or fate[-1] == "LOST")
+    assert len(capfd.readouterr().err.splitlines()) == (fate == QUARANTINE or fate[-1] == "LOST")
 
 
 @in_loop
@@ -1682,7 +1712,7 @@ async def test_strangers_in_the_folder_of_jobs_are_set_aside(state):
     (state / "jobs" / ID).write_text("not a folder")
     async with worker_on(state):
         assert left_in(state) == []
-        assert len(list(state.glob("aside/*"))) == 3
+        assert len(list(state.glob("quarantine/*"))) == 3
 
 
 @in_loop
@@ -1703,30 +1733,30 @@ SERVER_DEATHS = [  # the statement before which the server dies; last words; whe
     ("new.rename(self._owners / str(uid))", "pass", False),
     ("self._uids[owner] = uid", "pass", False),  # the owner has a uid
     ("if os.stat(home).st_uid != uid:", "pass", False),  # and a home, which is still the server's
-    ("undo.callback(self._dispose, job)", "pass", False),  # the folder is made
+    ("undo.callback(self._delete, job)", "pass", False),  # the folder is made
     ('os.mkfifo(f"{folder}/control", 0o600)', "pass", False),
     ('os.close(os.open(f"{folder}/output"', "pass", False),  # and control
-    ('record = os.open(f"{folder}/exit", os.O_WRONLY | os.O_CREAT', "pass", False),  # and output
+    ('record = os.open(f"{folder}/events", os.O_WRONLY | os.O_CREAT', "pass", False),  # and output
     ("allocate(descriptors[1], RECORD_BYTES)", "pass", False),  # and exit
-    ("write_order(job.folder, order)", "pass", False),
-    ("file.write(json.dumps(order.plain()))", "file.write('{'); file.flush()", False),
+    ("write_spec(job.folder, spec)", "pass", False),
+    ("file.write(json.dumps(spec.plain()))", "file.write('{'); file.flush()", False),
     ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is whole
     ("owner.create()", "pass", False),
     ("cgroup.create()\n        cgroup.limit", "pass", False),
     ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup is made
-    ('self._launcher.send("start", job.folder, order, descriptors)', "pass", False),
+    ('self._launcher.send("start", job.folder, spec, descriptors)', "pass", False),
     ("socket.send_fds(self._channel, [packet], list(descriptors))", "pass", False),
     ("undo.pop_all()", "pass", True),  # the launcher has it
-    ("await self._until(job, lambda: job.record.phase not in", "pass", True),
-    ('return job.record.phase != ""', "pass", True),
+    ("await self._until(job, lambda: job.events.phase not in", "pass", True),
+    ('return job.events.phase != ""', "pass", True),
 ]
 FAILED_START_DEATHS = [  # the same, for a command that is not there
-    ('write_record(self._record, "failed"', "pass", None),  # in the shim: the server starts it once more
-    ("order.processes().remove()", "pass", False),
+    ('write_event(self._events, "failed"', "pass", None),  # in the shim: the server starts it once more
+    ("spec.processes().remove()", "pass", False),
     ("delete_job_folder(job.folder)", "pass", False),
-    ('for name in ("exit", "control", "output", "job.json"):', "pass", False),
+    ('for name in ("events", "control", "output", "job.json"):', "pass", False),
     ("os.rmdir(folder)\n\n\ndef start_failure", "pass", False),
-    ("raise start_failure(job.record.failure, job.order)", "pass", False),
+    ("raise start_failure(job.events.failure, job.spec)", "pass", False),
 ]
 
 
@@ -1752,7 +1782,7 @@ def test_a_server_killed_at_any_step_of_a_start_leaves_the_job_or_nothing(state,
             else:
                 assert left_in(state) == []
                 assert not jobs_cgroups(state)
-                assert not (state / "aside").exists()
+                assert not (state / "quarantine").exists()
             job = await worker.start(shell(FIRST, id=ID))  # the caller tries again
             assert await output(worker, job) == b"said\n"
             assert ending(worker, job) == ("FINISHED", 7, "")
@@ -1769,32 +1799,36 @@ def test_a_server_killed_at_any_step_of_a_failed_start_leaves_nothing(state, tmp
         async with worker_on(state):
             assert left_in(state) == []
             assert not jobs_cgroups(state)
-            assert not (state / "aside").exists()
+            assert not (state / "quarantine").exists()
 
     look()
 
 
 LOST, SEVEN = ("FINISHED", 255, "LOST"), ("FINISHED", 7, "")
 SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the job then ended
-    ('write_record(self._record, "born")', "pass", SEVEN),  # it is started once more
-    ('write_record(self._record, "born")', "os.write(self._record, b'bor')", SEVEN),
+    ('write_event(self._events, "born")', "pass", SEVEN),  # it is started once more
+    ('write_event(self._events, "born")', "os.write(self._events, b'bor')", SEVEN),
     ('output = os.open(f"{self._folder}/output"', "pass", LOST),
-    ("os.close(stdout)\n        if not self._order.cgroup", "pass", LOST),  # the job runs
-    ('write_record(self._record, "started")', "pass", LOST),
-    ("pump = Pump(pipe, output, self._order)", "pass", LOST),
+    ("os.close(stdout)\n        if not self._spec.cgroup", "pass", LOST),  # the job runs
+    ('write_event(self._events, "started")', "pass", LOST),
+    ("pump = Pump(pipe, output, self._spec)", "pass", LOST),
     ("told = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
     ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
     ("assert result is not None", "pass", LOST),
-    ('write_record(self._record, "ended", **vars(ending))', "pass", LOST),
-    ('write_record(self._record, "ended", **vars(ending))', "os.write(self._record, b'ended at=1.0 status=FIN')", LOST),
+    ('write_event(self._events, "exited", **vars(ending))', "pass", LOST),
+    (
+        'write_event(self._events, "exited", **vars(ending))',
+        "os.write(self._events, b'exited at=1.0 status=FIN')",
+        LOST,
+    ),
     ("processes.kill_all()", "pass", SEVEN),
     ("rest = pump.drain() if pump else None", "pass", SEVEN),
     ("usage = processes.usage()", "pass", SEVEN),
     ("processes.remove()\n    reason", "pass", SEVEN),
     ("reason = ending.reason or", "pass", SEVEN),
-    ('write_record(record, "done"', "pass", SEVEN),
-    ('write_record(record, "done"', "os.write(record, b'done at=1.0 reason=-')", SEVEN),
+    ('write_event(record, "done"', "pass", SEVEN),
+    ('write_event(record, "done"', "os.write(record, b'done at=1.0 reason=-')", SEVEN),
     ("os.fsync(record)", "pass", SEVEN),
 ]
 
@@ -1804,7 +1838,9 @@ SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the
 async def test_a_shim_killed_at_any_step_is_made_good(state, tmp_path, mark, place, last_words, how):
     dying, armed = dying_copy(tmp_path, place, last_words)
     async with worker_on(state, dying) as worker:
-        request = dying.JobRequest("sh", ("-c", f"sleep 1000 {mark} & echo said; exit 7".replace(f" {mark}", "")), owner="alice")
+        request = dying.JobRequest(
+            "sh", ("-c", f"sleep 1000 {mark} & echo said; exit 7".replace(f" {mark}", "")), owner="alice"
+        )
         job = await worker.start(request)
         text = await output(worker, job)
         assert not armed.exists()
@@ -1862,7 +1898,7 @@ async def test_a_python_that_was_removed_meanwhile_keeps_no_job_from_its_end(
 async def test_a_launcher_of_another_version_starts_and_finishes_jobs(state, monkeypatch):
     async with worker_on(state) as worker:
         monkeypatch.setattr(jobworker, "LAYOUT", "what a server of another version has in memory")
-        monkeypatch.setattr(jobworker.Order, "packed", lambda _order: ("another order",))
+        monkeypatch.setattr(jobworker.Spec, "packed", lambda _spec: ("another order",))
         job = await worker.start(shell("echo $PPID; exec sleep 1000"))
         os.kill(int(await said(worker, job, b"\n")), signal.SIGKILL)
         await output(worker, job)
@@ -1921,7 +1957,10 @@ async def test_starts_that_wait_for_leases_can_be_stopped_and_keep_nobody_waitin
         leaser = await worker.start(JobRequest(str(PYTHON_FOR_ALL), ("-c", LEASES, str(many)), owner="eve"))
         home = (await said(worker, leaser, b"\n")).decode().split()[1]
         ids = [jobworker.new_job_id() for _ in range(many)]
-        held = [asyncio.ensure_future(worker.start(JobRequest(f"{home}/leased{number}", owner="eve", id=ids[number]))) for number in range(many)]
+        held = [
+            asyncio.ensure_future(worker.start(JobRequest(f"{home}/leased{number}", owner="eve", id=ids[number])))
+            for number in range(many)
+        ]
         free = asyncio.ensure_future(result(worker, JobRequest("echo", ("free",), owner="bob")))  # begins after those
         assert (await free)[0] == b"free\n"
         assert not any(start.done() for start in held)
@@ -2003,10 +2042,10 @@ async def test_a_job_that_fills_the_disk_is_ended_and_its_record_is_whole(small_
         assert len(text) == status.output_bytes > MIB
         await worker.stop(other)
         assert ending(worker, other) == ("STOPPED", 137, "")
-        last = [worker.status(job) for job in (other, status.order.id)]
+        last = [worker.status(job) for job in (other, status.spec.id)]
     async with worker_on(small_disk) as worker:  # a server starts on a full disk too
-        assert [worker.status(job) for job in (other, status.order.id)] == last
-        worker.remove(status.order.id)
+        assert [worker.status(job) for job in (other, status.spec.id)] == last
+        worker.remove(status.spec.id)
         assert (await result(worker, shell("echo hello; exit 4")))[1].exit_code == 4
 
 
@@ -2045,7 +2084,9 @@ async def test_a_start_on_a_full_disk_is_refused_and_leaves_nothing(small_disk, 
         filler.unlink()
         assert (await result(worker, shell("exit 3", owner="a new owner")))[1].exit_code == 3
     async with worker_on(small_disk) as worker:
-        assert (await result(worker, shell("id -u", owner="a new owner")))[1].order.uid != worker._accounts.of("alice").uid
+        assert (await result(worker, shell("id -u", owner="a new owner")))[1].spec.uid != worker._accounts.of(
+            "alice"
+        ).uid
 
 
 @in_loop
@@ -2058,7 +2099,7 @@ async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
         assert MIB < len(text) < 12 * MIB
         with pytest.raises(ExhaustedError, match="nearly full"):
             await worker.start(shell("true"))
-        worker.remove(status.order.id)
+        worker.remove(status.spec.id)
         assert (await result(worker, shell("exit 3")))[1].exit_code == 3
 
 
@@ -2068,7 +2109,9 @@ async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
 DEFAULT_CHANNEL = jobworker.CLIENT_OPTIONS
 PYZ = HERE / "jobworker.pyz"
 needs_pyz = pytest.mark.skipif(not PYZ.exists(), reason="needs jobworker.pyz: ./build.sh")
-LIKE_PYZ = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"  # the interpreter that built it, without its packages
+LIKE_PYZ = (
+    Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
+)  # the interpreter that built it, without its packages
 PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is nobody else's to run
 
 
@@ -2111,7 +2154,9 @@ class Served:
     def popen(self, *words, role="user", **popen):
         environment = {**os.environ, "JOBWORKER_SERVER": self.address, "JOBWORKER_CERTS": str(self.certs)}
         command = [*PROGRAM, *words[:1], "-r", role, *words[1:]]
-        return ClientProcess(command, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": environment, **popen})
+        return ClientProcess(
+            command, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "env": environment, **popen}
+        )
 
 
 PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
@@ -2120,7 +2165,19 @@ PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
 @contextlib.contextmanager
 def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0, **popen):
     """A server process, until the block ends; it then stops its jobs."""
-    words = ["serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto", "--reserve", "0"]
+    words = [
+        "serve",
+        "--certs",
+        certs,
+        "--state",
+        state,
+        "--listen",
+        f"127.0.0.1:{port}",
+        "--without",
+        "auto",
+        "--reserve",
+        "0",
+    ]
     process = subprocess.Popen(
         [*program, *map(str, words), "--stop-jobs", *options],
         stdin=subprocess.DEVNULL, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen},
@@ -2242,7 +2299,7 @@ def certificate(authority, *, names=("mallory",), roles=UTF8, purposes=("CLIENT_
     if roles is not None:
         value = x509.UnrecognizedExtension(x509.ObjectIdentifier(jobworker.ROLES_OID), roles)
         builder = builder.add_extension(value, critical=False)
-    made = jobworker.Signed(builder.sign(authority.key, hashes.SHA256()), key)
+    made = jobworker.CertifiedKey(builder.sign(authority.key, hashes.SHA256()), key)
     return made.key_pem(), made.certificate_pem()
 
 
@@ -2251,7 +2308,11 @@ REFUSED = [  # what is wrong; the certificate; the status (UNAVAILABLE: no conne
     ("not yet valid", {"start": 1.0, "days": 2.0}, "UNAVAILABLE"),
     ("no role", {"roles": None}, "PERMISSION_DENIED"),
     ("an unknown role", {"roles": jobworker.encode_roles(["operator"])}, "PERMISSION_DENIED"),
-    ("an unknown role beside a known one", {"roles": jobworker.encode_roles(["admin", "operator"])}, "PERMISSION_DENIED"),
+    (
+        "an unknown role beside a known one",
+        {"roles": jobworker.encode_roles(["admin", "operator"])},
+        "PERMISSION_DENIED",
+    ),
     ("an empty extension", {"roles": b""}, "PERMISSION_DENIED"),
     ("an empty string", {"roles": b"\x0c\x00"}, "PERMISSION_DENIED"),
     ("another type of string", {"roles": b"\x16\x04user"}, "PERMISSION_DENIED"),
@@ -2347,7 +2408,10 @@ def twin(authority, start, days):
 def test_an_authority_s_renewal_keeps_nobody_out(state, certs, tmp_path, start, days, first):
     """Beside the one in force stands another of its name and key, which is over, to come, or valid as well."""
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
-    current, other = (folder / "client-ca.pem").read_bytes(), twin(jobworker.load_authority(certs, "client-ca"), start, days)
+    current, other = (
+        (folder / "client-ca.pem").read_bytes(),
+        twin(jobworker.load_authority(certs, "client-ca"), start, days),
+    )
     (folder / "client-ca.pem").write_bytes(other + current if first else current + other)
     with serving(state, folder) as served:
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
@@ -2357,7 +2421,9 @@ def test_an_authority_s_renewal_keeps_nobody_out(state, certs, tmp_path, start, 
 def test_nothing_older_than_tls_1_3_is_spoken(shared, version, spoken):
     words = ["openssl", "s_client", version, "-connect", shared.address, "-alpn", "h2", "-CAfile", shared.certs / "server-ca.pem",
              "-cert", shared.certs / "user.pem", "-key", shared.certs / "user.key", "-cipher", "ALL:@SECLEVEL=0"]  # fmt: skip
-    told = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False).stdout
+    told = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
+    ).stdout
     assert ("Verify return code: 0" in told and "New, TLSv1.3" in told) == spoken
     assert ("Cipher is (NONE)" in told) != spoken
 
@@ -2371,7 +2437,12 @@ def test_whose_a_job_is_decides_who_sees_it(shared):
         nobody_s = call(shared, method, request(id=ID2), role="user2")
         assert foreign[0] == nobody_s[0] == "NOT_FOUND"
         assert foreign[1].replace(job, ID2) == nobody_s[1]
-    taken = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo mine; exec sleep 1000"], id=job), role="user2")
+    taken = call(
+        shared,
+        "StartJob",
+        pb.StartJobRequest(cmd="sh", args=["-c", "echo mine; exec sleep 1000"], id=job),
+        role="user2",
+    )
     assert taken[0] == "ALREADY_EXISTS"
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").owner == "user"
     assert call(shared, "RemoveJob", pb.RemoveJobRequest(id=job))[0] == "FAILED_PRECONDITION"
@@ -2403,7 +2474,9 @@ def test_a_roles_extension_that_is_not_exactly_right_is_no_role(shared, value):
 
 
 def test_several_roles_are_one_identity(shared):
-    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), roles=jobworker.encode_roles(["user", "admin"]))
+    identity = certificate(
+        jobworker.load_authority(shared.certs, "client-ca"), roles=jobworker.encode_roles(["user", "admin"])
+    )
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="true")).ID
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), identity).owner == "user"
 
@@ -2417,7 +2490,9 @@ def test_another_purpose_than_a_client_s_is_refused(shared, purpose):
 def test_nobody_makes_an_identity_with_an_identity_s_key(shared):
     """`user` signs a certificate for `admin`, and sends its own along as if it were an authority."""
     key, own = jobworker_pair(shared.certs, "user")
-    signer = jobworker.Signed(x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None))
+    signer = jobworker.CertifiedKey(
+        x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None)
+    )
     forged_key, forged = certificate(signer, names=("admin",), roles=jobworker.encode_roles(["admin"]))
     for chain in (forged, forged + own, forged + own + (shared.certs / "client-ca.pem").read_bytes()):
         assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), (forged_key, chain))[0] == "UNAVAILABLE"
@@ -2426,7 +2501,9 @@ def test_nobody_makes_an_identity_with_an_identity_s_key(shared):
 def test_a_signature_by_what_is_no_authority_is_no_trust(shared):
     """The same, as every call checks it anew: TLS looked only when the connection came about."""
     key, own = jobworker_pair(shared.certs, "user")
-    signer = jobworker.Signed(x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None))
+    signer = jobworker.CertifiedKey(
+        x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None)
+    )
     _, forged = certificate(signer, names=("admin",))
     peer = jobworker.read_peer_certificate(forged, own, (shared.certs / "client-ca.pem").read_bytes())
     assert peer.valid == ()
@@ -2443,7 +2520,21 @@ def test_an_authority_below_the_authority_vouches_for_clients(shared, tmp_path):
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").owner == "carol"
 
 
-ODD_NAMES = ["../../etc", "a/b", "two\nlines", "a b\tc", "ünï☃", "-j", "%s", "x" * 64, "root", "jobs", ".", "\x1b[31m", "user "]
+ODD_NAMES = [
+    "../../etc",
+    "a/b",
+    "two\nlines",
+    "a b\tc",
+    "ünï☃",
+    "-j",
+    "%s",
+    "x" * 64,
+    "root",
+    "jobs",
+    ".",
+    "\x1b[31m",
+    "user ",
+]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=repr)
@@ -2479,22 +2570,47 @@ def test_a_reload_takes_a_new_server_certificate_and_leaves_connections_alone(st
     with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
         job = ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
         before = presented(served)
-        jobworker.write_pair(folder, "server", jobworker.make_server_certificate(jobworker.load_authority(folder, "server-ca"), ["localhost"]))
+        jobworker.write_pair(
+            folder,
+            "server",
+            jobworker.make_server_certificate(jobworker.load_authority(folder, "server-ca"), ["localhost"]),
+        )
         assert "are read again" in reloaded(served)
         assert presented(served) == (folder / "server.pem").read_text().strip() != before
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job)).owner == "user"
 
 
 def presented(served):
-    words = ("openssl", "s_client", "-connect", served.address, "-alpn", "h2", "-cert", served.certs / "user.pem", "-key", served.certs / "user.key")
-    told = subprocess.run(list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False).stdout
-    return re.search("-----BEGIN CERTIFICATE-----.*-----END CERTIFICATE-----", told.decode(errors="replace"), re.DOTALL)[0]
+    words = (
+        "openssl",
+        "s_client",
+        "-connect",
+        served.address,
+        "-alpn",
+        "h2",
+        "-cert",
+        served.certs / "user.pem",
+        "-key",
+        served.certs / "user.key",
+    )
+    told = subprocess.run(
+        list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False
+    ).stdout
+    return re.search(
+        "-----BEGIN CERTIFICATE-----.*-----END CERTIFICATE-----", told.decode(errors="replace"), re.DOTALL
+    )[0]
 
 
-@pytest.mark.parametrize(("name", "content"), [("server.pem", b"rubbish"), ("client-ca.pem", b""), ("client-ca.pem", None), ("server.key", None)])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("server.pem", b"rubbish"), ("client-ca.pem", b""), ("client-ca.pem", None), ("server.key", None)],
+)
 def test_a_reload_of_a_folder_that_cannot_be_served_changes_nothing(state, certs, tmp_path, name, content):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
-    with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(Served(None, served.port, certs)) as channel:
+    with (
+        serving(state, folder, stderr=subprocess.PIPE) as served,
+        channel_to(Served(None, served.port, certs)) as channel,
+    ):
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
         (folder / name).unlink()
         if content is not None:
@@ -2511,7 +2627,10 @@ def test_a_storm_of_connections_among_reloads_does_not_end_the_server(state, cer
     trust.set_alpn_protocols(["h2"])
 
     def connect(_):
-        with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as plain, trust.wrap_socket(plain, server_hostname="localhost") as channel:
+        with (
+            socket.create_connection(("127.0.0.1", served.port), PATIENCE) as plain,
+            trust.wrap_socket(plain, server_hostname="localhost") as channel,
+        ):
             return channel.recv(1) != b""
 
     with serving(state, certs, stderr=subprocess.PIPE) as served, concurrent.futures.ThreadPoolExecutor(32) as clients:
@@ -2531,7 +2650,12 @@ CONTRACT = {  # message: its fields with their numbers and types, which never ch
     "StopJobRequest": {"id": (1, "string")},
     "StopJobResponse": {},
     "GetStatusRequest": {"id": (1, "string")},
-    "GetStatusResponse": {"status": (1, "enum"), "exitcode": (2, "int32"), "reason": (3, "string"), "signal": (4, "int32")},
+    "GetStatusResponse": {
+        "status": (1, "enum"),
+        "exitcode": (2, "int32"),
+        "reason": (3, "string"),
+        "signal": (4, "int32"),
+    },
     "GetStreamRequest": {"id": (1, "string"), "offset": (2, "uint64")},
     "GetStreamResponse": {"result": (1, "bytes")},
 }
@@ -2645,7 +2769,9 @@ def test_fifty_clients_at_different_times_each_receive_the_identical_bytes(share
     async def client(number):
         await begun[number].wait()
         files = (shared.certs / "server-ca.pem").read_bytes(), *jobworker_pair(shared.certs, "user")
-        async with grpc.aio.secure_channel(shared.address, grpc.ssl_channel_credentials(*files), DEFAULT_CHANNEL) as channel:
+        async with grpc.aio.secure_channel(
+            shared.address, grpc.ssl_channel_credentials(*files), DEFAULT_CHANNEL
+        ) as channel:
             path, encode = "/proto.WorkerService/GetOutputStream", pb.GetStreamRequest.SerializeToString
             digest = hashlib.sha256()
             async for chunk in channel.unary_stream(path, encode, jobworker.result_of)(pb.GetStreamRequest(id=job)):
@@ -2686,6 +2812,7 @@ def fields_of(message):
 
 def test_the_bytes_that_existing_clients_send_are_answered_with_those_that_they_read(shared):
     with channel_to(shared) as channel:
+
         def raw(method, request):
             return channel.unary_unary(f"/proto.WorkerService/{method}")(request, timeout=PATIENCE)
 
@@ -2729,8 +2856,17 @@ def frame(kind, flags, stream, content):
 
 def headers(path):
     """HPACK, all literal (RFC 7541, 6.2.2)."""
-    pairs = [(":method", "POST"), (":scheme", "https"), (":path", path), (":authority", "x"), ("te", "trailers"), ("content-type", "application/grpc")]
-    return b"".join(b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in pairs)
+    pairs = [
+        (":method", "POST"),
+        (":scheme", "https"),
+        (":path", path),
+        (":authority", "x"),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+    ]
+    return b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in pairs
+    )
 
 
 RUBBISH = [
@@ -2764,8 +2900,16 @@ def test_an_offset_beyond_every_file_is_an_empty_stream(shared, offset):
 
 
 ENDS_OF_NUMBERS = [
-    *({name: value} for name in ("cpu", "timeout") for value in (0.0, -0.0, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"))),
-    *({name: value} for name in ("memory", "pids", "io", "max_output") for value in (0, 1, 2**63 - 1, 2**63, 2**64 - 1)),
+    *(
+        {name: value}
+        for name in ("cpu", "timeout")
+        for value in (0.0, -0.0, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"))
+    ),
+    *(
+        {name: value}
+        for name in ("memory", "pids", "io", "max_output")
+        for value in (0, 1, 2**63 - 1, 2**63, 2**64 - 1)
+    ),
 ]
 
 
@@ -2853,8 +2997,21 @@ def test_a_stream_goes_on_at_its_byte_in_the_next_server(state, certs, end):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    words = [*PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto"]
-    first = subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    words = [
+        *PROGRAM,
+        "serve",
+        "--certs",
+        certs,
+        "--state",
+        state,
+        "--listen",
+        f"127.0.0.1:{port}",
+        "--without",
+        "auto",
+    ]
+    first = subprocess.Popen(
+        list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert first.stdout.readline()
     served = Served(first, port, certs)
     job = served.start("--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6")
@@ -2914,6 +3071,7 @@ def test_clients_that_vanish_or_read_slowly_cost_the_server_nothing(state, certs
 
 def test_after_many_calls_the_server_holds_what_it_held_before(state, certs):
     with serving(state, certs) as served, channel_to(served) as channel:
+
         def round_of_jobs():
             for _ in range(50):
                 job = ask(channel, "StartJob", pb.StartJobRequest(cmd="echo", args=["x"])).ID
@@ -2945,19 +3103,37 @@ def test_half_open_clients_are_gone_within_seconds(state, certs):
 
 def test_when_a_server_ends_its_followers_are_told_and_the_job_goes_on(state, certs):
     port = free_port()
-    words = [*PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto"]
-    server = subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [
+        *PROGRAM,
+        "serve",
+        "--certs",
+        certs,
+        "--state",
+        state,
+        "--listen",
+        f"127.0.0.1:{port}",
+        "--without",
+        "auto",
+    ]
+    server = subprocess.Popen(
+        list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert server.stdout.readline().startswith("jobworker: serving on ")
     served = Served(server, port, certs)
     with channel_to(served) as channel:
         job = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", WAITS])).ID
         path = "/proto.WorkerService/GetOutputStream"
-        chunks = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, pb.GetStreamResponse.FromString)(pb.GetStreamRequest(id=job))
+        chunks = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, pb.GetStreamResponse.FromString)(
+            pb.GetStreamRequest(id=job)
+        )
         assert next(chunks).result == b"ready\n"
         server.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as ended:
             next(chunks)
-    assert (ended.value.code().name, ended.value.details()) == ("UNAVAILABLE", "the server is stopping; the job goes on")
+    assert (ended.value.code().name, ended.value.details()) == (
+        "UNAVAILABLE",
+        "the server is stopping; the job goes on",
+    )
     told = server.communicate(timeout=PATIENCE)[1]
     assert server.returncode == 0
     assert told.endswith("jobworker: stopping; 1 job goes on\n")
@@ -2968,8 +3144,23 @@ def test_when_a_server_ends_its_followers_are_told_and_the_job_goes_on(state, ce
 
 def test_control_c_in_the_terminal_of_serve_reaches_no_job(state, certs):
     master, terminal = pty.openpty()
-    words = ["setsid", "--ctty", *PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", "127.0.0.1:0", "--without", "auto"]
-    server = subprocess.Popen(list(map(str, words)), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [
+        "setsid",
+        "--ctty",
+        *PROGRAM,
+        "serve",
+        "--certs",
+        certs,
+        "--state",
+        state,
+        "--listen",
+        "127.0.0.1:0",
+        "--without",
+        "auto",
+    ]
+    server = subprocess.Popen(
+        list(map(str, words)), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     os.close(terminal)
     line = server.stdout.readline()
     served = Served(server, int(line.split(",")[0].rsplit(":", 1)[1]), certs)
@@ -2991,13 +3182,28 @@ def test_a_service_manager_is_told_when_it_serves_and_when_it_stops(state, certs
             manager.bind(place.replace("@", "\0"))
             manager.settimeout(PATIENCE)
             port = free_port()
-            words = [*PROGRAM, "serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto", "--stop-jobs"]
+            words = [
+                *PROGRAM,
+                "serve",
+                "--certs",
+                certs,
+                "--state",
+                state,
+                "--listen",
+                f"127.0.0.1:{port}",
+                "--without",
+                "auto",
+                "--stop-jobs",
+            ]
             command = f"exec {shlex.join(map(str, words))} {closed}"
             server = subprocess.Popen(["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                       env={**os.environ, "NOTIFY_SOCKET": place})  # fmt: skip
             assert manager.recv(100) == b"READY=1"
             served = Served(server, port, certs)
-            assert served.run("stream", served.start("--", "sh", "-c", "ls -l /proc/self/fd | wc -l; echo err >&2")).stdout == "5\nerr\n"
+            assert (
+                served.run("stream", served.start("--", "sh", "-c", "ls -l /proc/self/fd | wc -l; echo err >&2")).stdout
+                == "5\nerr\n"
+            )
             server.send_signal(signal.SIGTERM)
             assert manager.recv(100) == b"STOPPING=1"
             assert server.wait(PATIENCE) == 0
@@ -3045,7 +3251,9 @@ def test_clients_that_do_not_read_cost_bounded_memory_and_miss_nothing(state, ce
             assert client.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("connect", [lambda served: socket.create_connection(("localhost", served.port)), tls_to], ids=["TCP", "TLS"])
+@pytest.mark.parametrize(
+    "connect", [lambda served: socket.create_connection(("localhost", served.port)), tls_to], ids=["TCP", "TLS"]
+)
 def test_connections_that_say_nothing_are_closed_and_hold_up_nobody(shared, connect):
     before = len(fds_of(shared))
     with contextlib.ExitStack() as stack:
@@ -3060,7 +3268,11 @@ def test_connections_that_say_nothing_are_closed_and_hold_up_nobody(shared, conn
 
 
 def can_make_networks():
-    return os.geteuid() == 0 and shutil.which("ip") and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0
+    return (
+        os.geteuid() == 0
+        and shutil.which("ip")
+        and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0
+    )
 
 
 def ip(*words):
@@ -3093,13 +3305,25 @@ def test_a_cut_cable_frees_the_server_and_costs_the_client_no_byte(state, certs,
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder, "--name", address, "--listen", f"{address}:0") as served:
         local = ("--server", f"{address}:{served.port}", "--certs", str(folder))
-        def here(*words):
-            return subprocess.run([*PROGRAM, words[0], *local, *words[1:]], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
 
-        job = here("start", "--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6").split()[-1]
+        def here(*words):
+            return subprocess.run(
+                [*PROGRAM, words[0], *local, *words[1:]],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=True,
+            ).stdout
+
+        job = here("start", "--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6").split()[
+            -1
+        ]
         before = watches_of(served)
         words = ["ip", "netns", "exec", name, *PROGRAM, "stream", *local, job]
-        with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as client:
+        with subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        ) as client:
             try:
                 assert client.stdout.readline() == b"before\n"
                 until(lambda: watches_of(served) == before + 1)
@@ -3147,7 +3371,11 @@ def test_an_unreachable_server_is_one_sentence_that_says_why(certs):
         ):
             served = Served(None, 0, certs)
             for words in (("status", ID), ("stream", ID), ("start", "--", "true")):
-                done = served.run(*words, "--server", place) if words[0] != "start" else served.run("start", "--server", place, *words[1:])
+                done = (
+                    served.run(*words, "--server", place)
+                    if words[0] != "start"
+                    else served.run("start", "--server", place, *words[1:])
+                )
                 assert (done.returncode, done.stdout) == (1, "")
                 assert done.stderr.startswith("jobworker: ")
                 assert why in done.stderr
@@ -3214,7 +3442,10 @@ STRANGERS = [  # what listens there instead
     ("hangs up", "connection.close()"),
     ("ssh", "connection.sendall(b'SSH-2.0-OpenSSH_9.2\\r\\n'); connection.recv(9999); connection.close()"),
     ("http", "connection.recv(9999); connection.sendall(b'HTTP/1.1 400 Bad Request\\r\\n\\r\\n'); connection.close()"),
-    ("a plain HTTP/2 server", "connection.recv(9999); connection.sendall(b'\\0\\0\\0\\4\\0\\0\\0\\0\\0'); connection.recv(9999)"),
+    (
+        "a plain HTTP/2 server",
+        "connection.recv(9999); connection.sendall(b'\\0\\0\\0\\4\\0\\0\\0\\0\\0'); connection.recv(9999)",
+    ),
     ("TLS 1.2", ("-tls1_2",)),
     ("TLS 1.3 without HTTP/2", ("-tls1_3", "-www")),
     ("TLS 1.3 that then says nothing", ("-tls1_3", "-alpn", "h2", "-quiet")),
@@ -3227,16 +3458,35 @@ def stranger(request, certs):
     if isinstance(request.param, str):
         words = [sys.executable, "-c", SAYS.format(request.param)]
     else:
-        words = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-cert", certs / "server.pem", "-key", certs / "server.key", *request.param]
+        words = [
+            "openssl",
+            "s_server",
+            "-accept",
+            "127.0.0.1:0",
+            "-cert",
+            certs / "server.pem",
+            "-key",
+            certs / "server.key",
+            *request.param,
+        ]
     quiet = "-quiet" in words
     if quiet:  # then it does not say its port
         port = free_port()
         words[3] = f"127.0.0.1:{port}"
-    process = subprocess.Popen(list(map(str, words)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace")
+    process = subprocess.Popen(
+        list(map(str, words)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+    )
     if quiet:
         until(lambda: f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text())
     else:
-        port = next(int(line.rsplit(":", 1)[-1]) for line in process.stdout if re.search(r"(^|ACCEPT .*:)\d+$", line.strip()))
+        port = next(
+            int(line.rsplit(":", 1)[-1]) for line in process.stdout if re.search(r"(^|ACCEPT .*:)\d+$", line.strip())
+        )
     yield port
     process.kill()
     process.communicate(timeout=PATIENCE)
@@ -3276,7 +3526,9 @@ def test_a_client_is_not_led_astray_by_its_environment(shared, environment):
     with_it = {**os.environ, "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs), **environment}
     done = shared.run("start", "--", "printf", "%s", "ünï☃", env=with_it)
     assert (done.returncode, done.stderr) == (0, "")
-    done = subprocess.run([*PROGRAM, "stream", done.stdout.split()[-1]], env=with_it, capture_output=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        [*PROGRAM, "stream", done.stdout.split()[-1]], env=with_it, capture_output=True, timeout=PATIENCE, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ünï☃".encode(), b"")
 
 
@@ -3286,11 +3538,16 @@ def test_a_client_is_not_led_astray_by_its_environment(shared, environment):
 
 def serve_once(folder, state, *words):
     """`serve` that is expected to refuse."""
-    return Served(None, 0, folder).run("serve", "--certs", str(folder), "--state", str(state), "--listen", "127.0.0.1:0", "--without", "auto", *words)
+    return Served(None, 0, folder).run(
+        "serve", "--certs", str(folder), "--state", str(state), "--listen", "127.0.0.1:0", "--without", "auto", *words
+    )
 
 
 def contents(folder):
-    return {path.name: (path.read_bytes() if os.access(path, os.R_OK) else b"", path.stat().st_mode) for path in folder.iterdir()}
+    return {
+        path.name: (path.read_bytes() if os.access(path, os.R_OK) else b"", path.stat().st_mode)
+        for path in folder.iterdir()
+    }
 
 
 def test_an_empty_folder_is_filled_with_keys_for_their_owner_s_eyes_only(certs):
@@ -3333,7 +3590,9 @@ def test_a_folder_that_cannot_be_served_is_refused_in_one_sentence(state, certs,
 
 
 def openssl(*words, **popen):
-    return subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, timeout=PATIENCE, **popen).stdout
+    return subprocess.run(
+        ["openssl", *map(str, words)], check=True, capture_output=True, timeout=PATIENCE, **popen
+    ).stdout
 
 
 def by_hand(folder, name, issuer, extensions, *, key=("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")):
@@ -3354,7 +3613,13 @@ def test_a_folder_made_by_hand_with_openssl_is_used_as_it_stands(state, tmp_path
     client = f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:"
     by_hand(folder, "server-ca", None, authority, key=ed25519)
     by_hand(folder, "client-ca", None, authority, key=ed25519)
-    by_hand(folder, "server", "server-ca", "subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n", key=kind)
+    by_hand(
+        folder,
+        "server",
+        "server-ca",
+        "subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n",
+        key=kind,
+    )
     by_hand(folder, "user", "client-ca", f"{client}user\n", key=kind)
     by_hand(folder, "boss", "client-ca", f"{client}user,admin\n", key=kind)
     for authority_key in folder.glob("*-ca.key"):
@@ -3371,12 +3636,16 @@ def test_one_more_identity_is_one_command(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder) as served:
         for name, more in (("alice", ()), ("chief", ("--admin",))):
-            done = subprocess.run([*PROGRAM, "identity", name, *more, "--certs", folder], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*PROGRAM, "identity", name, *more, "--certs", folder], capture_output=True, text=True, check=True
+            )
             assert f"{folder}/{name}.pem" in done.stdout
         job = served.start("--", "echo", "hers", role="alice")
         assert served.run("status", job).returncode == 1
         assert served.run("stream", job, role="chief").stdout == "hers\n"
-        again = subprocess.run([*PROGRAM, "identity", "alice", "--certs", folder], capture_output=True, text=True, check=False)
+        again = subprocess.run(
+            [*PROGRAM, "identity", "alice", "--certs", folder], capture_output=True, text=True, check=False
+        )
         assert again.returncode == 1
 
 
@@ -3412,7 +3681,13 @@ def test_a_folder_with_one_unusable_file_is_refused_and_left_as_it_is(state, cer
     assert {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("kind", [("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"), ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:4096")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024"),
+        ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:4096"),
+    ],
+)
 def test_rsa_keys_of_other_sizes_are_served(state, certs, tmp_path, kind):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     server_of_kind(folder, *kind)
@@ -3450,7 +3725,9 @@ def test_names_may_be_addresses_or_of_any_script_and_are_kept(certs, tmp_path):
     assert jobworker.prepare_folder(folder, ["10.9.8.7", "2001:db8::7", "bücher.example", "box"])
     made = (folder / "server.pem").read_bytes()
     names = jobworker.extension(x509.load_pem_x509_certificate(made), x509.SubjectAlternativeName)
-    assert {"10.9.8.7", "2001:db8::7", "xn--bcher-kva.example", "box", "localhost"} <= {str(name.value) for name in names}
+    assert {"10.9.8.7", "2001:db8::7", "xn--bcher-kva.example", "box", "localhost"} <= {
+        str(name.value) for name in names
+    }
     assert jobworker.prepare_folder(folder, ["10.9.8.7", "bücher.example", "2001:DB8::7"]) == ""
     assert (folder / "server.pem").read_bytes() == made
 
@@ -3471,13 +3748,24 @@ def test_a_folder_that_may_not_be_read_is_refused_and_left_as_it_is(certs, tmp_p
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     user, before = ("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"), contents(folder)
     shutil.copy(PYZ, tmp_path)
-    words = ("serve", "--listen", "127.0.0.1:0", "--without", "auto", "--state", "/var/tmp/jobworker-54321/state", "--certs")
+    words = (
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--without",
+        "auto",
+        "--state",
+        "/var/tmp/jobworker-54321/state",
+        "--certs",
+    )
     try:
         for mode, told in ((0o755, "server.key: Permission denied"), (0o700, f"{folder}")):
             folder.chmod(mode)
             done = run_pyz(*words, str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user)
             one_sentence(done, told, "Permission denied")
-        done = run_pyz("status", ID, "--certs", str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user)
+        done = run_pyz(
+            "status", ID, "--certs", str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user
+        )
         one_sentence(done, "Permission denied", "--certs DIR")
     finally:
         shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
@@ -3700,17 +3988,33 @@ def test_the_common_options_stand_anywhere_after_the_verb_and_outrank_the_enviro
     shared.run("stream", job, role="user2")
     filled = [word.format(id=job, server=shared.address, certs=shared.certs) for word in words]
     elsewhere = {**os.environ, "JOBWORKER_SERVER": "localhost:1", "JOBWORKER_CERTS": "/nowhere"}
-    done = subprocess.run([*PROGRAM, *filled], env=elsewhere, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        [*PROGRAM, *filled], env=elsewhere, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert (done.stdout, done.stderr) == (f"jobID: {job}, status: FINISHED, exitCode: 0\n", "")
 
 
 def test_an_empty_variable_or_option_is_none(shared, tmp_path):
     """`--certs "$UNSET"` fills no working directory with keys."""
-    empty = {"JOBWORKER_SERVER": "", "JOBWORKER_CERTS": "", "HOME": str(tmp_path), "XDG_CONFIG_HOME": "", "PATH": os.environ["PATH"]}
+    empty = {
+        "JOBWORKER_SERVER": "",
+        "JOBWORKER_CERTS": "",
+        "HOME": str(tmp_path),
+        "XDG_CONFIG_HOME": "",
+        "PATH": os.environ["PATH"],
+    }
     user = [] if os.geteuid() else ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
     program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import jobworker; sys.exit(jobworker.main())"
     for words in (("status", ID), ("status", "--certs", "", ID)):
-        done = subprocess.run([*user, PYTHON, "-c", program, *words], env=empty, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            [*user, PYTHON, "-c", program, *words],
+            env=empty,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
         one_sentence(done, f"cannot read {tmp_path}/.config/jobworker/server-ca.pem")
 
 
@@ -3740,8 +4044,18 @@ def test_the_keys_of_status_as_json_are_always_there(shared):
         assert set(facts) >= FACTS
         assert set(facts["usage"]) >= {"cpuSeconds", "memoryPeak", "readBytes", "writtenBytes"}
         assert set(facts["limits"]) >= {"cpu", "memory", "pids", "io", "timeout", "maxOutput"}
-    assert (running["status"], running["ended"], running["signal"], running["stoppedBy"]) == ("RUNNING", None, None, None)
-    assert (stopped["status"], stopped["exitCode"], stopped["signal"], stopped["stoppedBy"]) == ("STOPPED", 137, 9, "admin")
+    assert (running["status"], running["ended"], running["signal"], running["stoppedBy"]) == (
+        "RUNNING",
+        None,
+        None,
+        None,
+    )
+    assert (stopped["status"], stopped["exitCode"], stopped["signal"], stopped["stoppedBy"]) == (
+        "STOPPED",
+        137,
+        9,
+        "admin",
+    )
 
 
 @pytest.mark.parametrize("words", [("stream",), ("status",), ("status", "--json")], ids=" ".join)
@@ -3756,7 +4070,15 @@ def in_shell(served, words, redirections):
     """A client command behind a shell's redirections or pipes."""
     environment = {**os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(served.certs)}
     command = f"{shlex.join([*PROGRAM, *words])} {redirections}"
-    return subprocess.run(["sh", "-c", command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(
+        ["sh", "-c", command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
@@ -3781,17 +4103,33 @@ def test_a_pipe_that_was_read_enough_of_ends_a_client_quietly(shared):
 
 @pytest.mark.parametrize("verb", jobworker.VERBS)
 def test_the_help_of_a_verb_reaches_a_terminal(verb):
-    done = subprocess.run([*PROGRAM, verb, "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        [*PROGRAM, verb, "--help"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: jobworker.pyz {verb}")
 
 
 def unit(*words):
-    done = subprocess.run([*PROGRAM, "unit", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    done = subprocess.run(
+        [*PROGRAM, "unit", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
     return done.stdout
 
 
-@pytest.mark.parametrize("words", [(), ("--user",), ("--", "--listen", ":8011", "--state", "/srv/my jobs/100% $HOME")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [(), ("--user",), ("--", "--listen", ":8011", "--state", "/srv/my jobs/100% $HOME")], ids=" ".join
+)
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_systemd_understands_the_unit(tmp_path, words):
     file = tmp_path / "jobworker.service"
@@ -3805,7 +4143,13 @@ def test_systemd_understands_the_unit(tmp_path, words):
 def test_a_unit_restarts_its_server_and_leaves_its_jobs_alone():
     text = unit("--", "--state", "/srv/my jobs/100% $HOME")
     lines = text.splitlines()
-    for line in ("Type=notify", "Restart=always", "KillMode=process", "ExecReload=/bin/kill -HUP $MAINPID", "WantedBy=multi-user.target"):
+    for line in (
+        "Type=notify",
+        "Restart=always",
+        "KillMode=process",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+        "WantedBy=multi-user.target",
+    ):
         assert line in lines
     assert not any(line.startswith("Delegate=") for line in lines)
     assert f'ExecStart={sys.executable} {HERE}/jobworker.py serve --state "/srv/my jobs/100%% $$HOME"' in lines
@@ -3818,7 +4162,15 @@ def test_where_certificates_and_state_are_by_default_depends_on_who_asks():
         (54321, {"HOME": "/h", "XDG_CONFIG_HOME": "/c", "XDG_STATE_HOME": "/s"}), (54321, {})]  # fmt: skip
     for uid, environment in rows:
         wrapper = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid != os.geteuid() else []
-        done = subprocess.run([*wrapper, PYTHON, "-c", program], cwd="/", env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            [*wrapper, PYTHON, "-c", program],
+            cwd="/",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
         config, kept = (environment.get(name, f"{environment.get('HOME', '/')}/{below}".replace("//", "/")) for name, below in
                         (("XDG_CONFIG_HOME", ".config"), ("XDG_STATE_HOME", ".local/state")))  # fmt: skip
         expected = "/etc/jobworker /var/lib/jobworker" if uid == 0 else f"{config}/jobworker {kept}/jobworker"
@@ -3827,7 +4179,6 @@ def test_where_certificates_and_state_are_by_default_depends_on_who_asks():
 
 # --- The .pyz -------------------------------------------------------------------------------------------
 # One file that runs anywhere, or says why not. ./build.sh test has built it.
-
 
 
 def run_pyz(*words, program=LIKE_PYZ, pyz=PYZ, wrapper=(), **environment):
@@ -3857,13 +4208,20 @@ def test_the_pyz_unpacks_itself_once_where_only_its_user_can_write(tmp_path):
     (cache,) = unpacked(tmp_path)
     assert cache.stat().st_mode & 0o777 == 0o700
     shutil.rmtree(cache / "grpc")  # half of it is gone: it is made anew
-    assert run_pyz("status", ID, "--certs", "/nowhere", XDG_CACHE_HOME=str(tmp_path)).stderr.startswith("jobworker: cannot read /nowhere")
+    assert run_pyz("status", ID, "--certs", "/nowhere", XDG_CACHE_HOME=str(tmp_path)).stderr.startswith(
+        "jobworker: cannot read /nowhere"
+    )
     assert (cache / "grpc").exists()
 
 
 @needs_pyz
 def test_two_first_runs_at_once_both_run(tmp_path):
-    runs = [subprocess.Popen([str(LIKE_PYZ), str(PYZ), "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.PIPE) for _ in range(4)]
+    runs = [
+        subprocess.Popen(
+            [str(LIKE_PYZ), str(PYZ), "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.PIPE
+        )
+        for _ in range(4)
+    ]
     assert {run.communicate(timeout=PATIENCE)[0] for run in runs} == {f"jobworker {jobworker.VERSION}\n".encode()}
     assert len(unpacked(tmp_path)) == 1
 
@@ -3877,14 +4235,28 @@ def test_the_pyz_runs_from_a_read_only_place_as_anybody_and_without_a_home(tmp_p
     place = tmp_path / "place"
     place.mkdir()
     shutil.copy(PYZ, place)
-    mounted = ("unshare", "-m", "sh", "-c", f'mount --bind {place} {place}; mount -o remount,bind,ro {place}; exec "$@"', "sh")
+    mounted = (
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        f'mount --bind {place} {place}; mount -o remount,bind,ro {place}; exec "$@"',
+        "sh",
+    )
     other = (*mounted, "setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
-    for wrapper, environment in ((mounted, {}), (mounted, {"HOME": "/nowhere"}), (other, {}), (other, {"HOME": "/root"})):
+    for wrapper, environment in (
+        (mounted, {}),
+        (mounted, {"HOME": "/nowhere"}),
+        (other, {}),
+        (other, {"HOME": "/root"}),
+    ):
         done = run_pyz("--version", program=PYTHON_FOR_ALL, pyz=place / "jobworker.pyz", wrapper=wrapper, **environment)
-        assert done.stdout == f"jobworker {jobworker.VERSION}\n" or "is for CPython" in done.stderr or "needs" in done.stderr, done.stderr
+        assert (
+            done.stdout == f"jobworker {jobworker.VERSION}\n"
+            or "is for CPython" in done.stderr
+            or "needs" in done.stderr
+        ), done.stderr
     shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
-
-
 
 
 @needs_pyz
@@ -3908,7 +4280,11 @@ def test_a_cache_on_a_noexec_file_system_is_one_sentence(tmp_path):
 
 
 PYENV = Path("/root/.pyenv/versions")
-OTHER_PYTHONS = [path for path in (sorted(PYENV.glob("3.*/bin/python3")) if os.access(PYENV, os.R_OK) else []) if not path.parts[4].startswith(f"3.{sys.version_info[1]}.")]
+OTHER_PYTHONS = [
+    path
+    for path in (sorted(PYENV.glob("3.*/bin/python3")) if os.access(PYENV, os.R_OK) else [])
+    if not path.parts[4].startswith(f"3.{sys.version_info[1]}.")
+]
 
 
 @needs_pyz
@@ -3924,7 +4300,14 @@ def test_a_wrong_python_is_told_so_in_one_sentence():
 
 def test_the_readme_s_session_is_what_a_newcomer_gets():
     """./build.sh demo plays it; ids and dates aside, each line is the README's."""
-    done = subprocess.run([HERE / "build.sh", "demo"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        [HERE / "build.sh", "demo"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     shown = re.search(r"<!-- session -->\n```\w*\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
     plain = [re.sub(UUID, "ID", text) for text in (shown, done.stdout)]
@@ -3938,7 +4321,19 @@ def lay_traps(folder, names):
 
 
 TRAPS = ("jobworker", "gen", "grpc", "google", "cryptography", "_cffi_backend", "typing_extensions")
-LATER_TRAPS = ("shutil", "tempfile", "zipfile", "fcntl", "argparse", "asyncio", "json", "ssl", "subprocess", "platform", "random")
+LATER_TRAPS = (
+    "shutil",
+    "tempfile",
+    "zipfile",
+    "fcntl",
+    "argparse",
+    "asyncio",
+    "json",
+    "ssl",
+    "subprocess",
+    "platform",
+    "random",
+)
 
 
 @needs_pyz
@@ -3946,9 +4341,22 @@ def test_code_of_the_working_directory_is_never_run(shared, tmp_path):
     cache, here = tmp_path / "cache", tmp_path / "here"
     here.mkdir()
     lay_traps(here, TRAPS + LATER_TRAPS)
-    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs)}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "XDG_CACHE_HOME": str(cache),
+        "JOBWORKER_SERVER": shared.address,
+        "JOBWORKER_CERTS": str(shared.certs),
+    }
     for _ in range(2):  # the first run unpacks, the second does not
-        done = subprocess.run([LIKE_PYZ, PYZ, "status", ID], cwd=here, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(
+            [LIKE_PYZ, PYZ, "status", ID],
+            cwd=here,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
         assert done.stderr == f"jobworker: there is no job {ID}\n"
 
 
@@ -3957,7 +4365,12 @@ def test_what_python_s_own_path_names_has_no_say(shared, tmp_path):
     cache, here = tmp_path / "cache", tmp_path / "here"
     here.mkdir()
     lay_traps(here, TRAPS + LATER_TRAPS)
-    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs)}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "XDG_CACHE_HOME": str(cache),
+        "JOBWORKER_SERVER": shared.address,
+        "JOBWORKER_CERTS": str(shared.certs),
+    }
     for _ in range(2):  # -S: this machine's own packages may import what they like before us
         done = subprocess.run([LIKE_PYZ, "-S", PYZ, "status", ID], cwd=here, env={**environment, "PYTHONPATH": str(here)}, capture_output=True, text=True,
                               timeout=PATIENCE, check=False)  # fmt: skip
@@ -3970,7 +4383,9 @@ def test_a_file_that_was_damaged_on_its_way_is_told_so(tmp_path, damage):
     whole = PYZ.read_bytes()
     hole = bytearray(whole)
     hole[len(whole) // 3 : len(whole) // 3 + 5000] = bytes(5000)
-    spoiled = {"half": whole[: len(whole) // 2], "all but the end": whole[:-30], "a hole": bytes(hole), "nothing": b""}[damage]
+    spoiled = {"half": whole[: len(whole) // 2], "all but the end": whole[:-30], "a hole": bytes(hole), "nothing": b""}[
+        damage
+    ]
     (tmp_path / "jobworker.pyz").write_bytes(spoiled)
     done = run_pyz("--version", pyz=tmp_path / "jobworker.pyz", XDG_CACHE_HOME=str(tmp_path / "cache"))
     if damage == "nothing":  # an empty script does nothing, and says nothing
@@ -4012,8 +4427,15 @@ def test_a_place_that_others_could_write_is_passed_over_or_named(tmp_path, how):
 def test_a_first_run_that_was_killed_leaves_nothing_that_is_used(tmp_path):
     """Killed when its half-made folder is there; the next one makes it whole and clears up."""
     for _ in range(3):
-        first = subprocess.Popen([LIKE_PYZ, PYZ, "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.DEVNULL)
-        until(lambda run=first: run.poll() is not None or ((tmp_path / "jobworker").exists() and len(os.listdir(tmp_path / "jobworker")) > 1))
+        first = subprocess.Popen(
+            [LIKE_PYZ, PYZ, "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.DEVNULL
+        )
+        until(
+            lambda run=first: (
+                run.poll() is not None
+                or ((tmp_path / "jobworker").exists() and len(os.listdir(tmp_path / "jobworker")) > 1)
+            )
+        )
         first.kill()
         first.wait(PATIENCE)
         done = run_pyz("status", ID, "--certs", "/nowhere", XDG_CACHE_HOME=str(tmp_path))
@@ -4075,25 +4497,35 @@ class Chatting:
         command = ["-c", CHATTERS, str(self.seed + number), str(gate), self.mark]
         self.ids[number] = ask(channel, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=command)).ID
         with (self.folder / str(number)).open("wb") as file, (self.folder / f"{number}.err").open("wb") as errors:
-            self.followers[number] = self.stack.enter_context(pyz_client(served, "stream", self.ids[number], stdout=file, stderr=errors))
+            self.followers[number] = self.stack.enter_context(
+                pyz_client(served, "stream", self.ids[number], stdout=file, stderr=errors)
+            )
 
     def received(self, number):
         return (self.folder / str(number)).stat().st_size
 
     def told(self, number):
         """What a follower that ended before its time has said."""
-        return self.followers[number].poll() is not None and (number, self.followers[number].returncode, (self.folder / f"{number}.err").read_text())
+        return self.followers[number].poll() is not None and (
+            number,
+            self.followers[number].returncode,
+            (self.folder / f"{number}.err").read_text(),
+        )
 
     def check_they_go_on(self, served, numbers):
         before = {number: self.received(number) for number in numbers}
         for number in numbers:
-            until(lambda: self.received(number) > before[number] or self.told(number) or served.process.poll() is not None)  # noqa: B023
+            until(
+                lambda: self.received(number) > before[number] or self.told(number) or served.process.poll() is not None  # noqa: B023
+            )
             assert served.process.poll() is None, "the server died by itself"
             assert not self.told(number)
 
     def check_they_run(self, served, numbers):
         with channel_to(served) as channel:
-            states = [ask(channel, "GetJobStatus", pb.GetStatusRequest(id=self.ids[number])).status for number in numbers]
+            states = [
+                ask(channel, "GetJobStatus", pb.GetStatusRequest(id=self.ids[number])).status for number in numbers
+            ]
         assert set(states) == {pb.RUNNING}
         assert all(self.followers[number].poll() is None for number in numbers)
 
@@ -4110,7 +4542,9 @@ class Chatting:
 def pyz_client(served, *words, **popen):
     environment = {**os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(served.certs)}
     command = [*PYZ_PROGRAM, words[0], "--retry-for", "10m", *words[1:]]
-    return ClientProcess(command, **{"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, **popen})
+    return ClientProcess(
+        command, **{"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, **popen}
+    )
 
 
 @needs_pyz
@@ -4142,7 +4576,9 @@ def test_no_byte_and_no_exit_code_is_lost_to_servers_that_are_killed(state, cert
                 if chance.random() < 0.5:
                     kill_the_launcher(served)
                 once.append(jobworker.new_job_id())
-                client = stack.enter_context(pyz_client(served, "start", "--id", once[-1], "--", "sh", "-c", f"echo {kill}"))
+                client = stack.enter_context(
+                    pyz_client(served, "start", "--id", once[-1], "--", "sh", "-c", f"echo {kill}")
+                )
                 time.sleep(chance.random())  # a random moment of a start is the point
                 chatting.check_they_run(served, alive)
             for number in range(kill * jobs // kills, (kill + 1) * jobs // kills):
@@ -4170,8 +4606,8 @@ def check_nothing_odd(served, state, mark, ids):
     """Nothing is left of jobs that have ended, but their folders, each whole."""
     assert ids <= set(left_in(state))
     for job in left_in(state):
-        assert b"done" in (state / "jobs" / job / "exit").read_bytes()
-    assert not list((state / "aside").glob("*"))
+        assert b"done" in (state / "jobs" / job / "events").read_bytes()
+    assert not list((state / "quarantine").glob("*"))
     assert jobs_cgroups(state) == []
     assert processes_with(mark) == []
     assert len(launchers_of(served.process.pid)) == 1
@@ -4187,8 +4623,23 @@ def kinds_of(served):
     return collections.Counter(kind for kind in kinds if kind != "socket")
 
 
-SCRIPTS = ("true", "echo hi", "exit 3", "sleep 0.1", "head -c 3000000 /dev/zero", "sleep 100 & exit 0", "kill -9 $$", "nonsense")
-OUTCOMES = {"OK", "NOT_FOUND", "FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "UNAVAILABLE"}  # the last: its launcher was killed
+SCRIPTS = (
+    "true",
+    "echo hi",
+    "exit 3",
+    "sleep 0.1",
+    "head -c 3000000 /dev/zero",
+    "sleep 100 & exit 0",
+    "kill -9 $$",
+    "nonsense",
+)
+OUTCOMES = {
+    "OK",
+    "NOT_FOUND",
+    "FAILED_PRECONDITION",
+    "DEADLINE_EXCEEDED",
+    "UNAVAILABLE",
+}  # the last: its launcher was killed
 
 
 def any_call(channel, ids, chance, mark):
@@ -4249,7 +4700,16 @@ def test_whatever_happens_at_once_the_server_stands_and_nothing_is_left(state, c
 def test_a_newer_pyz_takes_over_from_the_old_under_running_jobs(state, certs, tmp_path):
     newer = tmp_path / "newer"
     newer.mkdir()
-    for name in ("build.sh", "gen", "jobworker.py", "pyproject.toml", "requirements.txt", "workerservice.proto", "LICENSE", "README.md"):
+    for name in (
+        "build.sh",
+        "gen",
+        "jobworker.py",
+        "pyproject.toml",
+        "requirements.txt",
+        "workerservice.proto",
+        "LICENSE",
+        "README.md",
+    ):
         (shutil.copytree if (HERE / name).is_dir() else shutil.copy)(HERE / name, newer / name)
     (newer / ".venv").symlink_to(HERE / ".venv")
     with (newer / "jobworker.py").open("a") as file:
@@ -4276,7 +4736,19 @@ def test_a_newer_pyz_takes_over_from_the_old_under_running_jobs(state, certs, tm
 
 def spawn(state, certs, port, *options, program=PROGRAM, **popen):
     """A server whose jobs outlive it, however it ends; it may not listen yet."""
-    words = ["serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto", "--reserve", "0"]
+    words = [
+        "serve",
+        "--certs",
+        certs,
+        "--state",
+        state,
+        "--listen",
+        f"127.0.0.1:{port}",
+        "--without",
+        "auto",
+        "--reserve",
+        "0",
+    ]
     return subprocess.Popen([*program, *map(str, words), *options], stdin=subprocess.DEVNULL, text=True,
                             **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen})  # fmt: skip
 
@@ -4319,7 +4791,9 @@ def test_a_server_whose_log_cannot_be_written_does_its_work(state, certs, tmp_pa
                 os.close(reader)
             stack.callback(os.close, log)
             port, served = free_port(), None
-            server = spawn(state, certs, port, stdout=log, stderr=log, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / sink)})
+            server = spawn(
+                state, certs, port, stdout=log, stderr=log, env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / sink)}
+            )
             try:
                 assert manager.recv(100) == b"READY=1"
                 served = Served(server, port, certs)
@@ -4419,7 +4893,9 @@ def test_a_start_without_inodes_is_refused_and_leaves_nothing(nothing_is_left, c
                 assert left_in(state) == before
             for path in point.glob("[0-9]*"):
                 path.unlink()
-            assert served.run("stream", served.start("--", "echo", "room", role="user2"), role="user2").stdout == "room\n"
+            assert (
+                served.run("stream", served.start("--", "echo", "room", role="user2"), role="user2").stdout == "room\n"
+            )
     finally:
         subprocess.run(["umount", point], check=True)
 
@@ -4442,7 +4918,7 @@ def pidfd(): return os.pidfd_open(shim)
 def handle():
     room, mount = ctypes.create_string_buffer(136), ctypes.c_int()
     room[:4] = (128).to_bytes(4, sys.byteorder)
-    syscall(303, -100, f"{folder}/exit".encode(), room, ctypes.byref(mount), 0)
+    syscall(303, -100, f"{folder}/events".encode(), room, ctypes.byref(mount), 0)
     syscall(304, os.open(state, os.O_RDONLY), room, os.O_WRONLY)
 
 cgroup = next((line[3:-1] for line in open("/proc/self/cgroup") if line.startswith("0::")), "")
@@ -4466,13 +4942,13 @@ tries = {
     "oom score": lambda: open(f"/proc/{shim}/oom_score_adj", "w").write("1000"),
     **{f"descriptor {n}": lambda n=n: os.open(f"/proc/{shim}/fd/{n}", os.O_WRONLY) for n in range(12)},
     "its folder": lambda: os.listdir(f"/proc/{shim}/cwd"),
-    **{f"open {name}": lambda name=name: os.open(f"{folder}/{name}", os.O_WRONLY) for name in ("exit", "output", "control", "job.json")},
-    **{f"truncate {name}": lambda name=name: os.truncate(f"{folder}/{name}", 0) for name in ("exit", "output", "job.json")},
-    **{f"unlink {name}": lambda name=name: os.unlink(f"{folder}/{name}") for name in ("exit", "output", "control", "job.json")},
+    **{f"open {name}": lambda name=name: os.open(f"{folder}/{name}", os.O_WRONLY) for name in ("events", "output", "control", "job.json")},
+    **{f"truncate {name}": lambda name=name: os.truncate(f"{folder}/{name}", 0) for name in ("events", "output", "job.json")},
+    **{f"unlink {name}": lambda name=name: os.unlink(f"{folder}/{name}") for name in ("events", "output", "control", "job.json")},
     **{f"chmod {path}": lambda path=path: os.chmod(path, 0o777) for path in (state, f"{state}/jobs", folder, f"{state}/home", f"{state}/lock")},
     "rename the folder": lambda: os.rename(folder, f"{state}/home/x"),
     "replace the home": lambda: os.rename(os.environ["HOME"], os.environ["HOME"] + "x"),
-    "link the record": lambda: os.link(f"{folder}/exit", "exit"),
+    "link the record": lambda: os.link(f"{folder}/events", "events"),
     "by handle": handle,
     "lock": lambda: os.open(f"{state}/lock", os.O_RDONLY),
     "owners": lambda: os.listdir(f"{state}/owners"),
@@ -4545,7 +5021,9 @@ def systemctl(*words):
 
 
 def main_process(unit):
-    shown = subprocess.run(["systemctl", "show", "--value", "--property=MainPID", unit], check=True, timeout=PATIENCE, capture_output=True)
+    shown = subprocess.run(
+        ["systemctl", "show", "--value", "--property=MainPID", unit], check=True, timeout=PATIENCE, capture_output=True
+    )
     return int(shown.stdout)
 
 
@@ -4564,14 +5042,21 @@ UNIT_EVENTS = [  # each with whether another process serves after it
 @needs_pyz
 def test_no_job_ends_when_systemd_restarts_reloads_or_loses_its_server(nothing_is_left, certs):
     state, port = new_state(nothing_is_left, "/scratch"), free_port()
-    printed = run_pyz("unit", "--", "--listen", f"127.0.0.1:{port}", "--state", str(state), "--certs", str(certs)).stdout
+    printed = run_pyz(
+        "unit", "--", "--listen", f"127.0.0.1:{port}", "--state", str(state), "--certs", str(certs)
+    ).stdout
     unit = Path("/etc/systemd/system/jobworker-test.service")
     unit.write_text(printed)
     systemctl("daemon-reload")
     systemctl("start", "jobworker-test")  # Type=notify: it listens when this returns
     try:
         served = Served(None, port, certs)
-        job = served.start("--", "sh", "-c", 'mkfifo gate; exec 3<>gate; echo ready; while read line <&3; do echo "$line"; [ "$line" != end ] || exit 7; done')
+        job = served.start(
+            "--",
+            "sh",
+            "-c",
+            'mkfifo gate; exec 3<>gate; echo ready; while read line <&3; do echo "$line"; [ "$line" != end ] || exit 7; done',
+        )
         (home,), (cgroup,) = (state / "home").iterdir(), jobs_cgroups(state)
         limits = {name: (cgroup / name).read_text() for name in LIMIT_NAMES if (cgroup / name).exists()}
         assert limits.keys() == set(LIMIT_NAMES)
@@ -4616,10 +5101,18 @@ def test_a_user_serves_from_a_scope_of_their_manager_and_is_told_so_elsewhere(no
             f"DBUS_SESSION_BUS_ADDRESS=unix:path={runtime}/bus")  # fmt: skip
     program = (str(PYTHON_FOR_ALL), str(PYZ))
     try:
-        refused = subprocess.run([*user, *program, "serve", "--certs", own, "--state", state], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        refused = subprocess.run(
+            [*user, *program, "serve", "--certs", own, "--state", state],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
         assert refused.returncode == 1
         assert "`systemd-run --user --scope python3 jobworker.pyz serve --without io`" in refused.stderr
-        with serving(state, own, "--without", "io", program=(*user, "systemd-run", "--user", "--scope", "--quiet", *program)) as served:
+        with serving(
+            state, own, "--without", "io", program=(*user, "systemd-run", "--user", "--scope", "--quiet", *program)
+        ) as served:
             job = served.start("--", "sh", "-c", "cat /proc/self/cgroup; id -u; exec sleep 1000")
             (cgroup,) = jobs_cgroups(state)
             assert "/user@4321.service/jobworker/" in str(cgroup)
@@ -4657,12 +5150,18 @@ def after_the_cut(folder):
     running, ended = json.loads((folder / "reported").read_text())
     with serving("/scratch/state", folder / "certs") as served:
         for job, number in ended.items():
-            assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == random.Random(7).randbytes(number * 100_000)
+            assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == random.Random(7).randbytes(
+                number * 100_000
+            )
             status = call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
             assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, number, "")
         for job in running:
             status = end_of_stream(served, job)
-            assert status[0] == "NOT_FOUND" if isinstance(status, tuple) else (status.exitcode, status.reason) == (255, "LOST")
+            assert (
+                status[0] == "NOT_FOUND"
+                if isinstance(status, tuple)
+                else (status.exitcode, status.reason) == (255, "LOST")
+            )
         assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
         for folder_ in Path("/scratch/state/jobs").iterdir():
             end_of_stream(served, folder_.name)
@@ -4672,7 +5171,11 @@ def no_guest():
     """Why there can be no guest here, if so."""
     if Path("/scratch").is_dir():
         return "this is a guest already"
-    return "" if os.geteuid() == 0 and os.uname().machine == "x86_64" and shutil.which("linux.uml") else "needs root, x86_64 and user-mode-linux"
+    return (
+        ""
+        if os.geteuid() == 0 and os.uname().machine == "x86_64" and shutil.which("linux.uml")
+        else "needs root, x86_64 and user-mode-linux"
+    )
 
 
 @pytest.mark.skipif(no_guest() != "", reason=no_guest())
