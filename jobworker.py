@@ -1,37 +1,41 @@
 #!/usr/bin/env python3
-"""Job worker: run commands on a Linux box, each in its own cgroup, over mutual TLS 1.3 and gRPC.
+"""Job worker runs commands on a Linux machine, each in its own cgroup, over mutual TLS 1.3 and gRPC.
 
-One file, read top-down. ``serve`` is the server; ``start``, ``stop``, ``status`` and ``stream`` are
-its clients; `Worker` is the library under it, without gRPC, TLS or any third-party import.
+This is one module, and it reads from top to bottom. ``serve`` is the server. ``start``, ``stop``, ``status`` and
+``stream`` are clients of it. `Worker` is the library below both: it needs no gRPC, no TLS and no third-party package.
 
-The processes, and the way a byte takes::
+The processes, and the way of a byte from a job to a client::
 
     client ══ gRPC, mTLS 1.3 ══ server ── one packet with descriptors ──> launcher
                                  │ ▲ ▲                                       │ fork
-                                 │ │ └── inotify ── <state>/jobs/<id>/events <─┤
-             a request: "kill alice"│ │                                         ▼
-                                 └─┼── <state>/jobs/<id>/control (FIFO) ──> shim ── clone3 into ──> job
-                                   │                                         │       its cgroup      │
-             inotify, pread 256 KiB└── <state>/jobs/<id>/output <── splice ──┴──────── pipe <────────┘
+                                 │ │ └─ inotify ─ <state>/jobs/<id>/events <─┤
+                    "kill alice" │ │                                         ▼
+                                 └─┼──> <state>/jobs/<id>/control (FIFO) ─> shim ── clone3 into ──> job
+                                   │                                         │      its cgroup       │
+            inotify, pread 256 KiB └─── <state>/jobs/<id>/output <─ splice ──┴──────── pipe <────────┘
                                                                                   stdout and stderr
 
-The server keeps nothing in memory that it cannot read back from the folders. The launcher is this
-module again, exec'ed without third-party imports, so that its forks are cheap; one shim a job is the
-job's parent and finishes it whether or not a server lives.
+The server holds nothing in memory that it cannot read back from the job folders. The launcher is this module again,
+started without third-party imports, so that its forks are cheap. Each job has one shim: the shim is the parent of the
+job's main process and writes the job's end to disk, whether or not a server runs.
 
 Contents (each section uses only the sections above it)
-     1. Names and limits                    what everything is called; every default
+     1. Names and limits                    every name, number and default
      2. Errors                              one base class; the door to libc
-     3. Cgroup                              the tree, its limits, kill and removal
-     4. Output log and inotify follower     one inotify descriptor; followers of a growing file
-     5. Launcher and shim                   the record of a job; its three small processes
-     6. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
-     7. Identity and authorization          who calls, with which role, and what is theirs
-     8. gRPC service                        a thin layer over `Worker`; the only maker of statuses
-     9. Server                              certificates, port, signals, systemd
-    10. Client                              connecting, explaining failures, resuming a stream
-    11. Certificates                        the two authorities and what they sign
-    12. Command line                        one table of verbs; `main`
+     3. Cgroup                              the cgroup tree: limits, kill, removal
+     4. Output and inotify                  one inotify descriptor; following a file that grows
+     5. Job folder                          every file of the state folder: spec, events, control, output
+     6. Launcher and shim                   the three small processes of a job
+     7. Accounts                            the uid and the home that a job runs with
+     8. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
+     9. Certificates                        authorities, what they issue, and what a server's folder holds
+    10. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
+    11. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
+    12. Server                              port, signals, reload, systemd
+    13. Client                              connecting, retrying, explaining failures, resuming a stream
+    14. Command line                        one table of verbs; `main`
+
+As a library, `Worker` and the names in `__all__` are stable within a major version. Everything else may change.
 """
 
 from __future__ import annotations
@@ -43,7 +47,6 @@ import fcntl
 import functools
 import gc
 import importlib
-import marshal
 import os
 import re
 import resource
@@ -56,7 +59,7 @@ import termios
 import time
 import types
 
-TYPE_CHECKING = False  # as `typing` has it, whose import every fork would copy
+TYPE_CHECKING = False  # `typing` is not imported: every fork of the launcher would copy its pages
 if TYPE_CHECKING:
     import argparse
     import asyncio
@@ -92,63 +95,90 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     import gen.workerservice_pb2 as pb
-else:
 
-    class Deferred:
-        """A module that is imported at its first use.
+__all__ = [
+    "BadRequestError",
+    "DeniedError",
+    "Ending",
+    "ExhaustedError",
+    "IdTakenError",
+    "Job",
+    "JobRequest",
+    "JobStatus",
+    "JobWorkerError",
+    "Limits",
+    "NoSuchJobError",
+    "StillRunningError",
+    "UnavailableError",
+    "Usage",
+    "Worker",
+    "WorkerOptions",
+    "main",
+]
 
-        A client's start-up is felt on every call, and the launcher's memory in every fork: neither pays for what it
-        does not use. `serve` imports everything when it starts (`import_everything`).
-        """
+DEFERRED = {  # each of these names is a module that is imported at its first use
+    "argparse": "argparse",
+    "asyncio": "asyncio",
+    "ctypes": "ctypes",
+    "datetime": "datetime",
+    "ipaddress": "ipaddress",
+    "json": "json",
+    "pathlib": "pathlib",
+    "pwd": "pwd",
+    "ssl": "ssl",
+    "subprocess": "subprocess",
+    "traceback": "traceback",
+    "zlib": "zlib",
+    "grpc": "grpc",
+    "pb": "gen.workerservice_pb2",
+    "protobuf": "google.protobuf.message",
+    "x509": "cryptography.x509",
+    "exceptions": "cryptography.exceptions",
+    "hashes": "cryptography.hazmat.primitives.hashes",
+    "serialization": "cryptography.hazmat.primitives.serialization",
+    "ec": "cryptography.hazmat.primitives.asymmetric.ec",
+    "ed448": "cryptography.hazmat.primitives.asymmetric.ed448",
+    "ed25519": "cryptography.hazmat.primitives.asymmetric.ed25519",
+    "rsa": "cryptography.hazmat.primitives.asymmetric.rsa",
+}
 
-        def __init__(self, name: str) -> None:
-            self._name = name
 
-        def __getattr__(self, attribute: str) -> Any:
-            value = getattr(importlib.import_module(self._name), attribute)
-            setattr(self, attribute, value)  # found without this function from now on
-            return value
+class Deferred:
+    """A module that is imported at its first use.
 
-    argparse = Deferred("argparse")
-    asyncio = Deferred("asyncio")
-    ctypes = Deferred("ctypes")
-    datetime = Deferred("datetime")
-    ipaddress = Deferred("ipaddress")
-    json = Deferred("json")
-    pathlib = Deferred("pathlib")
-    pwd = Deferred("pwd")
-    ssl = Deferred("ssl")
-    subprocess = Deferred("subprocess")
-    traceback = Deferred("traceback")
-    zlib = Deferred("zlib")
-    grpc = Deferred("grpc")
-    pb = Deferred("gen.workerservice_pb2")
-    protobuf = Deferred("google.protobuf.message")
-    x509 = Deferred("cryptography.x509")
-    exceptions = Deferred("cryptography.exceptions")
-    hashes = Deferred("cryptography.hazmat.primitives.hashes")
-    serialization = Deferred("cryptography.hazmat.primitives.serialization")
-    ec = Deferred("cryptography.hazmat.primitives.asymmetric.ec")
-    ed448 = Deferred("cryptography.hazmat.primitives.asymmetric.ed448")
-    ed25519 = Deferred("cryptography.hazmat.primitives.asymmetric.ed25519")
-    rsa = Deferred("cryptography.hazmat.primitives.asymmetric.rsa")
+    A user waits for a client's start-up at every call, and every fork of the launcher copies its memory. So neither
+    imports a module before it needs it. `serve` imports all of them when it starts (`import_everything`).
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # the next access does not call this function
+        return value
+
+
+if not TYPE_CHECKING:
+    globals().update({name: Deferred(module) for name, module in DEFERRED.items()})
 
 
 # --- 1. Names and limits ------------------------------------------------------------------------------
-# Owns every name, number and default that more than one section, or a reader, wants to find. No code.
+# Owns every name, number and default that more than one section uses or that a reader may look for. It holds no code.
 
 VERSION = "1.0.0"
+SUMMARY = "Job worker runs commands on a Linux machine, each in its own cgroup, over mutual TLS 1.3 and gRPC."
 DEFAULT_PORT = 8010
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-CPU_LIMIT = 1.0  # CPUs a job may use
-MEMORY_LIMIT = 512 * MIB  # bytes, swap off
+CPU_LIMIT = 1.0  # CPUs that a job may use
+MEMORY_LIMIT = 512 * MIB  # bytes; swap is off
 PIDS_LIMIT = 512  # processes and threads
-IO_LIMIT = 64 * MIB  # bytes a second, each way, each disk
-OUTPUT_LIMIT = GIB  # bytes of output after which a job is ended
-KEEP_SECONDS = 7 * 86400.0  # an ended job is forgotten after this
-RESERVE = 0.05  # share of the state folder's file system that jobs may not fill
-MAX_JOBS = 4096  # running at once
+IO_LIMIT = 64 * MIB  # bytes a second, each way, on each disk
+OUTPUT_LIMIT = GIB  # bytes of output; a job that prints more is ended
+KEEP_SECONDS = 7 * 86400.0  # how long an ended job is kept
+RESERVE = 0.05  # the share of the state folder's file system that jobs may not fill
+MAX_JOBS = 4096  # jobs that run at the same time
 SHIMS_IO_LIMIT = 512 * MIB  # bytes a second that all shims together may write
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
@@ -157,18 +187,20 @@ JOB_ID_VARIABLE = "JOBWORKER_JOB_ID"
 JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 ROLES = ("admin", "user")
 
-READ_BYTES = 256 * KIB  # one read of an output, and so one message of a stream
-COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers: lines that come faster share a message
-STARTS_AT_ONCE, FINISHES_AT_ONCE = 48, 16  # beyond, descriptors in flight make sends to the launcher fail
-STOP_SECONDS = 30.0  # how long a stop waits for the record before it says that the job will not die
+READ_BYTES = 256 * KIB  # one read of an output, and so the largest message of a stream
+COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers; lines that come faster share a message
+# Requests to the launcher that are under way at the same time. A send fails when the socket's buffer is full, and the
+# buffer holds 64 packets of PACKET_BYTES.
+START_SLOTS, FINISH_SLOTS = 48, 16
+STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
 
-# Unused by systemd and by anybody else (systemd.io/UIDS-GIDS): 4096 ranges of 65536, one a state folder.
+# systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
 UID_RANGES_BASE, UID_RANGE, UID_RANGES = 1879048192, 65536, 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one job may use: CPUs, bytes of memory, processes, and bytes a second each way and disk."""
+    """What one job may use: CPUs, bytes of memory, processes, and bytes a second each way on each disk."""
 
     cpu: float = CPU_LIMIT
     memory: int = MEMORY_LIMIT
@@ -177,12 +209,12 @@ class Limits:
 
 
 # --- 2. Errors ----------------------------------------------------------------------------------------
-# Owns the one base class, and the doors at which the kernel's errno becomes an exception. Each error
-# carries its sentence, the gRPC status that the service gives it, and the exit code that `main` gives it.
+# Owns the one base class of all errors, and the functions that turn the kernel's errno into an exception. An error
+# carries its sentence, the gRPC status that the service sends, and the exit code that `main` returns.
 
 
 class JobWorkerError(Exception):
-    """A sentence that a person can act on."""
+    """One sentence that tells a person what is wrong and what to do."""
 
     status = "INTERNAL"
     exit_code = 1
@@ -220,7 +252,7 @@ class UnavailableError(JobWorkerError):
 
 
 class KernelError(JobWorkerError):
-    """The kernel refused something that was asked of it by name; `errno` says why."""
+    """A system call failed. The sentence names what was tried; `errno` is the kernel's reason."""
 
     def __init__(self, doing: str, error: OSError) -> None:
         super().__init__(f"{doing}: {error.strerror}")
@@ -228,14 +260,22 @@ class KernelError(JobWorkerError):
 
 
 class UsageError(JobWorkerError):
-    """What was asked on the command line makes no sense."""
+    """The command line is wrong."""
 
     exit_code = 2
 
 
+def disk_error(doing: str, error: OSError) -> JobWorkerError:
+    """ExhaustedError where a disk or the descriptors ran out, else KernelError."""
+    exhausted = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+    return ExhaustedError(f"{doing}: {error.strerror}") if exhausted else KernelError(doing, error)
+
+
 def say(sentence: str) -> None:
-    """One line on standard error, whatever names are in it: what a server has to tell whoever runs it. A log that
-    cannot be written (a full disk, a pipe that nobody reads any more) keeps nobody from their work.
+    """Write one line to standard error.
+
+    A newline in the sentence is escaped, so that a job's or an owner's name cannot forge a second line. A log that
+    cannot be written (a full disk, a closed pipe) must not stop the server, so errors are ignored.
     """
     line = sentence.replace("\n", "\\n")
     with contextlib.suppress(OSError):
@@ -243,7 +283,7 @@ def say(sentence: str) -> None:
 
 
 def read_whole(path: str) -> bytes:
-    """All bytes of a small file. Raises OSError. `open` costs three times as much, and every shim would pay that."""
+    """All bytes of a small file. Raises OSError. The built-in `open` costs three times as much in each shim."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return b"".join(iter(functools.partial(os.read, descriptor, 64 * KIB), b""))
@@ -252,7 +292,7 @@ def read_whole(path: str) -> bytes:
 
 
 def libc_call(name: str, *arguments: Any) -> int:
-    """Call a libc function by name and return its result; raise OSError with its errno where that is -1."""
+    """Call a libc function by its name. Raises OSError with libc's errno where it returns -1."""
     result: int = getattr(libc(), name)(*arguments)
     if result == -1:
         number = ctypes.get_errno()
@@ -262,19 +302,18 @@ def libc_call(name: str, *arguments: Any) -> int:
 
 @functools.cache
 def libc() -> ctypes.PyDLL:
-    # PyDLL keeps the interpreter's lock: none of these calls blocks, and a clone3 in which another thread
-    # could run Python would not be a fork.
+    # PyDLL keeps the interpreter's lock. None of these calls blocks, and no other thread may run Python during clone3.
     return ctypes.PyDLL(None, use_errno=True)
 
 
 # --- 3. Cgroup ----------------------------------------------------------------------------------------
-# Owns everything below the cgroup2 mount: where the tree stands, what it can enforce, one cgroup a job.
-# Everything is written through `kernel_write`. Knows nothing of jobs, owners or the wire.
-# Source of names and formats: Documentation/admin-guide/cgroup-v2.rst.
+# Owns everything below the cgroup2 mount: the place of the tree, the controllers that it has, one cgroup for each job.
+# Every write goes through `kernel_write`. It knows nothing of jobs, owners or the wire.
+# The names and formats of files are those of Documentation/admin-guide/cgroup-v2.rst.
 
 
 def kernel_write(path: str, value: str) -> None:
-    """Write one value to one file of cgroupfs or procfs; KernelError names both."""
+    """Write one value to one file of cgroupfs or procfs. Raises KernelError, which names both."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -286,13 +325,13 @@ def kernel_write(path: str, value: str) -> None:
 
 
 def kernel_read(path: str) -> str:
-    """The contents of a file of cgroupfs, procfs or sysfs; empty where this kernel does not have it."""
+    """The contents of a file of cgroupfs, procfs or sysfs; empty where this kernel does not have the file."""
     try:
         return os.fsdecode(read_whole(path))
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
-        if error.errno in (errno.ENODEV, errno.EOPNOTSUPP):  # a cgroup that was removed meanwhile
+        if error.errno in (errno.ENODEV, errno.EOPNOTSUPP):  # the cgroup was removed after the file was opened
             return ""
         raise KernelError(f"cannot read {path}", error) from error
 
@@ -304,7 +343,7 @@ def keyed_values(text: str) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a job used, by the kernel's counters; None where this machine does not count it."""
+    """What a job used, by the kernel's counters. None: this machine does not count it."""
 
     cpu_seconds: float | None = None
     memory_peak: int | None = None
@@ -314,14 +353,14 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Disk:
-    """A whole disk: its device number `MAJOR:MINOR` and its name under /sys/block."""
+    """A whole disk: its device number `MAJOR:MINOR` and its name below /sys/block."""
 
     number: str
     name: str
 
 
 def cpu_files(limits: Limits, _disks: Sequence[Disk]) -> list[tuple[str, str]]:
-    period = 100_000  # microseconds; the kernel wants a quota of at least 1000
+    period = 100_000  # microseconds; the kernel accepts no quota below 1000
     return [("cpu.max", f"{max(1000, round(limits.cpu * period))} {period}")]
 
 
@@ -345,11 +384,11 @@ LIMIT_FILES: dict[str, Callable[[Limits, Sequence[Disk]], list[tuple[str, str]]]
 }
 
 
-REMOVAL_MILLISECONDS = 1000  # of a cgroup, of which the kernel tells nobody who waits for its events
+POPULATED_MILLISECONDS = 1000  # the kernel sends no event to a waiter when a cgroup is removed, so the wait has an end
 
 
 class Cgroup:
-    """One cgroup, by its path. Holds no descriptor: whoever opens one owns it."""
+    """One cgroup, by its path. It holds no descriptor."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -364,40 +403,40 @@ class Cgroup:
         return frozenset(kernel_read(f"{self.path}/cgroup.controllers").split())
 
     def enable(self, controllers: Iterable[str]) -> frozenset[str]:
-        """Give the children of this cgroup these controllers; which of them they have now."""
+        """Enable controllers for the children of this cgroup. Returns those that are enabled afterwards."""
         file, wanted = f"{self.path}/cgroup.subtree_control", frozenset(controllers)
         missing = wanted.difference(kernel_read(file).split())
         if not missing:
             return wanted
         for controller in missing & self.controllers():
-            with contextlib.suppress(KernelError):  # the answer says so; EBUSY where processes live in it
+            with contextlib.suppress(KernelError):  # EBUSY where processes live in it; the result shows it
                 kernel_write(file, f"+{controller}")
         return wanted.intersection(kernel_read(file).split())
 
     def limit(self, limits: Limits, controllers: Iterable[str], disks: Sequence[Disk]) -> None:
         for controller in controllers:
             for file, value in LIMIT_FILES[controller](limits, disks):
-                # A kernel without swap accounting has no memory.swap.max, and then nothing to forbid.
+                # A kernel without swap accounting has no memory.swap.max, and no swap is charged to the job.
                 if file != "memory.swap.max" or os.path.exists(f"{self.path}/{file}"):
                     kernel_write(f"{self.path}/{file}", value)
 
     def attach(self, process: int) -> None:
-        """Move a process in (0: the caller)."""
+        """Move a process into this cgroup. 0 is the caller."""
         kernel_write(f"{self.path}/cgroup.procs", str(process))
 
     def open(self) -> int:
-        """A descriptor of the folder, for CLONE_INTO_CGROUP."""
+        """A descriptor of the cgroup's folder, for CLONE_INTO_CGROUP. The caller closes it. Raises OSError."""
         return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def kill(self) -> None:
-        """Send SIGKILL to every process below at once; forks under way are caught too."""
+        """Send SIGKILL to every process in this cgroup and below at once, including processes that are forking."""
         if os.path.exists(f"{self.path}/cgroup.kill"):
             kernel_write(f"{self.path}/cgroup.kill", "1")
         elif os.path.isdir(self.path):
             self._kill_frozen()
 
     def _kill_frozen(self) -> None:
-        """Before Linux 5.14: nothing forks while it is frozen, and SIGKILL reaches the frozen."""
+        """Kill without cgroup.kill, which Linux has from 5.14. A frozen process cannot fork, and SIGKILL ends it."""
         kernel_write(f"{self.path}/cgroup.freeze", "1")
         try:
             for folder, _, _ in os.walk(self.path):
@@ -411,25 +450,25 @@ class Cgroup:
         return keyed_values(kernel_read(f"{self.path}/cgroup.events")).get("populated", 0) == 1
 
     def kill_all(self) -> None:
-        """Kill, and return when nothing below lives any more."""
+        """Kill, and return when no process lives in this cgroup or below."""
         try:
             events = os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return  # no such cgroup: nothing of the job is left
+            return  # the cgroup is gone, so no process is in it
         try:
             waiter = select.poll()
             waiter.register(events, select.POLLPRI)
-            os.pread(events, 4096, 0)  # from here on a change is an event
+            os.pread(events, 4096, 0)  # a change after this read is reported as POLLPRI
             while self.populated():
-                self.kill()  # again after a change: the frozen way may miss what was forking
+                self.kill()  # repeated after each change, since the kill of frozen processes can miss a new one
                 if self.populated():
-                    waiter.poll(REMOVAL_MILLISECONDS)
+                    waiter.poll(POPULATED_MILLISECONDS)
         finally:
             os.close(events)
 
     def remove(self) -> None:
-        """Remove it with all below, depth first; nothing may live in it."""
-        with contextlib.suppress(OSError):  # most have none below, and looking for some takes longer
+        """Remove this cgroup and all below it, children first. No process may live in it."""
+        with contextlib.suppress(OSError):  # most cgroups have no children, and this call is cheaper than the walk
             os.rmdir(self.path)
             return
         for folder, _, _ in os.walk(self.path, topdown=False):
@@ -445,7 +484,7 @@ class Cgroup:
 
     def usage(self) -> Usage:
         cpu = keyed_values(kernel_read(f"{self.path}/cpu.stat")).get("usage_usec")
-        peak = kernel_read(f"{self.path}/memory.peak").strip()  # Linux 5.19
+        peak = kernel_read(f"{self.path}/memory.peak").strip()  # from Linux 5.19
         transfers = kernel_read(f"{self.path}/io.stat")
         counted = os.path.exists(f"{self.path}/io.stat")
         return Usage(
@@ -457,25 +496,25 @@ class Cgroup:
 
 
 class ProcessTree:
-    """What a machine without a writable cgroup2 has instead of a `Cgroup`: no limits, and a kill by search.
+    """Replaces `Cgroup` on a machine without a writable cgroup2: no limits, and processes are found by a search.
 
-    Finds the caller's descendants (a shim is their subreaper, prctl(2)) and whatever carries the job's id
-    in its environment, which a process can change: what holds here holds against no one who means harm.
+    It finds the descendants of the caller (a shim is their subreaper, prctl(2)) and every process that has the job's
+    id in its environment. A process can change its environment, so a hostile job can evade this search.
     """
 
     def __init__(self, job_id: str) -> None:
-        self._mark = f"{JOB_ID_VARIABLE}={job_id}"
+        self._variable = f"{JOB_ID_VARIABLE}={job_id}"
 
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
         found = set()
         for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError, KernelError, ValueError):  # it ended meanwhile
+            with contextlib.suppress(OSError, KernelError, ValueError):  # the process ended during the search
                 state, parent = kernel_read(f"/proc/{name}/stat").rpartition(")")[2].split()[:2]
                 if state in "ZX":
                     continue
                 parents[int(name)] = int(parent)
-                if self._mark in kernel_read(f"/proc/{name}/environ").split("\0"):
+                if self._variable in kernel_read(f"/proc/{name}/environ").split("\0"):
                     found.add(int(name))
         family = {os.getpid()}
         while more := {child for child, parent in parents.items() if parent in family} - family:
@@ -488,7 +527,7 @@ class ProcessTree:
                 os.kill(process, signal.SIGKILL)
 
     def kill_all(self) -> None:
-        self._kill_family()
+        self._kill_children()
         while found := self._find():
             waiter = select.poll()
             descriptors = []
@@ -502,13 +541,17 @@ class ProcessTree:
                 waiter.unregister(descriptor)
                 os.close(descriptor)
 
-    def _kill_family(self) -> None:
-        """Kill children until there are none: whoever's parent dies becomes its subreaper's child, so nothing that
-        is born meanwhile is missed, as it can be by a search."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # from here on nobody else waits for them
+    def _kill_children(self) -> None:
+        """Kill children until none is left.
+
+        The kernel gives a child whose parent dies to its subreaper, which is the caller. So this finds a process that
+        is born meanwhile, which a search of /proc can miss.
+        """
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of `reap_orphans` must not take children from here
         with contextlib.suppress(ChildProcessError):
             while True:
-                # Not every kernel lists children (CONFIG_PROC_CHILDREN); a search may come too late, so no wait then.
+                # A kernel without CONFIG_PROC_CHILDREN does not list children. The search may miss one, so the wait
+                # must not block then.
                 listed = [int(child) for child in kernel_read("/proc/thread-self/children").split()]
                 for process in listed or self._find():
                     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -516,7 +559,7 @@ class ProcessTree:
                 os.waitpid(-1, 0 if listed else os.WNOHANG)
 
     def remove(self) -> None:
-        """Nothing stands for a job without a cgroup."""
+        """Do nothing: a job without a cgroup has nothing to remove."""
 
     def out_of_memory_kills(self) -> int:
         return 0
@@ -527,10 +570,10 @@ class ProcessTree:
 
 @dataclasses.dataclass(frozen=True)
 class CgroupMount:
-    """Where cgroup2 is mounted, and where the caller stands below it."""
+    """The mount point of cgroup2, and the caller's place below it."""
 
     point: str
-    own: str  # the caller's cgroup as a path below `point`; equal to `point` at the visible root
+    own: str  # the caller's cgroup, as a path below `point`; equal to `point` at the visible root
 
     @classmethod
     def find(cls) -> CgroupMount | None:
@@ -547,8 +590,8 @@ class CgroupMount:
         return cls(point, point if relative.startswith(".") else f"{point}/{relative}")
 
     def highest_manageable(self) -> str | None:
-        """The highest cgroup on the way down to the caller's in which the caller may make children and move
-        processes: what a manager delegated (cgroup-v2.rst, Delegation).
+        """The highest cgroup from the mount point down to the caller's in which the caller may make children and
+        move processes: the cgroup that a manager delegated (cgroup-v2.rst, Delegation).
         """
         path = self.point
         steps = [step for step in self.own[len(self.point) :].split("/") if step]
@@ -561,46 +604,46 @@ class CgroupMount:
 
 @dataclasses.dataclass(frozen=True)
 class CgroupTree:
-    """The server's own tree: its root (None: this machine gives none) and what it enforces."""
+    """The server's own tree: its root (None: this machine gives none) and the controllers that it enforces."""
 
     root: str | None
     controllers: frozenset[str]
     disks: tuple[Disk, ...]
 
     def job_path(self, uid: int, job_id: str) -> str:
-        """Where a job's cgroup stands; empty where this machine gives none."""
+        """The path of a job's cgroup; empty where this machine gives none."""
         return f"{self.root}/u{uid}/{job_id}" if self.root else ""
 
     @property
     def shims(self) -> str:
         return f"{self.root}/shims" if self.root else ""
 
-    def make_job(self, uid: int, job_id: str, limits: Limits) -> Cgroup:
-        """A job's cgroup, made, with its limits written."""
-        cgroup = Cgroup(f"{self.root}/u{uid}/{job_id}")
-        owner = Cgroup(os.path.dirname(cgroup.path))
+    def make_job(self, path: str, limits: Limits) -> Cgroup:
+        """Make a job's cgroup at its `job_path` and write its limits."""
+        cgroup = Cgroup(path)
+        owner = Cgroup(os.path.dirname(path))
         owner.create()
-        owner.enable(self.controllers)  # all when it is new, else what an earlier server did without
+        owner.enable(self.controllers)  # an earlier server may have enabled fewer
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
         return cgroup
 
     def remove_unused(self) -> None:
-        """Remove what no shim lives in and no job stands in: after a state folder's last job nothing is left."""
+        """Remove every cgroup without a shim or a job. After the last job of a state folder nothing is left."""
         if self.root:
             for folder in (*map(str, pathlib.Path(self.root).glob("u*")), self.shims, self.root):
-                with contextlib.suppress(OSError):  # jobs go on in it
+                with contextlib.suppress(OSError):  # jobs or shims are in it
                     os.rmdir(folder)
 
 
-def make_tree(place: str | None, folder: str, without: frozenset[str]) -> CgroupTree:
-    """Make the tree of one state folder, `folder` being its name; refuse what is not in `without`.
+def make_tree(top: str | None, folder: str, without: frozenset[str]) -> CgroupTree:
+    """Make the tree of one state folder, whose name is `folder`.
 
-    `place`, when given, is the tree's root instead of `jobworker` under the highest cgroup the caller
-    may manage. Raises JobWorkerError naming each missing controller and the ways out.
+    `top`, where it is given, replaces `jobworker` below the highest cgroup that the caller may manage. Raises
+    JobWorkerError, which names each controller that is missing and not listed in `without`, and the remedies.
     """
     mount = CgroupMount.find()
-    top = place or (mount and tree_place(mount)) or None
+    top = top or (mount and tree_top(mount)) or None
     wanted = [name for name in CONTROLLERS if name not in without]
     if top is None:
         enforced: frozenset[str] = frozenset()
@@ -609,7 +652,7 @@ def make_tree(place: str | None, folder: str, without: frozenset[str]) -> Cgroup
     disks = whole_disks()
     missing = [name for name in wanted if name not in enforced]
     if missing and "auto" not in without:
-        raise JobWorkerError(refusal(missing, mount, top))
+        raise JobWorkerError(missing_controllers(missing, mount, top))
     if top is None:
         return CgroupTree(None, frozenset(), ())
     tree = CgroupTree(f"{top}/{folder}", enforced, disks)
@@ -620,26 +663,26 @@ def make_tree(place: str | None, folder: str, without: frozenset[str]) -> Cgroup
     return tree
 
 
-def tree_place(mount: CgroupMount) -> str | None:
-    """`jobworker` under the highest cgroup that the server may manage, which it leaves if it lives in it."""
+def tree_top(mount: CgroupMount) -> str | None:
+    """`jobworker` below the highest cgroup that the server may manage. The server leaves that cgroup if it is in it."""
     highest = mount.highest_manageable()
     if highest is None:
         return None
-    real_root = not os.path.exists(f"{highest}/cgroup.type")  # only the kernel's own root lacks it
+    real_root = not os.path.exists(f"{highest}/cgroup.type")  # only the kernel's own root has no such file
     if highest == mount.own and not real_root:
         if highest != mount.point and highest.endswith(".service"):
             unit = os.path.basename(highest)
             raise JobWorkerError(
-                f"the only cgroup that this server may manage is its own unit {unit}, which systemd could not start "
-                f"again while jobs live in it; run the unit as root or as a user's service (`systemctl --user`)"
+                f"the only cgroup that this server may manage is its own unit {unit}, and systemd could not start that "
+                f"unit again while jobs are in it; run the unit as root or as a user's service (`systemctl --user`)"
             )
-        leave_for_leaf(highest)
+        move_to_leaf(highest)
     return f"{highest}/jobworker"
 
 
-def leave_for_leaf(cgroup: str) -> None:
-    """Move the server, and only itself, out of an inner cgroup: one with processes gives its children no
-    controllers (cgroup-v2.rst, No Internal Process Constraint).
+def move_to_leaf(cgroup: str) -> None:
+    """Move the server, and no other process, to a leaf: a cgroup that has processes of its own cannot give controllers
+    to its children (cgroup-v2.rst, No Internal Process Constraint).
     """
     leaf = Cgroup(f"{cgroup}/jobworker/server")
     leaf.create()
@@ -647,18 +690,16 @@ def leave_for_leaf(cgroup: str) -> None:
 
 
 def enable_down_to(path: str, controllers: frozenset[str]) -> frozenset[str]:
-    """Enable controllers from the first cgroup that is not ours down to `path`, making what is missing; those that
-    come through.
-    """
+    """Enable controllers in `path` and its two parents, and make those that are missing. Returns what `path` has."""
     for step in (os.path.dirname(os.path.dirname(path)), os.path.dirname(path), path):
-        if controllers:  # else nothing is left behind by a server that then refuses to start
+        if controllers:  # a server that will refuse to start makes no further cgroup
             Cgroup(step).create()
             controllers = Cgroup(step).enable(controllers)
     return controllers
 
 
 def whole_disks() -> tuple[Disk, ...]:
-    """Every physical disk: a limit on a stacked device (dm, md, loop, zram) would count the same byte twice."""
+    """Every physical disk. A limit on a stacked device (dm, md, loop, zram) would count the same byte twice."""
     disks = []
     for name in sorted(os.listdir("/sys/block") if os.path.isdir("/sys/block") else []):
         stacked = re.match(r"(loop|ram|zram|dm-|md|sr|fd)\d*", name)
@@ -668,8 +709,8 @@ def whole_disks() -> tuple[Disk, ...]:
     return tuple(disks)
 
 
-def refusal(missing: Sequence[str], mount: CgroupMount | None, top: str | None) -> str:
-    """Why this machine cannot enforce the limits, and the ways out, in one sentence."""
+def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: str | None) -> str:
+    """The sentence that says why this machine cannot enforce these limits, with the remedies."""
     names = " and ".join(missing)
     skip = f"`--without {','.join(missing)}` to serve without these limits, or `--without auto`"
     if mount is None:
@@ -681,41 +722,43 @@ def refusal(missing: Sequence[str], mount: CgroupMount | None, top: str | None) 
         )
     if top is None:
         return f"the cgroup2 mounted at {mount.point} is read-only here, so it cannot limit {names}; use {skip}"
-    way = "boot with `systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all`"
+    remedy = "boot with `systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all`"
     if os.geteuid() != 0:
-        way = f"have root add `Delegate={' '.join(CONTROLLERS)}` to user@.service"
-    return f"the cgroup2 at {mount.point} does not give {names} to {top}; {way}, or use {skip}"
+        remedy = f"have root add `Delegate={' '.join(CONTROLLERS)}` to user@.service"
+    return f"the cgroup2 at {mount.point} does not give {names} to {top}; {remedy}, or use {skip}"
 
 
-# --- 4. Output log and inotify follower -----------------------------------------------------------------
-# Owns the process's one inotify descriptor and the live ends of outputs that somebody follows. Reads
-# outputs, never writes one. Nothing polls: a follower at the end of a file sleeps until the kernel says
-# that it grew, or its owner that it will not grow any more. Source: inotify(7).
+# --- 4. Output and inotify ------------------------------------------------------------------------------
+# Owns the one inotify descriptor of the process, and the reading of outputs that clients follow. It never writes an
+# output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
+# the job's owner in this process (`Worker`) wakes it. The source is inotify(7).
 
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
 
 
 @functools.cache
-def splice_is_noticed(folder: str) -> bool:
-    """Whether the kernel reports a splice into a file of that folder as IN_MODIFY: tried, once. It does not on the
-    overlayfs of Linux 6.1, where a follower would wait for ever."""
+def splice_is_reported(folder: str) -> bool:
+    """Whether the kernel reports a splice into a file of this folder as IN_MODIFY, by trying it once.
+
+    The overlayfs of Linux 6.1 does not report it, and a follower would wait without end.
+    """
     name = f"{folder}/.splice"
     with contextlib.ExitStack() as resources:
 
-        def own(descriptor: int) -> int:
+        def owned(descriptor: int) -> int:
             resources.callback(os.close, descriptor)
             return descriptor
 
         try:
-            file = own(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+            file = owned(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
             resources.callback(os.unlink, name)
-            watcher = own(libc_call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC))
+            watcher = owned(libc_call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC))
             libc_call("inotify_add_watch", watcher, os.fsencode(name), ctypes.c_uint32(IN_MODIFY))
-            reader, writer = map(own, os.pipe2(os.O_CLOEXEC))
+            reader, writer = map(owned, os.pipe2(os.O_CLOEXEC))
             os.write(writer, b"x")
             os.splice(reader, file, 1)
             return bool(os.read(watcher, 16))
-        except OSError:  # BlockingIOError: no event; EINVAL: no splice there at all
+        except OSError:  # BlockingIOError: there is no event. EINVAL: this file system has no splice
             return False
 
 
@@ -723,7 +766,7 @@ class Bell:
     """Wakes all tasks that wait for the next ring."""
 
     def __init__(self) -> None:
-        self._next: asyncio.Event | None = None  # made by the first who waits: ten thousand ended jobs have none
+        self._next: asyncio.Event | None = None  # made by the first waiter, since most ended jobs have no waiter
 
     def ring(self) -> None:
         if self._next is not None:
@@ -737,7 +780,7 @@ class Bell:
 
 
 class Inotify:
-    """The one inotify descriptor; a callback a watch, called in the event loop with the event's mask."""
+    """The one inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask."""
 
     def __init__(self, overflowed: Callable[[], None]) -> None:
         self._overflowed = overflowed
@@ -764,7 +807,7 @@ class Inotify:
             self._callbacks.clear()
 
     def watch(self, path: str, mask: int, callback: Callable[[int], None]) -> int:
-        """Watch a file; its watch descriptor. The kernel knows one watch a file: whoever asks twice replaces."""
+        """Watch a file and return the watch descriptor. The kernel keeps one watch a file: a second one replaces it."""
         try:
             watch = libc_call("inotify_add_watch", self._descriptor, os.fsencode(path), ctypes.c_uint32(mask))
         except OSError as error:
@@ -773,7 +816,7 @@ class Inotify:
         return watch
 
     def unwatch(self, watch: int) -> None:
-        """Give a watch up; one that is gone already (its file, or a one-shot that fired) is no error."""
+        """End a watch. The kernel may have ended it already: the file is gone, or a one-shot event was sent."""
         if self._callbacks.pop(watch, None) is not None and self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 libc_call("inotify_rm_watch", self._descriptor, watch)
@@ -799,86 +842,75 @@ class Inotify:
             self._overflowed()
         elif mask & IN_IGNORED:
             self._callbacks.pop(watch, None)
-        elif callback := self._callbacks.get(watch):  # else: given up while the event was queued
+        elif callback := self._callbacks.get(watch):  # a watch that was ended may still have an event in the queue
             callback(mask)
 
 
-class Output:
-    """One output, open for all who follow it: one descriptor, which outlives the file's removal, and one read for
-    those who are at the same byte.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._descriptor = -1
-        self._recent = (0, b"")  # the last bytes read, with their offset
-
-    def open(self) -> None:
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise KernelError(f"cannot open {self.path}", error) from error
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def read(self, offset: int) -> bytes:
-        """Up to READ_BYTES bytes from `offset`; none at the end of the file."""
-        if self._recent[0] == offset and self._recent[1]:
-            return self._recent[1]
-        try:
-            chunk = os.pread(self._descriptor, READ_BYTES, offset)
-        except OSError as error:
-            raise KernelError(f"cannot read {self.path}", error) from error
-        if chunk:
-            self._recent = (offset, chunk)
-        return chunk
-
-
 class Tail:
-    """The end of one output, shared by all who follow it: one watch, one wake-up, one `Output`.
+    """One output that is followed. All its followers share one descriptor, one watch and one wake-up.
 
-    `acquire` and `release` count its followers.
+    The descriptor outlives the removal of the file. `acquire` and `release` count the followers.
     """
 
     def __init__(self, path: str, inotify: Inotify) -> None:
-        self.output = Output(path)
+        self._path = path
         self._inotify = inotify
         self._followers = 0
+        self._descriptor = -1
+        self._last_read = (0, b"")  # an offset and the bytes there: followers at the same byte share one read
         self._watch: int | None = None
-        self._woken = 0.0  # when, by the loop's clock
-        self.arm_count = 0  # how often it was armed: what was read before an arming may not have been the end
+        self._woken_at = 0.0  # by the loop's clock
+        self.arm_count = 0  # a read before the last arming may have missed bytes that were written in between
         self._bell = Bell()
 
     def acquire(self) -> None:
         if self._followers == 0:
-            self.output.open()
+            try:
+                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise KernelError(f"cannot open {self._path}", error) from error
         self._followers += 1
 
     def release(self) -> int:
-        """One follower less; how many are left."""
+        """Remove one follower and return how many are left."""
         self._followers -= 1
         if self._followers == 0:
-            self.output.close()
+            os.close(self._descriptor)
             self._disarm()
         return self._followers
 
+    def read(self, offset: int) -> bytes:
+        """Up to READ_BYTES bytes from `offset`; none at the end of the file."""
+        if self._last_read[0] == offset and self._last_read[1]:
+            return self._last_read[1]
+        try:
+            chunk = os.pread(self._descriptor, READ_BYTES, offset)
+        except OSError as error:
+            raise KernelError(f"cannot read {self._path}", error) from error
+        if chunk:
+            self._last_read = (offset, chunk)
+        return chunk
+
     def arm(self) -> bool:
-        """Ask for one event at the next change. True if that was news: then read once more, because what was
-        written between the last read and now makes no event.
+        """Ask the kernel for one event at the next change.
+
+        True: the event was not asked for before. The caller then reads once more, because bytes that were written
+        between its last read and now cause no event.
         """
         if self._watch is not None:
             return False
-        self._watch = self._inotify.watch(self.output.path, IN_MODIFY | IN_ONESHOT, self._grew)
+        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, self._grew)
         self.arm_count += 1
         return True
 
     def _grew(self, _mask: int) -> None:
-        """Wake the followers, at once when that is rare. Until then it counts as armed: who comes now waits too."""
+        """Wake the followers now, or COALESCE_SECONDS after the last wake-up. Until then the tail stays armed, so that
+        a follower that reaches the end meanwhile waits for the same wake-up.
+        """
         loop = asyncio.get_running_loop()
-        rest = self._woken + COALESCE_SECONDS - loop.time()
-        if rest > 0:
-            loop.call_later(rest, self.wake)
+        remaining = self._woken_at + COALESCE_SECONDS - loop.time()
+        if remaining > 0:
+            loop.call_later(remaining, self.wake)
         else:
             self.wake()
 
@@ -888,8 +920,8 @@ class Tail:
             self._watch = None
 
     def wake(self) -> None:
-        """It may have grown, or it will not grow any more: everybody looks."""
-        self._woken = asyncio.get_running_loop().time()
+        """Make every follower read: the output may have grown, or it will not grow any more."""
+        self._woken_at = asyncio.get_running_loop().time()
         self._disarm()
         self._bell.ring()
 
@@ -897,28 +929,32 @@ class Tail:
         await self._bell.wait()
 
 
-# --- 5. Launcher and shim -------------------------------------------------------------------------------
-# Owns what happens between the server's request and the job's process: the order (job.json), the record
-# (`exit`), wishes (`control`), the launcher, the shim and the child. Of the server only class `Launcher`
-# runs here; everything else runs in the small processes and may import nothing third-party.
+# --- 5. Job folder --------------------------------------------------------------------------------------
+# Owns every file of the state folder, except those of the accounts (section 7). It alone creates, reads, writes, syncs
+# and deletes them, and each encoder stands beside its decoder. It starts no process and knows no table of jobs.
+#
+#     <state>/lock                 locked by the one server of this state folder (flock(2)); holds its pid
+#     <state>/jobs/<id>/job.json   the spec: what was asked for; written once
+#     <state>/jobs/<id>/output     what the job printed; only its shim writes it
+#     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
+#     <state>/jobs/<id>/control    a FIFO that the shim reads: stop requests; it has a reader while the shim lives
+#     <state>/owners/UID           the name of the owner who has this uid (section 7)
+#     <state>/home/UID             the home of that owner's jobs (section 7)
+#     <state>/quarantine/          folders that could not be read as a job, for a person to look at
+#
+# The status of a job follows from `events` and from whether `control` has a reader. No pid is stored, since the kernel
+# gives the number of an ended process to another one.
 
-FOLLOWS: dict[str, tuple[str, ...]] = {  # what may follow what in a record; nothing else counts
-    "": ("born",),
-    "born": ("started", "failed", "exited"),  # ended at once: the shim was lost on the brink
+NEXT_PHASES: dict[str, tuple[str, ...]] = {  # the phases of a job, and which may follow; other lines do not count
+    "": ("born",),  # the shim has the request; the command may run from here on
+    "born": ("started", "failed", "exited"),  # exited: the shim was lost between the fork and `started`
     "started": ("exited",),
-    "failed": (),
-    "exited": ("done",),
-    "done": (),
+    "failed": (),  # the command could not be run
+    "exited": ("done",),  # the main process ended; other processes of the job may live
+    "done": (),  # no process of the job is left, and its output is complete
 }
-
-MODULE = "jobworker"  # what the launcher imports: as `__main__` it would be compiled anew each time
-FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
-CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
-PR_SET_CHILD_SUBREAPER, FALLOC_FL_KEEP_SIZE = 36, 1
-MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1
-PIPE_BYTES = MIB  # of the job's pipe, where fs.pipe-max-size and the user's share allow it
-RECORD_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
-PACKET_BYTES = 2 * KIB  # a longer spec is read from job.json: 64 packets must fit a socket's buffer
+FALLOC_FL_KEEP_SIZE = 1
+EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -936,37 +972,33 @@ class Spec:
     home: str
     cgroup: str  # empty: this machine has none for it
     controllers: tuple[str, ...]  # the limits that the kernel enforces
+    limits: Limits
     timeout: float  # 0: none
     max_output: int
     reserve: int  # bytes of the file system that the output leaves free
-    splice: bool  # whether followers would notice a splice into the output
+    splice: bool  # whether the kernel reports a splice into the output to followers
     created: float
-    limits: Limits  # last, as `from_packed` has it
 
-    def plain(self) -> dict[str, Any]:
-        """As built-in types, for json; `from_plain` reads it back."""
-        return {**vars(self), "limits": vars(self.limits)}
+    def to_json(self) -> bytes:
+        return json.dumps({**vars(self), "limits": vars(self.limits)}).encode()
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Spec:
-        """What a later version added is left out, so that an older one can take over; it must have a default here."""
-        known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
-        tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
-        limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
-        return cls(**{**known, **tuples, "limits": Limits(**limits)})
+    def from_json(cls, text: bytes) -> Spec | None:
+        """The spec in a job.json; None where it is half-written or not a spec.
 
-    def packed(self) -> tuple[Any, ...]:
-        """As built-in types without names, for marshal and a process of the same LAYOUT; `from_packed` reads it."""
-        *plain, limits = vars(self).values()
-        return *plain, tuple(vars(limits).values())
-
-    @classmethod
-    def from_packed(cls, values: tuple[Any, ...]) -> Spec:
-        *plain, limits = values
-        return cls(*[*plain, Limits(*limits)])
+        Fields that a later version added are ignored, so that an older version can take over its jobs.
+        """
+        try:
+            plain = json.loads(text)
+            known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
+            tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
+            limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
+            return cls(**{**known, **tuples, "limits": Limits(**limits)})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
 
     def programs(self) -> list[str]:
-        """Where the command is looked for, in this spec."""
+        """The paths where the command is searched, in this order."""
         if "/" in self.command:
             return [self.command]
         return [f"{folder}/{self.command}" for folder in JOB_PATH.split(":")]
@@ -985,35 +1017,15 @@ class Spec:
         return Cgroup(self.cgroup) if self.cgroup else ProcessTree(self.id)
 
 
-LAYOUT = " ".join((*Spec.__dataclass_fields__, *Limits.__dataclass_fields__))
-
-
-def write_spec(folder: str, spec: Spec) -> None:
-    descriptor = os.open(f"{folder}/job.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(spec.plain()))
-
-
-def read_spec(folder: str) -> Spec | None:
-    """The order of a job's folder; None where it is missing or was half-written."""
-    try:
-        with open(f"{folder}/job.json", encoding="utf-8") as file:
-            return Spec.from_plain(json.loads(file.read()))
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    except OSError as error:
-        raise KernelError(f"cannot read {folder}/job.json", error) from error
-
-
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a job's main process ended: status STOPPED or FINISHED, exit code as shells say it, and why."""
+    """How a job's main process ended: STOPPED or FINISHED, the exit code as a shell reports it, and the reason."""
 
     status: str
     code: int
     signal: int = 0
     reason: str = ""
-    by: str = ""  # who stopped it, as `encode_name` has it
+    by: str = ""  # the name of the caller who stopped it, encoded by `encode_name`
 
 
 LOST = Ending("FINISHED", 255, reason="LOST")
@@ -1021,17 +1033,18 @@ LOST = Ending("FINISHED", 255, reason="LOST")
 
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """A job's record: its last line's word, and the facts of all lines as `word.key`."""
+    """What a job's `events` file says: the phase of its last valid line, and the facts of all lines as `phase.key`."""
 
     phase: str = ""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def seconds(self, word: str) -> float:
-        """When that line was written, in seconds since 1970; 0: not yet."""
-        return float(self.facts.get(f"{word}.at", 0))
+    def seconds(self, phase: str) -> float:
+        """When that phase began, in seconds since 1970; 0: it has not begun."""
+        return float(self.facts.get(f"{phase}.at", 0))
 
     @property
     def failure(self) -> int:
+        """The errno of a command that could not be run; 0: none."""
         return int(self.facts.get("failed.errno", 0))
 
     @property
@@ -1052,42 +1065,28 @@ class Events:
         kinds = {"cpu_seconds": float, "memory_peak": int, "read_bytes": int, "written_bytes": int}
         return Usage(**{name: number(name, kind) for name, kind in kinds.items()})
 
+    @classmethod
+    def parse(cls, text: str) -> Events:
+        """Read the lines that `write_event` wrote. A torn line, or a line that may not follow, does not count."""
+        phase, facts = "", {}
+        for line in text.splitlines():
+            word, *pairs = line.split(" ")
+            if pairs and pairs[-1] == "." and word in NEXT_PHASES[phase]:
+                phase = sys.intern(word)
+                for pair in pairs[:-1]:
+                    key, _, value = pair.partition("=")
+                    facts[f"{word}.{key}"] = value
+        return cls(phase, facts)
 
-def write_event(descriptor: int, word: str, **facts: object) -> None:
-    """Append one line to a record; `read_events` is its reader. Values hold no blank; the dot says: complete."""
+
+def write_event(descriptor: int, phase: str, **facts: object) -> None:
+    """Append one line to an `events` file. A value contains no blank. The dot marks a line that is complete."""
     pairs = "".join(f" {key}={'-' if value == '' else value}" for key, value in facts.items())
-    os.write(descriptor, f"{word} at={time.time():.6f}{pairs} .\n".encode())
-
-
-def read_events(folder: str) -> Events:
-    """The record of a job's folder; a line that is torn, or may not follow the one before, does not count."""
-    try:
-        text = read_whole(f"{folder}/events").decode("ascii", "replace")
-    except FileNotFoundError:
-        return Events()
-    except OSError as error:
-        raise KernelError(f"cannot read {folder}/events", error) from error
-    phase, facts = "", {}
-    for line in text.splitlines():
-        word, *pairs = line.split(" ")
-        if pairs and pairs[-1] == "." and word in FOLLOWS[phase]:
-            phase = sys.intern(word)
-            for pair in pairs[:-1]:
-                key, _, value = pair.partition("=")
-                facts[f"{word}.{key}"] = value
-    return Events(phase, facts)
-
-
-@dataclasses.dataclass(frozen=True)
-class StopRequest:
-    """That a job be ended by force: for a limit's reason, or by somebody."""
-
-    reason: str = ""
-    by: str = ""
+    os.write(descriptor, f"{phase} at={time.time():.6f}{pairs} .\n".encode())
 
 
 def encode_name(name: str) -> str:
-    """A name of any characters as one word without blanks, for wishes and records."""
+    """A name of any characters as one word without blanks, for `control` and `events`."""
     return "".join(c if c.isalnum() and c.isascii() else f"%{ord(c):x}." for c in name)
 
 
@@ -1095,110 +1094,273 @@ def decode_name(word: str) -> str:
     return re.sub(r"%([0-9a-f]+)\.", lambda found: chr(int(found[1], 16)), word)
 
 
-def send_stop(folder: str, by: str) -> bool:
-    """Ask a job's shim to kill it; False when no shim lives. ENXIO is a FIFO without a reader (fifo(7))."""
-    try:
-        descriptor = os.open(f"{folder}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT):
+@dataclasses.dataclass(frozen=True)
+class StopRequest:
+    """A request to end a job by force: by a caller, or for a limit, which is the reason."""
+
+    reason: str = ""
+    by: str = ""
+
+    def to_line(self) -> bytes:
+        return f"kill {encode_name(self.by)[:1000]}\n".encode()
+
+    @classmethod
+    def from_line(cls, line: bytes) -> StopRequest | None:
+        words = line.decode("ascii", "replace").split(" ")
+        return cls(by=words[1]) if words[0] == "kill" and len(words) == 2 else None
+
+
+class JobFolder:
+    """The folder of one job. The table at the top of this section says what each file holds."""
+
+    FILES = ("events", "control", "output", "job.json")  # in the order of deletion: without `events` it never ran
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the folder. Raises IdTakenError where it exists: a retry with the same id finds the first try here."""
+        try:
+            os.mkdir(self.path, 0o700)
+        except FileExistsError:
+            raise IdTakenError(f"the job id {os.path.basename(self.path)} is taken") from None
+        except OSError as error:
+            raise disk_error(f"cannot make {self.path}", error) from error
+
+    def create_files(self, resources: contextlib.ExitStack) -> list[int]:
+        """Make `control`, `output` and `events`. Returns descriptors for the shim, as `open_for_shim` does."""
+        try:
+            os.mkfifo(f"{self.path}/control", 0o600)
+            for name in ("output", "events"):
+                os.close(os.open(f"{self.path}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            descriptors = self.open_for_shim(resources)
+            allocate(descriptors[1], EVENTS_BYTES)
+        except OSError as error:
+            raise disk_error(f"cannot make the files of {self.path}", error) from error
+        return descriptors
+
+    def open_for_shim(self, resources: contextlib.ExitStack) -> list[int]:
+        """Descriptors of `control` and `events`, which `resources` closes. Raises OSError.
+
+        `control` is opened with O_RDWR. A FIFO that is opened for reading alone is reported as hung up for ever after
+        its first writer closes it (fifo(7)): poll then returned 155,131 times in 0.2 s.
+        """
+        control = os.open(f"{self.path}/control", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        resources.callback(os.close, control)
+        events = os.open(f"{self.path}/events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        resources.callback(os.close, events)
+        return [control, events]
+
+    def write_spec(self, text: bytes) -> None:
+        try:
+            descriptor = os.open(f"{self.path}/job.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(text)
+        except OSError as error:
+            raise disk_error(f"cannot write {self.path}/job.json", error) from error
+
+    def read_spec(self) -> Spec | None:
+        """The spec; None where job.json is missing or was half-written."""
+        try:
+            return Spec.from_json(read_whole(f"{self.path}/job.json"))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise KernelError(f"cannot read {self.path}/job.json", error) from error
+
+    def read_events(self) -> Events:
+        try:
+            return Events.parse(read_whole(f"{self.path}/events").decode("ascii", "replace"))
+        except FileNotFoundError:
+            return Events()
+        except OSError as error:
+            raise KernelError(f"cannot read {self.path}/events", error) from error
+
+    def has_events(self) -> bool:
+        return os.path.exists(f"{self.path}/events")
+
+    def send_stop(self, request: StopRequest) -> bool:
+        """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7))."""
+        try:
+            descriptor = self._open_control()
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENOENT):
+                return False
+            raise KernelError(f"cannot open {self.path}/control", error) from error
+        try:
+            with contextlib.suppress(BlockingIOError):  # the FIFO is full of requests, and one of them is enough
+                os.write(descriptor, request.to_line())
+        except BrokenPipeError:  # the shim ended after the open
             return False
-        raise KernelError(f"cannot open {folder}/control", error) from error
-    try:
-        with contextlib.suppress(BlockingIOError):  # full of wishes: one of them will do
-            os.write(descriptor, f"kill {encode_name(by)[:1000]}\n".encode())
-    except BrokenPipeError:  # it has ended since
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        finally:
+            os.close(descriptor)
+        return True
+
+    def shim_lives(self) -> bool:
+        """Whether `control` has a reader. A descriptor on its way to the launcher counts as one."""
+        try:
+            os.close(self._open_control())
+        except OSError:
+            return False
+        return True
+
+    def _open_control(self) -> int:
+        return os.open(f"{self.path}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def open_output(self) -> int:
+        """A descriptor for the shim to write the output. Raises OSError."""
+        return os.open(f"{self.path}/output", os.O_WRONLY | os.O_CLOEXEC)
+
+    def output_bytes(self) -> int:
+        try:
+            return os.stat(f"{self.path}/output").st_size
+        except OSError:
+            return 0
+
+    def sync(self) -> bool:
+        """Make all files durable except `events`. False: the disk did not take them (fsync(2))."""
+        try:
+            for path in (f"{self.path}/job.json", f"{self.path}/output", self.path, os.path.dirname(self.path)):
+                sync(path)
+        except OSError:
+            return False
+        return True
+
+    def delete(self) -> None:
+        """Delete the folder. Raises OSError. A crash in the middle leaves a folder that recovery deletes."""
+        for name in self.FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.path}/{name}")
+        os.rmdir(self.path)
 
 
 def receive_stop(control: int) -> StopRequest | None:
-    """What was asked through `control`; the first request is the one that counts."""
-    words = os.read(control, 4 * KIB).decode("ascii", "replace").split("\n")[0].split(" ")
-    return StopRequest(by=words[1]) if words[0] == "kill" and len(words) == 2 else None
+    """The first request in `control`; later ones change nothing."""
+    return StopRequest.from_line(os.read(control, 4 * KIB).split(b"\n")[0])
 
 
-def shim_lives(folder: str) -> bool:
-    """Whether anybody reads a job's `control`; a descriptor on its way to the launcher counts."""
+def allocate(descriptor: int, size: int) -> None:
+    """Reserve disk blocks without a change of the file's size (fallocate(2)), where the file system can."""
     try:
-        os.close(os.open(f"{folder}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError:
-        return False
-    return True
+        libc_call("fallocate", descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
-async def cancelled(task: asyncio.Task[None]) -> None:
-    """Cancel a task and wait until it is."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+def sync(path: str | pathlib.Path) -> None:
+    """Make a file or a folder durable (fsync(2)). Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_state_folder(state: pathlib.Path) -> None:
+    """Make what is missing. Where root serves, other uids can pass through the state folder to their homes."""
+    mode = 0o711 if os.geteuid() == 0 else 0o700
+    try:
+        state.mkdir(mode=mode, parents=True, exist_ok=True)
+        state.chmod(mode)
+        (state / "jobs").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"cannot use the state folder {state} (`--state DIR` names another)", error) from error
+
+
+def lock_state_folder(state: pathlib.Path) -> int:
+    """Lock `<state>/lock` (flock(2)) and write the pid into it. Closing the returned descriptor unlocks it."""
+    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode().strip() or "unknown"
+        os.close(descriptor)
+        raise JobWorkerError(f"the state folder {state} is in use by the server with pid {holder}") from None
+    size = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)  # a full disk still has the block of the old pid
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def state_name(state: pathlib.Path) -> str:
+    """The name of a state folder's part of the cgroup tree, so that two servers do not share one."""
+    return f"{zlib.crc32(os.fsencode(state.resolve())):08x}"
+
+
+def quarantine(folder: str, state: pathlib.Path) -> None:
+    """Move what cannot be read as a job to `<state>/quarantine`, and say so. A later start repeats it."""
+    place = state / "quarantine"
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        os.rename(folder, place / f"{os.path.basename(folder)}-{time.time_ns()}")
+        say(f"{folder} cannot be read as a job; it is now in {place}")
+    except OSError as error:
+        say(f"{folder} cannot be read as a job, and cannot be moved to {place}: {error.strerror}")
+
+
+# --- 6. Launcher and shim -------------------------------------------------------------------------------
+# Owns everything between a request of the server and the job's main process: the launcher, the shim and the child. Of
+# this section only class `Launcher` runs in the server. The rest runs in the small processes, imports nothing
+# third-party, and imports nothing at all after the launcher has started: an upgrade of Python must not end a shim.
+
+MODULE = "jobworker"  # the launcher imports this module; Python would compile a `__main__` anew at each start
+FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
+CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
+PR_SET_CHILD_SUBREAPER = 36
+PIPE_BYTES = MIB  # of the job's pipe, where fs.pipe-max-size and the user's share allow it
+PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
+MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
+STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the others are unlimited
 
 
 class Launcher:
-    """The server's side of the launcher: exec's it, and again when it died; hands it one request at a time."""
+    """The server's side of the launcher: it starts the process, again after its death, and sends it requests."""
 
     def __init__(self) -> None:
-        self.start_slots = asyncio.Semaphore(STARTS_AT_ONCE)  # held while a request is on its way
-        self.finish_slots = asyncio.Semaphore(FINISHES_AT_ONCE)  # held until its job is finished, which may take long
-        self.queued: set[str] = set()  # jobs whose finisher waits for that
-        self._waiting: set[asyncio.Task[None]] = set()  # for a place; an event loop alone would forget its tasks
         self._arguments: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
 
     def open(self, shims: str) -> None:
-        """Exec it. `shims` is the cgroup for it and its shims (empty: none); they, and the jobs, keep the
+        """Start the launcher. `shims` is the cgroup for it and its shims (empty: none). They and the jobs keep the
         RLIMIT_NOFILE that the server has now.
         """
         self._arguments = [shims, *map(str, resource.getrlimit(resource.RLIMIT_NOFILE))]
-        self.ensure()
+        self._ensure()
 
-    def ensure(self) -> None:
+    def _ensure(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        here.setblocking(False)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
         folder = str(pathlib.Path(__file__).resolve().parent)
         code = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
-        with there:
+        with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", code, str(there.fileno()), *self._arguments],
+                    [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), *self._arguments],
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    pass_fds=[there.fileno()], start_new_session=True, cwd="/", env={},
+                    pass_fds=[theirs.fileno()], start_new_session=True, cwd="/", env={},
                 )  # fmt: skip
             except OSError as error:
-                here.close()
+                ours.close()
                 raise KernelError(f"cannot run {sys.executable} as the launcher", error) from error
-        self._channel = here
-
-    def run_in_turn(self, request: Coroutine[Any, Any, None]) -> None:
-        """Have a request made that waits for a place by itself, with nobody who waits for it."""
-        task = asyncio.get_running_loop().create_task(request)
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
-
-    async def forget_waiting(self) -> None:
-        for task in list(self._waiting):
-            await cancelled(task)
+        self._channel = ours
 
     @property
     def process(self) -> int:
         return self._process.pid if self._process else 0
 
-    def send(self, kind: str, folder: str, spec: Spec, descriptors: Sequence[int]) -> None:
-        """Hand over one request: `start` a job or `finish` one whose shim was lost."""
-        packet = marshal.dumps((kind, folder, LAYOUT, spec.packed()))
-        if len(packet) > PACKET_BYTES:
-            packet = marshal.dumps((kind, folder, "", ()))
-        self.ensure()
+    def send(self, kind: str, folder: JobFolder, spec: bytes, descriptors: Sequence[int]) -> None:
+        """Send one request: `start` a job, or `finish` a job whose shim was lost. `spec` is its job.json."""
+        packet = encode_request(kind, folder.path, spec)
+        self._ensure()
         try:
             self._send(packet, descriptors)
-        except (BrokenPipeError, ConnectionResetError):  # it died since: a packet it never got is safe to send again
+        except (BrokenPipeError, ConnectionResetError):  # it died and did not receive the packet, so it is sent again
             self.close()
-            self.ensure()
+            self._ensure()
             self._send(packet, descriptors)
 
     def _send(self, packet: bytes, descriptors: Sequence[int]) -> None:
@@ -1206,10 +1368,10 @@ class Launcher:
         try:
             socket.send_fds(self._channel, [packet], list(descriptors))
         except (BlockingIOError, InterruptedError) as error:
-            raise UnavailableError("the launcher has too many starts on their way; try again") from error
+            raise UnavailableError("too many starts are on their way to the launcher; try again") from error
 
     def close(self) -> None:
-        """Let it end: it does at the end of its channel, and what it started goes on."""
+        """Close the channel, which ends the launcher. Its shims and their jobs go on."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -1218,8 +1380,20 @@ class Launcher:
             self._process = None
 
 
+def encode_request(kind: str, folder: str, spec: bytes) -> bytes:
+    packet = b"\0".join((kind.encode(), os.fsencode(folder), spec))
+    return packet if len(packet) <= PACKET_BYTES else b"\0".join((kind.encode(), os.fsencode(folder), b""))
+
+
+def decode_request(packet: bytes) -> tuple[str, JobFolder, Spec | None]:
+    """The kind of a request, the job's folder and its spec; None where job.json cannot be read."""
+    kind, path, spec = packet.split(b"\0", 2)
+    folder = JobFolder(os.fsdecode(path))
+    return kind.decode(), folder, Spec.from_json(spec) if spec else folder.read_spec()
+
+
 def launcher_main() -> NoReturn:
-    """The launcher process, exec'ed by `Launcher`: receives requests and forks a shim for each."""
+    """The launcher process: receives requests and forks a shim for each."""
     number, shims, soft, hard = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5])
     channel = socket.socket(fileno=number)
     prepare_launcher(shims, (soft, hard))
@@ -1227,7 +1401,7 @@ def launcher_main() -> NoReturn:
         try:
             process = os.fork()
         except OSError:
-            process = -1  # its descriptors close with no record begun: the server sees a job that never ran
+            process = -1  # the descriptors close and `events` is empty, so the server sees a job that never ran
         if process == 0:
             os.close(number)  # cheaper than `channel.close()`
             run_shim(*request)
@@ -1237,27 +1411,52 @@ def launcher_main() -> NoReturn:
 
 
 def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
-    """What shims and jobs inherit: default signals and limits, no zombies to wait for, a cgroup of their own."""
+    """Set what shims and jobs inherit: default signals, limits and priority, and a cgroup for the shims."""
     os.umask(0o022)
-    resource.setrlimit(resource.RLIMIT_NOFILE, files)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         with contextlib.suppress(OSError):
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended shims are reaped by the kernel
-    with contextlib.suppress(KernelError):  # lowering it needs a privilege that the server may lack
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond RLIMIT_FSIZE is EFBIG then, and ends no shim
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps ended shims
+    set_default_limits(files)
+    with contextlib.suppress(KernelError):  # lowering it needs a privilege that the server may not have
         kernel_write("/proc/self/oom_score_adj", "0")
     if shims:
         Cgroup(shims).attach(0)
-    fork_calls()  # found now, not in every shim
+    clone_calls()  # found once here, and not in every shim
+    json.loads(b"{}")  # imported here, and not in every shim
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
 
 
-def receive_request(channel: socket.socket) -> tuple[bytes, list[int]] | None:
-    """One request, as `Launcher.send` packs it, and its descriptors; None when the server is gone.
+def set_default_limits(files: tuple[int, int]) -> None:
+    """Give this process the kernel's default limits, nice value and CPUs, as far as its privileges allow.
 
-    Not `socket.recv_fds`, which ignores its flags: without MSG_CMSG_CLOEXEC jobs would hold `control`.
+    `files` is its RLIMIT_NOFILE. A server may have been started with `ulimit`, `nice` or `taskset`; its jobs must not
+    depend on it (getrlimit(2), sched_setaffinity(2)).
+    """
+    defaults = {getattr(resource, f"RLIMIT_{name}"): (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+                for name in ("AS", "CPU", "DATA", "FSIZE", "RSS")}  # fmt: skip
+    defaults[resource.RLIMIT_STACK] = (STACK_BYTES, resource.RLIM_INFINITY)
+    defaults[resource.RLIMIT_CORE] = (CORE_BYTES, resource.RLIM_INFINITY)
+    defaults[resource.RLIMIT_NOFILE] = files
+    for name, (soft, hard) in defaults.items():
+        try:
+            resource.setrlimit(name, (soft, hard))
+        except (OSError, ValueError):  # only root may raise a hard limit
+            own = resource.getrlimit(name)[1]
+            resource.setrlimit(name, (own if soft == resource.RLIM_INFINITY else min(soft, own), own))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))  # the kernel keeps those that a cpuset allows
+
+
+def receive_request(channel: socket.socket) -> tuple[bytes, list[int]] | None:
+    """One packet and its descriptors; None when the server is gone.
+
+    `socket.recv_fds` ignores its flags. Without MSG_CMSG_CLOEXEC the jobs would inherit `control` and `events`.
     """
     packet, ancillary, _, _ = channel.recvmsg(PACKET_BYTES + KIB, socket.CMSG_SPACE(3 * 4), socket.MSG_CMSG_CLOEXEC)
     if not packet:
@@ -1267,44 +1466,42 @@ def receive_request(channel: socket.socket) -> tuple[bytes, list[int]] | None:
 
 
 def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
-    """The shim process. However it ends, it ends here; a record without `done` then says that it was lost."""
-    control, record, *cgroup = descriptors
+    """The shim process. Every path ends in `os._exit`. A shim that ends without `done` in `events` is lost."""
+    control, events, *cgroup = descriptors
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        kind, folder, layout, packed = marshal.loads(packet)  # noqa: S302  our own server wrote it
-        # Another layout: jobworker.py was replaced under a running server, whose launcher was exec'ed again since.
-        spec = Spec.from_packed(packed) if layout == LAYOUT else read_spec(folder)
+        kind, folder, spec = decode_request(packet)
         if spec is None:
-            write_event(record, "born")
-            write_event(record, "failed", errno=errno.EIO)
+            write_event(events, "born")
+            write_event(events, "failed", errno=errno.EIO)
         elif kind == "finish":
-            finish_lost(folder, spec, record)
+            finish_lost(folder, spec, events)
         else:
-            Shim(folder, spec, control, record).run(cgroup[0] if cgroup else -1)
+            Shim(folder, spec, control, events).run(cgroup[0] if cgroup else -1)
     except BaseException as error:  # noqa: BLE001
-        with contextlib.suppress(OSError):  # for whoever looks: the line counts for nothing
-            os.write(record, f"crashed {type(error).__name__} {error}\n".encode())
+        with contextlib.suppress(OSError):  # for a person who reads the file; this line has no phase
+            os.write(events, f"crashed {type(error).__name__} {error}\n".encode())
         os._exit(1)
     os._exit(0)
 
 
 class Pump:
-    """Moves what a job prints from its pipe into `output`, up to its cap and the disk's reserve."""
+    """Moves what a job prints from its pipe to `output`, up to the job's cap and the disk's reserve."""
 
     def __init__(self, pipe: int, output: int, spec: Spec) -> None:
         self.pipe = pipe
         self.output = output
-        self.open = True  # until every writer has closed
+        self.open = True  # until every writer has closed the pipe
+        self.small_batch = False  # whether the last move was small, and the pipe has room for more
         self._spec = spec
-        self.small_batch = False  # whether the last move was worth less than its cost, and the pipe has room for more
         self._written = 0
-        self._unchecked = 0  # bytes since the last look at the disk
+        self._unchecked = 0  # bytes since the last check of the disk
         self._splices = spec.splice
         self._min_batch = min(MIN_BATCH_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
 
     def move(self) -> StopRequest | None:
-        """Move at most 1 MiB; the request to end the job when that was too much, for it or for the disk."""
+        """Move at most 1 MiB. Returns a request to end the job where the cap or the disk is exhausted."""
         self.small_batch = False
         room = min(MIB, self._spec.max_output - self._written)
         try:
@@ -1322,7 +1519,7 @@ class Pump:
         self.small_batch = 0 < moved < self._min_batch
         self._written += moved
         self._unchecked += moved
-        return self._look_at_disk() if self._unchecked >= MIB else None
+        return self._check_disk() if self._unchecked >= MIB else None
 
     def _move(self, room: int) -> int:
         if self._splices:
@@ -1331,7 +1528,7 @@ class Pump:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
-                self._splices = False  # a file system that refuses it
+                self._splices = False  # this file system has no splice
         chunk = os.read(self.pipe, min(room, 64 * KIB))
         rest = memoryview(chunk)
         while rest:
@@ -1339,16 +1536,18 @@ class Pump:
         return len(chunk)
 
     def _waiting(self) -> int:
-        """How many bytes wait in the pipe (FIONREAD, pipe(7)); none, when it was the end that woke us."""
+        """How many bytes are in the pipe (FIONREAD, pipe(7)). 0: poll returned because its writers closed it."""
         return int.from_bytes(fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
-    def _look_at_disk(self) -> StopRequest | None:
+    def _check_disk(self) -> StopRequest | None:
         self._unchecked = 0
         disk = os.fstatvfs(self.output)
         return StopRequest("DISK_FULL") if disk.f_bavail * disk.f_frsize < self._spec.reserve else None
 
     def drain(self) -> StopRequest | None:
-        """Move what is in the pipe, and no more than fits one: whoever else holds it may write for ever."""
+        """Move what is in the pipe, and no more than one pipe holds: a process outside the job may hold the pipe open
+        and write without end.
+        """
         limit = self._written + fcntl.fcntl(self.pipe, fcntl.F_GETPIPE_SZ)
         while self.open and self._written < limit:
             before = self._written
@@ -1359,26 +1558,27 @@ class Pump:
 
 
 class Shim:
-    """The parent of one job: pumps its output, carries out stops and limits, and finishes its record."""
+    """The parent of one job's main process: it moves the output, carries out stops and limits, and records the end."""
 
-    def __init__(self, folder: str, spec: Spec, control: int, record: int) -> None:
+    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int) -> None:
         self._folder = folder
         self._spec = spec
         self._control = control
-        self._events = record
+        self._events = events
         self._processes = spec.processes()
 
     def run(self, cgroup: int) -> None:
+        """Start the job, supervise it and finish it. `cgroup` is a descriptor of its cgroup; -1: it has none."""
         write_event(self._events, "born")
-        output = os.open(f"{self._folder}/output", os.O_WRONLY | os.O_CLOEXEC)
+        output = self._folder.open_output()
         pipe, stdout = make_pipe(self._spec)
-        if not self._spec.cgroup:  # what is left of the job then becomes the shim's, and is found by it
+        if not self._spec.cgroup:  # orphans of the job become children of the shim, which finds them so
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         try:
-            process, pidfd, errpipe_read = start_process(self._spec, cgroup, stdout)
-            request = self._wait_for_exec(errpipe_read, pidfd, deadline)
-            check_exec(process, errpipe_read)
+            process, pidfd, errpipe = start_process(self._spec, cgroup, stdout)
+            request = self._wait_for_exec(errpipe, pidfd, deadline)
+            check_exec(process, errpipe)
         except OSError as error:
             write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
             return
@@ -1394,27 +1594,29 @@ class Shim:
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pump)
 
-    def _wait_for_exec(self, errpipe_read: int, pidfd: int, deadline: float | None) -> StopRequest | None:
-        """Wait until `report` tells of the exec: a lease or a disk may keep it. The request that ended that, if any."""
+    def _wait_for_exec(self, errpipe: int, pidfd: int, deadline: float | None) -> StopRequest | None:
+        """Wait until `errpipe` reports the exec, which a lease or a slow disk can delay. Returns the request that ended
+        the wait, if there was one.
+        """
         poller = select.poll()
-        for descriptor in (errpipe_read, self._control):
+        for descriptor in (errpipe, self._control):
             poller.register(descriptor, select.POLLIN)
         while True:
-            told = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            request = self._stop_request(told, deadline)
+            reported = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
+            request = self._stop_request(reported, deadline)
             if request:
                 self._kill(pidfd)
-            if request or errpipe_read in told:
+            if request or errpipe in reported:
                 return request
 
     def _stop_request(self, ready: set[int], deadline: float | None) -> StopRequest | None:
-        """What a line in `control`, or the deadline, asks for."""
+        """The request in `control`, or the one that a passed deadline makes."""
         request = receive_stop(self._control) if self._control in ready else None
         late = deadline is not None and time.monotonic() >= deadline
         return request or (StopRequest("TIMEOUT") if late else None)
 
     def _kill(self, pidfd: int) -> None:
-        """Kill the job; its main process also where it has left its cgroup, as root may."""
+        """Kill the job. Its main process is killed by its pidfd too, since root can move it to another cgroup."""
         self._processes.kill()
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -1422,21 +1624,21 @@ class Shim:
     def _supervise(
         self, pump: Pump, pidfd: int, deadline: float | None, request: StopRequest | None
     ) -> StopRequest | None:
-        """Wait, in one poll, for the job's end, output, wishes and deadline; the request that ended it, if any."""
+        """Wait for the end of the main process, and move its output meanwhile. Returns the request that ended it."""
         poller = select.poll()
         for descriptor in (pidfd, pump.pipe, self._control):
             poller.register(descriptor, select.POLLIN)
-        pause = select.poll()  # short lines that come fast share a move; nothing else waits for them
+        batch = select.poll()  # waits for all but output, so that short lines that come fast share a move
         for descriptor in (pidfd, self._control):
-            pause.register(descriptor, select.POLLIN)
+            batch.register(descriptor, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            # The request is read first: one that came before the end is older than the end.
+            # `control` is read before the end is looked at: a request in it came before the end.
             new = self._stop_request(ready, deadline)
             if pump.pipe in ready:
-                over = pump.move()
-                new = over or new
-                if over or not pump.open:
+                exhausted = pump.move()
+                new = exhausted or new
+                if exhausted or not pump.open:
                     poller.unregister(pump.pipe)
             if new and request is None:
                 request = new
@@ -1445,12 +1647,14 @@ class Shim:
             if pidfd in ready:
                 return request
             if pump.small_batch:
-                pause.poll(COALESCE_MILLISECONDS)
+                batch.poll(COALESCE_MILLISECONDS)
                 pump.small_batch = False
 
     def _ending(self, process: int, request: StopRequest | None, *, forced: bool) -> Ending:
-        """How the main process ended. STOPPED only when it died of the kill that a request, or the kernel's
-        out-of-memory killer, sent; a job that ended by itself keeps its code, and what its output lacks is said.
+        """How the main process ended.
+
+        STOPPED: it died of the SIGKILL that a request or the kernel's out-of-memory killer sent. A job that ended by
+        itself keeps its exit code, and the reason says where its output is incomplete.
         """
         result = os.waitid(os.P_PID, process, os.WEXITED)
         assert result is not None
@@ -1465,16 +1669,16 @@ class Shim:
 
 
 def milliseconds_until(deadline: float | None) -> int | None:
-    """For poll(2), which takes an int: at most a day at a time, and never less than what remains."""
+    """For poll(2), which takes an int: at most a day, and never less than the time that is left."""
     if deadline is None:
         return None
     return min(86_400_000, max(0, int((deadline - time.monotonic()) * 1000) + 1))
 
 
 def make_pipe(spec: Spec) -> tuple[int, int]:
-    """The job's stdout and stderr: owned by the job, so that it can open /dev/stderr; read without waiting."""
+    """The pipe of the job's stdout and stderr. The job owns it, so that the job can open /dev/stderr."""
     pipe, stdout = os.pipe2(os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # EPERM above the user's share of pipe memory: the default size does
+    with contextlib.suppress(OSError):  # EPERM: the user's share of pipe memory is used up, and the default size works
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.set_blocking(pipe, False)
     if spec.uid != os.geteuid():
@@ -1482,56 +1686,69 @@ def make_pipe(spec: Spec) -> tuple[int, int]:
     return pipe, stdout
 
 
-def reap_orphans(job: int) -> None:
-    """Wait for whatever the job's processes leave to their subreaper, but not for the job itself: `_ending` does."""
+def reap_orphans(main_process: int) -> None:
+    """Reap the job's orphans, which become children of the shim, but not the main process: `_ending` reaps that one."""
 
     def reap(_number: int, _frame: object) -> None:
         with contextlib.suppress(ChildProcessError):
-            while (child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and child.si_pid != job:
+            while child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if child.si_pid == main_process:
+                    return
                 os.waitpid(child.si_pid, 0)
 
     signal.signal(signal.SIGCHLD, reap)
 
 
 def start_process(spec: Spec, cgroup: int, stdout: int) -> tuple[int, int, int]:
-    """Start the job's process in its cgroup; its pid, its pidfd, and the pipe on which it reports (`check_exec`)."""
+    """Start the job's main process in its cgroup. Returns its pid, its pidfd, and the pipe that `check_exec` reads."""
     errpipe_read, errpipe_write = os.pipe2(os.O_CLOEXEC)
-    process, pidfd, placed = clone_into(cgroup)
+    process, pidfd, in_cgroup = clone_into(cgroup)
     if process == 0:
-        become_job(spec, stdout, errpipe_write, "" if placed else spec.cgroup)
+        become_job(spec, stdout, errpipe_write, "" if in_cgroup else spec.cgroup)
     os.close(errpipe_write)
     return process, pidfd, errpipe_read
 
 
-def check_exec(process: int, errpipe_read: int) -> None:
+def check_exec(process: int, errpipe: int) -> None:
     """Wait until the job's command runs. Raises OSError with the errno of its exec."""
-    failure = os.read(errpipe_read, 16)  # the end of file is a successful exec: the pipe closes on exec
-    os.close(errpipe_read)
+    failure = os.read(errpipe, 16)  # a successful exec closes the pipe, which is the end of file
+    os.close(errpipe)
     if failure:
         os.waitpid(process, 0)
         raise OSError(int(failure), os.strerror(int(failure)))
 
 
 @functools.cache
-def fork_calls() -> list[Callable[..., Any]]:
-    """syscall(2), and what the interpreter wants called around a fork that it does not make itself."""
-    return [libc().syscall, *(getattr(ctypes.pythonapi, name) for name in FORK_HOOKS)]
+def clone_calls() -> tuple[Any, list[Callable[..., Any]]]:
+    """`struct clone_args` (clone3(2)), and syscall(2) with the functions that Python calls around its own fork."""
+
+    class CloneArgs(ctypes.Structure):
+        _fields_ = [
+            (name, ctypes.c_uint64)
+            for name in (
+                "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls", "set_tid",
+                "set_tid_size", "cgroup",
+            )
+        ]  # fmt: skip
+
+    return CloneArgs, [libc().syscall, *(getattr(ctypes.pythonapi, name) for name in FORK_HOOKS)]
 
 
 def clone_into(cgroup: int) -> tuple[int, int, bool]:
-    """Fork into a cgroup (clone3(2)): pid (0: the child), pidfd, and whether the child was born there.
+    """Fork into a cgroup (clone3(2)). Returns the pid (0: the child), the pidfd, and whether the child is in it.
 
-    Against writing cgroup.procs afterwards this does not wait for an RCU grace period: 2.5 ms instead of
-    10 to 18 a start. Before Linux 5.7, or where a container's filter refuses it, an ordinary fork.
+    A write to cgroup.procs after a fork waits for an RCU grace period: a start then took 10 to 18 ms instead of 2.5.
+    Before Linux 5.7, and where a container's filter refuses clone3, it is an ordinary fork.
     """
     if cgroup >= 0:
         pidfd = ctypes.c_int(-1)
-        flags = CLONE_PIDFD | CLONE_INTO_CGROUP
-        words = (flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup)  # struct clone_args
-        arguments = b"".join(word.to_bytes(8, sys.byteorder) for word in words)
-        syscall, before_fork, in_child, in_parent = fork_calls()
+        structure, (syscall, before_fork, in_child, in_parent) = clone_calls()
+        arguments = structure(
+            flags=CLONE_PIDFD | CLONE_INTO_CGROUP, pidfd=ctypes.addressof(pidfd), exit_signal=signal.SIGCHLD,
+            cgroup=cgroup,
+        )  # fmt: skip
         before_fork()
-        process = syscall(ctypes.c_long(SYS_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
+        process = syscall(ctypes.c_long(SYS_CLONE3), ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))
         if process == 0:
             in_child()
             return 0, -1, True
@@ -1542,15 +1759,19 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     return process, os.pidfd_open(process) if process else -1, False
 
 
-def become_job(spec: Spec, stdout: int, errpipe_write: int, cgroup: str) -> NoReturn:
-    """The child: takes its place and identity, and execs. Every exception travels back as an errno."""
-    failure = errno.EINVAL  # a ValueError: what execve(2) cannot be given at all
+def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str) -> NoReturn:
+    """The child: takes the job's cgroup, session, descriptors and uid, and runs the command.
+
+    Every exception becomes an errno in `errpipe`, which closes on a successful exec.
+    """
+    failure = errno.EINVAL  # for a ValueError: execve(2) cannot be given these arguments
     try:
         if cgroup:
             Cgroup(cgroup).attach(0)
         os.setsid()
         os.dup2(stdout, 1)
         os.dup2(stdout, 2)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         if os.geteuid() == 0:
             os.setgroups(spec.groups)
             os.setresgid(spec.gid, spec.gid, spec.gid)
@@ -1565,13 +1786,14 @@ def become_job(spec: Spec, stdout: int, errpipe_write: int, cgroup: str) -> NoRe
     except JobWorkerError as error:
         failure = getattr(error, "errno", failure)
     finally:
-        os.write(errpipe_write, str(failure).encode())
+        os.write(errpipe, str(failure).encode())
         os._exit(127)
 
 
 def exec_first(programs: Sequence[str], arguments: list[str], environment: Mapping[str, str]) -> NoReturn:
-    """Run the first program that can be, as execvp(3) does, at a third of the cost of `os.execvpe`. Raises the OSError
-    of the first that is there, else of the last.
+    """Run the first program that can be run, as execvp(3) does, at a third of the cost of `os.execvpe`.
+
+    Raises the OSError of the first program that exists, else that of the last one.
     """
     failure = OSError(errno.ENOENT, "no program")
     for path in programs:
@@ -1583,61 +1805,137 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
     raise failure
 
 
-def finish_job(folder: str, spec: Spec, record: int, ending: Ending, pump: Pump | None) -> None:
-    """Everything after the main process's end: what it left behind is killed, the last output is kept, and
-    the record is completed, last. Each step may be the last one before a crash: `finish_lost` repeats them.
+def finish_job(folder: JobFolder, spec: Spec, events: int, ending: Ending, pump: Pump | None) -> None:
+    """Finish a job after the end of its main process: kill what is left, keep the last output, write `done` last.
+
+    A crash may happen after any step. `finish_lost` then repeats all of them.
     """
     processes = spec.processes()
     processes.kill_all()
     rest = pump.drain() if pump else None
     usage = processes.usage()
     processes.remove()
-    reason = ending.reason or (rest.reason if rest else "") or ("" if sync_folder(folder) else "DISK_FULL")
-    write_event(record, "done", reason=reason, **vars(usage))
-    os.fsync(record)
+    reason = ending.reason or (rest.reason if rest else "") or ("" if folder.sync() else "DISK_FULL")
+    write_event(events, "done", reason=reason, **vars(usage))
+    os.fsync(events)
 
 
-def finish_lost(folder: str, spec: Spec, record: int) -> None:
-    """Finish a job whose shim is gone: with the ending that its record has, else as LOST."""
-    ending = read_events(folder).ending
-    os.write(record, b"\n")  # what the lost shim may have torn is then a line of its own
+def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
+    """Finish a job whose shim is gone: with the ending that its events have, else as LOST."""
+    ending = folder.read_events().ending
+    os.write(events, b"\n")  # a line that the lost shim tore stays a line of its own
     if ending is None:
         ending = LOST
-        write_event(record, "exited", **vars(ending))
-    finish_job(folder, spec, record, ending, None)
+        write_event(events, "exited", **vars(ending))
+    finish_job(folder, spec, events, ending, None)
 
 
-def sync_folder(folder: str) -> bool:
-    """Make a job's folder durable, its record aside; False where the disk did not take it all (fsync(2))."""
-    try:
-        for path in (f"{folder}/job.json", f"{folder}/output", folder, os.path.dirname(folder)):
-            sync(path)
-    except OSError:
-        return False
-    return True
+# --- 7. Accounts ----------------------------------------------------------------------------------------
+# Owns the uids: which account a job runs with, and the private home of each owner. It writes only `<state>/owners` and
+# `<state>/home`. It knows nothing of jobs or of who may do what.
 
 
-def sync(path: str | pathlib.Path) -> None:
-    """Make a file or a folder durable (fsync(2))."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The account that a job runs with."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    name: str
+    home: str
+
+    @classmethod
+    def of_server(cls) -> Account:
+        """The server's own account: the only one that a server without root can give."""
+        try:
+            entry = pwd.getpwuid(os.geteuid())
+            name, home = entry.pw_name, entry.pw_dir
+        except KeyError:
+            name, home = str(os.geteuid()), "/"
+        return cls(os.geteuid(), os.getegid(), (), name, home)
+
+    @classmethod
+    def named(cls, name: str) -> Account:
+        """An account of this machine, with its groups. Raises BadRequestError where there is none."""
+        try:
+            entry = pwd.getpwnam(name)
+        except (KeyError, ValueError):
+            raise BadRequestError(f"this machine has no account {name!r} to run as") from None
+        return cls(entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)), name, entry.pw_dir)
 
 
-# --- 6. Job and job table -------------------------------------------------------------------------------
-# Owns the state folder: who may run as what, one folder a job, the table of jobs, recovery, retention. The
-# public face of the library: everything about jobs, nothing of gRPC, TLS or who is allowed what.
+class Accounts:
+    """The unprivileged uid and the private home of each owner.
+
+    `<state>/owners/UID` holds the owner's name, and `<state>/home/UID` is the home. Each state folder has a range of
+    uids of its own, so that two servers do not give the same uid to two owners.
+    """
+
+    def __init__(self, state: pathlib.Path) -> None:
+        self._owners = state / "owners"
+        self._homes = state / "home"
+        self._uids: dict[str, int] = {}
+
+    def open(self) -> None:
+        self._owners.mkdir(mode=0o700, exist_ok=True)
+        self._homes.mkdir(mode=0o711, exist_ok=True)
+        self._homes.chmod(0o711)
+        for path in self._owners.iterdir():
+            if path.name.isdigit():
+                self._uids[path.read_bytes().decode("utf-8", "surrogateescape")] = int(path.name)
+
+    def of(self, owner: str) -> Account:
+        """The account of an owner, made at the owner's first job. Raises ExhaustedError or KernelError."""
+        try:
+            uid = self._uids.get(owner) or self._assign(owner)
+            home = f"{self._homes}/{uid}"
+            if not os.path.exists(home):
+                os.mkdir(home, 0o700)
+            if os.stat(home).st_uid != uid:  # it is new, or an earlier server was killed between these two steps
+                os.chown(home, uid, uid)
+        except OSError as error:
+            raise disk_error(f"cannot make a home for {owner!r}", error) from error
+        return Account(uid, uid, (), owner, home)
+
+    def _assign(self, owner: str) -> int:
+        """Give the owner a free uid. The file gets its name last, so that a crash never changes the owner of a uid."""
+        first, count = uid_range(str(self._owners))
+        taken = set(self._uids.values())
+        uid = next((uid for uid in range(first, first + count) if uid not in taken), None)
+        if uid is None:
+            raise ExhaustedError(f"all {count} uids of this server are given to owners")
+        new = self._owners / f"new-{uid}"
+        new.write_bytes(owner.encode("utf-8", "surrogateescape"))
+        sync(new)
+        new.rename(self._owners / str(uid))
+        sync(self._owners)
+        self._uids[owner] = uid
+        return uid
+
+
+def uid_range(folder: str) -> tuple[int, int]:
+    """The first uid and the number of uids for a state folder, among those that this user namespace maps."""
+    first = UID_RANGES_BASE + zlib.crc32(folder.encode("utf-8", "surrogateescape")) % UID_RANGES * UID_RANGE
+    maps = [tuple(map(int, line.split())) for line in kernel_read("/proc/self/uid_map").splitlines()]
+    if any(inside <= first and first + UID_RANGE <= inside + count for inside, _, count in maps):
+        return first, UID_RANGE
+    inside, _, count = max(maps, key=lambda found: found[2])
+    return inside + count // 2, count // 4  # a rootless container: its distribution uses the lower half
+
+
+# --- 8. Job and job table -------------------------------------------------------------------------------
+# Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
+# jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
-    """How one `Worker` behaves. Seconds, bytes; 0 means none where that makes sense."""
+    """How one `Worker` behaves. Seconds and bytes; 0 means none where that makes sense."""
 
     state: pathlib.Path
-    cgroup: str | None = None  # the tree's root instead of the one by rule
-    without: frozenset[str] = frozenset()  # controllers that need not be enforced; "auto": whatever is missing
+    cgroup: str | None = None  # the root of the cgroup tree; None: chosen by `make_tree`
+    without: frozenset[str] = frozenset()  # controllers that need not be enforced; "auto": those that are missing
     defaults: Limits = Limits()
     caps: Limits = Limits()
     timeout: float = 0.0
@@ -1650,7 +1948,7 @@ class WorkerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class JobRequest:
-    """What a caller asks for; None and empty mean the server's defaults."""
+    """What a caller asks for. None and empty mean the server's defaults."""
 
     command: str
     args: tuple[str, ...] = ()
@@ -1667,7 +1965,7 @@ class JobRequest:
 
 @dataclasses.dataclass(frozen=True)
 class JobStatus:
-    """All that is known of a job. `status` is RUNNING, STOPPED or FINISHED; `ending` is there once it ended."""
+    """All that is known of a job. `status` is RUNNING, STOPPED or FINISHED; a RUNNING job has no `ending`."""
 
     status: str
     spec: Spec
@@ -1687,107 +1985,22 @@ class JobStatus:
         return decode_name(self.ending.by) if self.ending else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Account:
-    """As what a job runs."""
-
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    name: str
-    home: str
-
-    @classmethod
-    def own(cls) -> Account:
-        """The server's own: all that a server without root can give."""
-        try:
-            entry = pwd.getpwuid(os.geteuid())
-            name, home = entry.pw_name, entry.pw_dir
-        except KeyError:
-            name, home = str(os.geteuid()), "/"
-        return cls(os.geteuid(), os.getegid(), (), name, home)
-
-    @classmethod
-    def named(cls, name: str) -> Account:
-        """An account of this machine, with its groups. Raises BadRequestError where there is none."""
-        try:
-            entry = pwd.getpwnam(name)
-        except (KeyError, ValueError):
-            raise BadRequestError(f"this machine has no account {name!r} to run as") from None
-        return cls(entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)), name, entry.pw_dir)
-
-
-class Accounts:
-    """Each owner's own unprivileged uid and private home, remembered in the state folder.
-
-    `<state>/owners/UID` holds the owner's name; `<state>/home/UID` is the home. A range of uids belongs to one
-    state folder, so that two servers never give the same one.
-    """
-
-    def __init__(self, state: pathlib.Path) -> None:
-        self._owners = state / "owners"
-        self._homes = state / "home"
-        self._uids: dict[str, int] = {}
-
-    def open(self) -> None:
-        self._owners.mkdir(mode=0o700, exist_ok=True)
-        self._homes.mkdir(mode=0o711, exist_ok=True)
-        self._homes.chmod(0o711)
-        for path in self._owners.iterdir():
-            if path.name.isdigit():
-                self._uids[path.read_bytes().decode("utf-8", "surrogateescape")] = int(path.name)
-
-    def of(self, owner: str) -> Account:
-        try:
-            uid = self._uids.get(owner) or self._remember(owner)
-            home = f"{self._homes}/{uid}"
-            if not os.path.exists(home):
-                os.mkdir(home, 0o700)
-            if os.stat(home).st_uid != uid:  # new, or made by a server that died right here
-                os.chown(home, uid, uid)
-        except OSError as error:
-            raise disk_error(f"cannot make a home for {owner!r}", error) from error
-        return Account(uid, uid, (), owner, home)
-
-    def _remember(self, owner: str) -> int:
-        first, count = uid_range(str(self._owners))
-        taken = set(self._uids.values())
-        uid = next((uid for uid in range(first, first + count) if uid not in taken), None)
-        if uid is None:
-            raise ExhaustedError(f"all {count} uids of this server are given to owners")
-        new = self._owners / f"new-{uid}"
-        new.write_bytes(owner.encode("utf-8", "surrogateescape"))
-        sync(new)
-        new.rename(self._owners / str(uid))  # whole or not at all: a uid must never change its owner
-        sync(self._owners)
-        self._uids[owner] = uid
-        return uid
-
-
-def uid_range(place: str) -> tuple[int, int]:
-    """The first uid and the number of uids for a state folder, inside what this user namespace maps."""
-    first = UID_RANGES_BASE + zlib.crc32(place.encode("utf-8", "surrogateescape")) % UID_RANGES * UID_RANGE
-    maps = [tuple(map(int, line.split())) for line in kernel_read("/proc/self/uid_map").splitlines()]
-    if any(inside <= first and first + UID_RANGE <= inside + count for inside, _, count in maps):
-        return first, UID_RANGE
-    inside, _, count = max(maps, key=lambda found: found[2])
-    return inside + count // 2, count // 4  # a rootless container: above what its distribution uses
-
-
 class Job:
-    """One job of the table: its folder, and what of it the server has at hand. All of it can be read back."""
+    """One job of the table: its folder, and what the server remembers of it. All of it can be read back."""
 
-    __slots__ = ("_spec", "attempts", "bell", "events", "folder", "id", "tail", "watch")
+    __slots__ = ("_owner", "_spec", "bell", "events", "finisher_waits", "finishers", "folder", "id", "tail", "watch")
 
-    def __init__(self, jobs: str, job_id: str) -> None:
+    def __init__(self, jobs: str, job_id: str, spec: Spec | None = None) -> None:
         self.id = job_id
-        self.folder = f"{jobs}/{job_id}"
+        self.folder = JobFolder(f"{jobs}/{job_id}")
         self.events = Events()
-        self.bell = Bell()  # rings at every change of the record, and when the job leaves the table
-        self.tail: Tail | None = None  # while somebody follows
-        self.watch: int | None = None  # on `exit`, until the shim is gone
-        self.attempts = 0  # finishers sent after a lost shim
-        self._spec: Spec | None = None
+        self.bell = Bell()  # rings when `events` changes, and when the job leaves the table
+        self.tail: Tail | None = None  # while a client follows the output
+        self.watch: int | None = None  # on `events`, until the shim is gone
+        self.finishers = 0  # how many were started after the shim was lost
+        self.finisher_waits = False  # for a slot, or for the launcher
+        self._spec = spec
+        self._owner = sys.intern(spec.owner) if spec else None
 
     @property
     def ended(self) -> bool:
@@ -1795,65 +2008,48 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """What was asked. Raises NoSuchJobError where job.json is gone or unreadable."""
-        return self._spec or spec_of(self)
+        """What was asked for. Raises NoSuchJobError where job.json is gone or unreadable."""
+        spec = self._spec or self.folder.read_spec()
+        if spec is None:
+            raise NoSuchJobError(self.id)
+        return spec
+
+    @property
+    def owner(self) -> str:
+        if self._owner is None:
+            self._owner = sys.intern(self.spec.owner)
+        return self._owner
+
+    def keep_spec(self, spec: Spec | None) -> None:
+        """Keep the spec in memory while the job runs. The specs of ten thousand ended jobs stay on the disk."""
+        self._spec = spec
 
     def ring(self) -> None:
-        """Wake whoever waits for the job or follows it."""
+        """Wake every task that waits for the job or follows it."""
         self.bell.ring()
         if self.tail is not None:
             self.tail.wake()
 
-    def keep_spec(self, spec: Spec | None) -> None:
-        """Keep the order at hand while the job runs; of ten thousand ended ones nobody needs it."""
-        self._spec = spec
-
     def refresh(self, *, closed: bool) -> None:
-        """Read the record again. `done` counts only once the shim has let go of it: then it is on the disk."""
-        events = read_events(self.folder)
+        """Read `events` again. `done` counts only after the shim has closed the file: then it is on the disk."""
+        events = self.folder.read_events()
         if closed or events.phase != "done":
             self.events = events
         self.bell.ring()
 
-    def fate(self, *, alive: bool) -> str:
-        """What a job is, whose shim lives or not: the first rule that fits."""
-        events = self.events
-        if events.phase == "done":
-            return "ended"
-        if alive:
-            return "running"
-        if events.phase in ("", "failed"):
-            return "never ran"
-        return "unfinished" if read_spec(self.folder) else "unreadable"
-
-    def output_bytes(self) -> int:
-        try:
-            return os.stat(f"{self.folder}/output").st_size
-        except OSError:
-            return 0
-
-
-@functools.lru_cache(maxsize=1)  # a call asks twice; and an order may take megabytes
-def spec_of(job: Job) -> Spec:
-    """The order of an ended job, from its folder. Raises NoSuchJobError."""
-    spec = read_spec(job.folder)
-    if spec is None:
-        raise NoSuchJobError(job.id)
-    return spec
-
 
 class Retention:
-    """The ended jobs, oldest first, and which of them are to be forgotten next."""
+    """The ended jobs, oldest first, and which of them is deleted next."""
 
     def __init__(self, keep: float, keep_bytes: int) -> None:
         self._keep = keep
         self._keep_bytes = keep_bytes
-        self._sizes: dict[Job, int] = {}  # in the order in which they ended
+        self._sizes: dict[Job, int] = {}  # in the order of their ends
         self._total = 0
         self.bell = Bell()
 
     def add(self, job: Job) -> None:
-        self._sizes[job] = size = job.output_bytes() if self._keep_bytes else 0
+        self._sizes[job] = size = job.folder.output_bytes() if self._keep_bytes else 0
         self._total += size
         if len(self._sizes) == 1 or (self._keep_bytes and self._total > self._keep_bytes):
             self.bell.ring()
@@ -1865,7 +2061,7 @@ class Retention:
         return len(self._sizes)
 
     def seconds_left(self) -> float | None:
-        """How long until the oldest is due; None while there is nothing to wait for."""
+        """The time until the oldest job is deleted; None while there is nothing to wait for."""
         oldest = next(iter(self._sizes), None)
         if oldest is None:
             return None
@@ -1877,11 +2073,30 @@ class Retention:
         return next(iter(self._sizes))
 
 
+class TaskSet:
+    """Tasks that no other task waits for. An event loop holds tasks only weakly, so this set holds them."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def cancel(self) -> None:
+        """Cancel all of them, and return when they have ended."""
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
 class Worker:
     r"""Jobs on this machine: start, stop, status, stream and remove, with everything in one state folder.
 
-    Use it in an event loop, as an asynchronous context manager. It needs no gRPC, no TLS and nothing third-party;
-    who may do what to which job is its caller's business. Every error is a JobWorkerError.
+    Use it in an event loop, as an asynchronous context manager. It needs no gRPC, no TLS and no third-party package.
+    It does not check who may do what: that is its caller's task. Every error is a JobWorkerError.
 
     >>> import asyncio, pathlib, tempfile
     >>> async def example(state: str) -> None:
@@ -1892,7 +2107,7 @@ class Worker:
     ...             print(chunk)
     ...         status = worker.status(job)
     ...         print(status.status, status.exit_code)
-    ...         await worker.stop(job, by="alice")  # an ended job stays as it is
+    ...         await worker.stop(job, by="alice")  # an ended job does not change
     ...         worker.remove(job)
     >>> with tempfile.TemporaryDirectory() as state:
     ...     asyncio.run(example(state))
@@ -1905,15 +2120,18 @@ class Worker:
         self._table: dict[str, Job] = {}
         self._resources = contextlib.AsyncExitStack()
         self._tree = CgroupTree(None, frozenset(), ())
-        self._inotify = Inotify(self._look_again)
+        self._inotify = Inotify(self._check_all)
         self._launcher = Launcher()
         self._accounts = Accounts(options.state)
         self._retention = Retention(options.keep, options.keep_bytes)
+        self._tasks = TaskSet()
+        self._start_slots = asyncio.Semaphore(START_SLOTS)  # held until the shim has the request
+        self._finish_slots = asyncio.Semaphore(FINISH_SLOTS)  # held until the job is finished, which may take long
 
     # -- Opening and closing
 
     async def __aenter__(self) -> Self:
-        """Take the state folder and read its jobs back: after a crash as after anything else."""
+        """Take the state folder and read its jobs back. A start after a crash is the same as any other start."""
         check_kernel()
         async with contextlib.AsyncExitStack() as resources:
             make_state_folder(self.options.state)
@@ -1925,10 +2143,9 @@ class Worker:
             resources.callback(self._inotify.close)
             self._launcher.open(self._tree.shims)
             resources.callback(self._launcher.close)
-            resources.push_async_callback(self._launcher.forget_waiting)
+            resources.push_async_callback(self._tasks.cancel)
             self._recover()
-            retaining = asyncio.create_task(self._retain())
-            resources.push_async_callback(cancelled, retaining)
+            self._tasks.spawn(self._retain())
             self._resources = resources.pop_all()
         return self
 
@@ -1939,7 +2156,7 @@ class Worker:
         await self._resources.aclose()
 
     def begin_shutdown(self) -> None:
-        """Tell everybody who follows or waits that this server ends (UnavailableError); the jobs go on."""
+        """End every stream and every wait with UnavailableError. The jobs go on."""
         self._inotify.close()
         for job in self._table.values():
             job.ring()
@@ -1950,36 +2167,39 @@ class Worker:
         return len(self._table) - len(self._retention)
 
     def notes(self) -> tuple[str, ...]:
-        """What this machine, or serving without root, does not give every job; a sentence each."""
+        """What this machine, or a server without root, cannot give to a job; one sentence each."""
         return job_notes(self._tree.root is not None, self._tree.controllers, separate=os.geteuid() == 0)
 
-    # -- Start: the steps of the design's section 4, each safe to die after
+    # -- Start: a crash after any of these steps leaves a job that recovery understands
 
-    async def start(self, request: JobRequest) -> str:
-        """Start a command and return its job's id, once it runs.
+    async def start(self, request: JobRequest) -> Job:
+        """Start a command, and return its job when the command runs.
 
-        With a UUID4 of the caller's own in `request.id`, asking twice is asking once. Raises BadRequestError for
-        what cannot be run, IdTakenError, ExhaustedError, UnavailableError.
+        `request.id` may be a random UUID4 of the caller's. A second start with the same id returns the same job, so a
+        caller that lost the answer can ask again. Raises BadRequestError for a command that cannot be run,
+        IdTakenError, ExhaustedError, UnavailableError.
         """
         check_request(request)
         for _ in range(2):
-            async with self._launcher.start_slots:
-                job = self._same_job(request) or self._begin(self._spec(request))
+            async with self._start_slots:
+                job = self._same_job(request) or self._begin(self._make_spec(request))
                 await self._until(job, lambda: job.events.phase != "" or not self._in_table(job))  # noqa: B023
-            if await self._began(job):
-                return job.id
+            if await self._command_runs(job):
+                return job
         raise UnavailableError("the launcher died before it could start the job; try again")
 
-    async def _began(self, job: Job) -> bool:
-        """Wait until a job's command runs. False: its request was lost before anybody tried, and may be made again."""
+    async def _command_runs(self, job: Job) -> bool:
+        """Wait until a job's command runs. False: the launcher died before a shim had the request, so that the request
+        can be sent again.
+        """
         await self._until(job, lambda: job.events.phase not in ("", "born") or not self._in_table(job))
         if job.events.failure:
-            await self._until(job, lambda: not self._in_table(job))  # nothing of it is left then
+            await self._until(job, lambda: not self._in_table(job))  # then its folder is deleted
             raise start_failure(job.events.failure, job.spec)
         return job.events.phase != ""
 
     def _same_job(self, request: JobRequest) -> Job | None:
-        """The job that an earlier try with the same id began."""
+        """The job that an earlier start with the same id made."""
         job = self._table.get(request.id)
         if job is None:
             return None
@@ -1988,8 +2208,8 @@ class Worker:
             raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
         return job
 
-    def _spec(self, request: JobRequest) -> Spec:
-        """The whole spec: the request, the defaults and caps, the account and the cgroup's name."""
+    def _make_spec(self, request: JobRequest) -> Spec:
+        """The whole spec: the request, the defaults and caps, the account and the cgroup's path."""
         options = self.options
         if self.running >= options.max_jobs:
             raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
@@ -2003,57 +2223,55 @@ class Worker:
             limits=limits_of(request, options),
             timeout=options.timeout if request.timeout is None else request.timeout,
             max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
-            reserve=reserve, splice=splice_is_noticed(str(options.state)), created=time.time(),
+            reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
         )  # fmt: skip
 
     def _account(self, request: JobRequest) -> Account:
         if os.geteuid() == 0:
             return Account.named(request.run_as) if request.run_as else self._accounts.of(request.owner)
-        own = Account.own()
+        own = Account.of_server()
         if request.run_as not in ("", own.name):
             raise BadRequestError(f"this server runs as {own.name}, and only root can run a job as {request.run_as!r}")
         return own
 
     def _begin(self, spec: Spec) -> Job:
+        """Make the job's folder and cgroup, and send the request to the launcher. A failure removes all of it."""
         if not self._inotify.is_open:
-            raise UnavailableError("the server is stopping and starts no job any more")
-        job = Job(self._jobs, spec.id)
+            raise UnavailableError("the server is stopping and starts no more jobs")
+        job = Job(self._jobs, spec.id, spec)
         with contextlib.ExitStack() as undo:
-            make_job_folder(job)
+            job.folder.create()
             undo.callback(self._delete, job)
-            job.keep_spec(spec)
             self._table[job.id] = job
-            with contextlib.ExitStack() as handed:
-                descriptors = make_job_files(job.folder, handed)
-                try:
-                    write_spec(job.folder, spec)
-                except OSError as error:
-                    raise disk_error(f"cannot write {job.folder}/job.json", error) from error
+            with contextlib.ExitStack() as handed_over:
+                descriptors = job.folder.create_files(handed_over)
+                text = spec.to_json()
+                job.folder.write_spec(text)
                 self._watch(job)
-                descriptors += self._make_cgroup(spec, handed)
-                self._launcher.send("start", job.folder, spec, descriptors)
+                descriptors += self._make_cgroup(spec, handed_over)
+                self._launcher.send("start", job.folder, text, descriptors)
             undo.pop_all()
         return job
 
-    def _make_cgroup(self, spec: Spec, handed: contextlib.ExitStack) -> list[int]:
+    def _make_cgroup(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
         if not spec.cgroup:
             return []
-        cgroup = self._tree.make_job(spec.uid, spec.id, spec.limits)
+        cgroup = self._tree.make_job(spec.cgroup, spec.limits)
         descriptor = cgroup.open()
-        handed.callback(os.close, descriptor)
+        handed_over.callback(os.close, descriptor)
         return [descriptor]
 
     # -- Status, stop, stream, remove
 
     def job(self, job_id: str) -> Job:
-        """The job of that id. Raises NoSuchJobError."""
+        """The job with this id. Raises NoSuchJobError."""
         try:
             return self._table[job_id]
         except KeyError:
             raise NoSuchJobError(job_id) from None
 
-    def status(self, job_id: str) -> JobStatus:
-        job = self.job(job_id)
+    def status(self, job: Job) -> JobStatus:
+        """All that is known of a job. Raises NoSuchJobError where it was deleted meanwhile."""
         spec, events = job.spec, job.events
         ending = events.ending if job.ended else None
         return JobStatus(
@@ -2063,46 +2281,44 @@ class Worker:
             usage=events.usage,
             started=events.seconds("started"),
             ended=events.seconds("exited") if ending else 0.0,
-            output_bytes=job.output_bytes(),
+            output_bytes=job.folder.output_bytes(),
             notes=job_notes(spec.cgroup != "", spec.controllers, separate=spec.uid not in (0, os.geteuid())),
         )
 
-    async def stop(self, job_id: str, by: str = "") -> None:
-        """Kill the whole job and return when it is dead; an ended job stays as it is."""
-        job = self.job(job_id)
+    async def stop(self, job: Job, by: str = "") -> None:
+        """Kill the whole job, and return when it is dead. An ended job does not change."""
         if job.ended:
             return
-        if not send_stop(job.folder, by):
+        if not job.folder.send_stop(StopRequest(by=by)):
             job.refresh(closed=True)
             self._settle(job, alive=False)
         try:
             await asyncio.wait_for(self._until(job, lambda: job.ended or not self._in_table(job)), STOP_SECONDS)
         except asyncio.TimeoutError:
             raise UnavailableError(
-                f"job {job_id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
-                f"disk or a network file system cannot); ask again"
+                f"job {job.id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
+                f"disk or a network file system cannot die); try again"
             ) from None
 
     async def stop_all(self, by: str = "") -> None:
-        """Stop every running job, all at once, and those that are started meanwhile."""
-        while running := [job.id for job in self._table.values() if not job.ended]:
-            await asyncio.gather(*(self.stop(job_id, by) for job_id in running))
+        """Stop every running job at once, and those that are started meanwhile."""
+        while running := [job for job in self._table.values() if not job.ended]:
+            await asyncio.gather(*(self.stop(job, by) for job in running))
 
-    async def stream(self, job_id: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
-        """The job's output from byte `offset`, live, until the job has ended and everything was given."""
-        job = self.job(job_id)
-        tail = job.tail = job.tail or Tail(f"{job.folder}/output", self._inotify)
+    async def stream(self, job: Job, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        """The job's output from byte `offset` on. It ends when the job has ended and every byte was given."""
+        tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify)
         tail.acquire()
         try:
             while True:
-                over = job.ended or not self._in_table(job)  # asked before the read, which then has every byte
+                complete = job.ended or not self._in_table(job)  # before the read, which then returns every byte
                 arm_count = tail.arm_count
-                if chunk := tail.output.read(offset):
+                if chunk := tail.read(offset):
                     offset += len(chunk)
                     yield chunk
-                elif over:
+                elif complete:
                     return
-                if over or len(chunk) == READ_BYTES:
+                if complete or len(chunk) == READ_BYTES:
                     continue
                 if not self._inotify.is_open:
                     raise UnavailableError("the server is stopping; the job goes on")
@@ -2112,14 +2328,13 @@ class Worker:
             if tail.release() == 0:
                 job.tail = None
 
-    def remove(self, job_id: str) -> None:
-        """Forget an ended job and its output. Raises StillRunningError."""
-        job = self.job(job_id)
+    def remove(self, job: Job) -> None:
+        """Delete an ended job and its output. Raises StillRunningError."""
         if not job.ended:
-            raise StillRunningError(f"job {job_id} is running; stop it first")
+            raise StillRunningError(f"job {job.id} is running; stop it first")
         self._delete(job)
 
-    # -- What the kernel tells: records that change, shims that are gone
+    # -- Events from the kernel: `events` changed, or a shim is gone
 
     @property
     def _jobs(self) -> str:
@@ -2138,136 +2353,132 @@ class Worker:
         def changed(mask: int) -> None:
             closed = bool(mask & IN_CLOSE_WRITE)
             job.refresh(closed=closed)
-            if closed:  # the last descriptor: the shim is gone, whatever else of it may linger a moment
+            if closed:  # this was the shim's last write, even if the kernel closes its other descriptors later
                 self._settle(job, alive=False)
 
-        job.watch = self._inotify.watch(f"{job.folder}/events", IN_MODIFY | IN_CLOSE_WRITE, changed)
+        job.watch = self._inotify.watch(f"{job.folder.path}/events", IN_MODIFY | IN_CLOSE_WRITE, changed)
 
-    def _look_again(self) -> None:
-        """Events were lost (IN_Q_OVERFLOW): look at every running job, and have every follower look."""
+    def _unwatch(self, job: Job) -> None:
+        if job.watch is not None:
+            self._inotify.unwatch(job.watch)
+            job.watch = None
+
+    def _check_all(self) -> None:
+        """Check every running job and wake every follower: the kernel dropped events (IN_Q_OVERFLOW)."""
         for job in [job for job in self._table.values() if not job.ended]:
-            alive = shim_lives(job.folder)
+            alive = job.folder.shim_lives()
             job.refresh(closed=not alive)
             self._settle(job, alive=alive)
         for job in self._table.values():
             job.ring()
 
     def _settle(self, job: Job, *, alive: bool) -> None:
-        """Do what a job's fate asks for."""
-        actions: dict[str, Callable[[Job], None]] = {
-            "running": lambda _job: None,
-            "ended": self._retire,
-            "never ran": self._delete,
-            "unreadable": self._quarantine,
-            "unfinished": self._finish,
-        }
-        actions[job.fate(alive=alive)](job)
+        """Do what a job's phase asks for. `alive`: its shim lives. The first rule that fits is used."""
+        phase = job.events.phase
+        if phase == "done":
+            self._retire(job)
+        elif alive:
+            return
+        elif phase in ("", "failed"):  # the command never ran
+            self._delete(job)
+        elif job.folder.read_spec() is None:
+            quarantine(job.folder.path, self.options.state)
+            self._remove_from_table(job)
+        else:
+            self._finish(job)
 
     def _retire(self, job: Job) -> None:
-        if job.watch is not None:
-            self._inotify.unwatch(job.watch)
-            job.watch = None
+        """Turn a running job into an ended one."""
+        self._unwatch(job)
         job.keep_spec(None)
         self._retention.add(job)
         job.ring()
 
     def _finish(self, job: Job) -> None:
-        """Have a shim that was lost replaced by one that only finishes: it kills what is left and says LOST."""
-        if job.id in self._launcher.queued:
+        """Start a finisher for a job whose shim was lost: a shim that kills what is left and records the end."""
+        if job.finisher_waits:
             return
-        job.attempts += 1
-        if job.attempts > 3:
-            say(f"job {job.id} cannot be finished; its record {job.folder}/events says why")
+        job.finishers += 1
+        if job.finishers > 3:
+            say(f"job {job.id} cannot be finished; {job.folder.path}/events says why")
             return
         if job.events.ending is None:
-            say(f"the shim of job {job.id} is gone without a record: killing what is left of it")
-        self._launcher.queued.add(job.id)  # until it holds `control`, and so can be seen to live
-        self._launcher.run_in_turn(self._finish_in_turn(job, job.attempts))
+            say(f"the shim of job {job.id} is gone and has not recorded an end: killing what is left of the job")
+        job.finisher_waits = True
+        self._tasks.spawn(self._run_finisher(job, job.finishers))
 
-    async def _finish_in_turn(self, job: Job, attempt: int) -> None:
-        """After a power cut hundreds may be lost, and only so many requests can be on their way at once."""
-        async with self._launcher.finish_slots:
+    async def _run_finisher(self, job: Job, number: int) -> None:
+        """Wait for a slot, send the request, and hold the slot until the job is finished: a power cut can lose hundreds
+        of shims at once, and the launcher takes only FINISH_SLOTS requests.
+        """
+        async with self._finish_slots:
             try:
-                with contextlib.ExitStack() as handed:
-                    handed.callback(self._launcher.queued.discard, job.id)
-                    descriptors = open_job_files(job.folder, handed)
-                    self._launcher.send("finish", job.folder, job.spec, descriptors)
-                await self._until(job, lambda: job.ended or job.attempts != attempt or not self._in_table(job))
+                with contextlib.ExitStack() as handed_over:
+                    descriptors = job.folder.open_for_shim(handed_over)
+                    self._launcher.send("finish", job.folder, job.spec.to_json(), descriptors)
+                    job.finisher_waits = False  # from here on `control` has a reader
+                await self._until(job, lambda: job.ended or job.finishers != number or not self._in_table(job))
             except (JobWorkerError, OSError) as error:
+                job.finisher_waits = False
                 if self._inotify.is_open:
                     say(f"job {job.id} is not finished yet: {error}")
 
     def _remove_from_table(self, job: Job) -> None:
-        """Take a job out of the table; whoever waits for it sees that."""
-        if job.watch is not None:
-            self._inotify.unwatch(job.watch)
-            job.watch = None
+        """Remove a job from the table, and wake every task that waits for it."""
+        self._unwatch(job)
         if self._in_table(job):
             del self._table[job.id]
         self._retention.discard(job)
         job.ring()
 
     def _delete(self, job: Job) -> None:
-        """The one place that deletes a job: its cgroup, then its folder, the record first, so that what a crash
-        leaves is a job that never ran.
-        """
+        """Delete a job: its cgroup, its folder, its row in the table. No other function deletes a job."""
         try:
-            spec = read_spec(job.folder)
+            spec = job.folder.read_spec()
             if spec is not None:
                 spec.processes().remove()
-            delete_job_folder(job.folder)
+            job.folder.delete()
         except (JobWorkerError, OSError) as error:
             say(f"job {job.id} is not wholly removed: {error}")
-        self._remove_from_table(job)
-
-    def _quarantine(self, job: Job) -> None:
-        """Keep, where nobody stumbles over it, what cannot be understood."""
-        aside = self.options.state / "quarantine"
-        try:
-            aside.mkdir(mode=0o700, exist_ok=True)
-            os.rename(job.folder, aside / f"{job.id}-{time.time_ns()}")
-            say(f"{job.folder} cannot be read as a job; it is now in {aside}")
-        except OSError as error:  # a full disk: the next start tries again
-            say(f"{job.folder} cannot be read as a job, nor moved to {aside}: {error.strerror}")
         self._remove_from_table(job)
 
     # -- Recovery and retention
 
     def _recover(self) -> None:
-        """Read every job folder back: adopt what runs, keep what ended, clear away what never ran."""
+        """Read every job folder: take over running jobs, keep ended ones, delete those that never ran."""
         ended = []
         for name in os.listdir(self._jobs):
             job = Job(self._jobs, name)
-            if JOB_ID.fullmatch(name) is None or not os.path.isdir(job.folder):
-                self._quarantine(job)
+            if JOB_ID.fullmatch(name) is None or not os.path.isdir(job.folder.path):
+                quarantine(job.folder.path, self.options.state)
                 continue
             self._table[name] = job
-            job.events = read_events(job.folder)
+            job.events = job.folder.read_events()
             if job.ended:
                 ended.append(job)
             else:
-                self._adopt(job)
+                self._take_over(job)
         for job in sorted(ended, key=lambda job: job.events.seconds("done")):
             self._retire(job)
 
-    def _adopt(self, job: Job) -> None:
-        """Watch first, then read: what the shim writes in between is either read or an event."""
-        if os.path.exists(f"{job.folder}/events"):
+    def _take_over(self, job: Job) -> None:
+        """Watch a job of an earlier server, then read its events: a line that is written in between causes an event."""
+        if job.folder.has_events():
             self._watch(job)
-        alive = shim_lives(job.folder)
+        alive = job.folder.shim_lives()
         job.refresh(closed=not alive)
-        job.keep_spec(read_spec(job.folder))
+        job.keep_spec(job.folder.read_spec())
         self._settle(job, alive=alive)
 
     async def _retain(self) -> None:
-        """Forget ended jobs when their time, or the room for them, is over; one at a time, so that it is not felt."""
+        """Delete ended jobs after their time, or when their outputs exceed the bound. Other tasks run in between."""
         while True:
             left = self._retention.seconds_left()
             if left == 0.0:
                 self._delete(self._retention.oldest())
                 await asyncio.sleep(0)
                 continue
-            # Not asyncio.wait_for, which may swallow a cancellation (until Python 3.12).
+            # Until Python 3.12 asyncio.wait_for may lose a cancellation, so a timer rings the bell.
             ring = self._retention.bell.ring
             timer = None if left is None else asyncio.get_running_loop().call_later(left, ring)
             try:
@@ -2278,45 +2489,15 @@ class Worker:
 
 
 def check_kernel() -> None:
-    """Refuse a kernel without pidfds that can be waited for (Linux 5.4)."""
+    """Refuse a kernel older than Linux 5.4: poll(2) cannot wait for a pidfd there."""
     release = os.uname().release
     version = tuple(map(int, re.findall(r"\d+", release)[:2]))
     if version < (5, 4):
         raise JobWorkerError(f"this is Linux {release}, and serving jobs needs 5.4 or newer")
 
 
-def make_state_folder(state: pathlib.Path) -> None:
-    """Make what is missing; jobs pass through the state folder to their homes, and through nothing else."""
-    mode = 0o711 if os.geteuid() == 0 else 0o700
-    try:
-        state.mkdir(mode=mode, parents=True, exist_ok=True)
-        state.chmod(mode)
-        (state / "jobs").mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise KernelError(f"cannot use the state folder {state} (`--state DIR` names another)", error) from error
-
-
-def lock_state_folder(state: pathlib.Path) -> int:
-    """Hold `<state>/lock` (flock(2)) with the pid inside; the descriptor is the lock."""
-    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode().strip() or "unknown"
-        os.close(descriptor)
-        raise JobWorkerError(f"the state folder {state} is in use by the server with pid {holder}") from None
-    size = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)  # a full disk has room over what was there
-    os.ftruncate(descriptor, size)
-    return descriptor
-
-
-def state_name(state: pathlib.Path) -> str:
-    """The name of a state folder's part of the cgroup tree: two servers must not meet there."""
-    return f"{zlib.crc32(os.fsencode(state.resolve())):08x}"
-
-
 def new_job_id() -> str:
-    """A random UUID4 (RFC 9562), without the import of uuid."""
+    """A random UUID4 (RFC 9562). The import of `uuid` would cost a client more than this."""
     digits = os.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) % 4]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
@@ -2330,7 +2511,7 @@ def check_id(job_id: str) -> str:
 
 
 def check_request(request: JobRequest) -> None:
-    """Refuse at once what no kernel could run (execve(2))."""
+    """Refuse what no kernel could run (execve(2)). Raises BadRequestError."""
     if request.id:
         check_id(request.id)
     if not request.command:
@@ -2344,7 +2525,7 @@ def check_request(request: JobRequest) -> None:
 
 
 def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
-    """What was asked for, or the default; BadRequestError above the cap."""
+    """The value that was asked for, or the default. Raises BadRequestError above the cap."""
     if asked is None:
         return min(default, cap)
     if not 0 < asked <= cap:
@@ -2365,7 +2546,7 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
 
 
 def checked_reserve(state: pathlib.Path, share: float) -> int:
-    """The bytes that jobs may not fill of the state folder's file system. Raises ExhaustedError when they are."""
+    """The bytes of the state folder's file system that jobs may not fill. Raises ExhaustedError where they did."""
     disk = os.statvfs(state)
     reserve = int(disk.f_blocks * disk.f_frsize * share)
     free = disk.f_bavail * disk.f_frsize
@@ -2383,74 +2564,19 @@ def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool) -> tu
     if missing:
         notes.append(f"limits on {', '.join(missing)} are not enforced")
     if not cgroup:
-        notes.append("there is no cgroup: what a job leaves behind is searched for and killed, which it can evade")
+        notes.append("there is no cgroup: processes that a job leaves behind are searched and killed, and it can evade")
     if not separate:
         notes.append("it runs as the server's own user or as root: limits and separation hold only if it cooperates")
     return tuple(notes)
 
 
-def make_job_folder(job: Job) -> None:
-    try:
-        os.mkdir(job.folder, 0o700)
-    except FileExistsError:
-        raise IdTakenError(f"the job id {job.id} is taken") from None
-    except OSError as error:
-        raise disk_error(f"cannot make {job.folder}", error) from error
-
-
-def make_job_files(folder: str, handed: contextlib.ExitStack) -> list[int]:
-    """Make `control`, `output` and `exit`; descriptors of control and exit, which `handed` closes."""
-    try:
-        os.mkfifo(f"{folder}/control", 0o600)
-        os.close(os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        record = os.open(f"{folder}/events", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.close(record)
-        descriptors = open_job_files(folder, handed)
-        allocate(descriptors[1], RECORD_BYTES)
-    except OSError as error:
-        raise disk_error(f"cannot make {folder}/events", error) from error
-    return descriptors
-
-
-def allocate(descriptor: int, size: int) -> None:
-    """Reserve the record's block without changing its size (fallocate(2)), where the file system can."""
-    try:
-        libc_call("fallocate", descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size))
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-
-
-def open_job_files(folder: str, handed: contextlib.ExitStack) -> list[int]:
-    """Descriptors of `control` and `exit` for a shim. O_RDWR: a FIFO opened for reading alone polls as hung up for
-    ever after its first writer (fifo(7)).
-    """
-    control = os.open(f"{folder}/control", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    handed.callback(os.close, control)
-    record = os.open(f"{folder}/events", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-    handed.callback(os.close, record)
-    return [control, record]
-
-
-def disk_error(doing: str, error: OSError) -> JobWorkerError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
-    return ExhaustedError(f"{doing}: {error.strerror}") if full else KernelError(doing, error)
-
-
-def delete_job_folder(folder: str) -> None:
-    for name in ("events", "control", "output", "job.json"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{folder}/{name}")
-    os.rmdir(folder)
-
-
 def start_failure(number: int, spec: Spec) -> JobWorkerError:
-    """The sentence for a command whose exec failed with that errno (execve(2))."""
+    """The error for a command whose exec failed with this errno (execve(2))."""
     name = spec.command
-    places = [os.path.join(spec.home, path) for path in spec.programs()]
-    found = next((place for place in places if os.path.lexists(place)), None)
+    paths = [os.path.join(spec.home, path) for path in spec.programs()]
+    found = next((path for path in paths if os.path.lexists(path)), None)
     if number == errno.ENOENT and found is None:
-        return BadRequestError(f"{name!r} is not found" + ("" if "/" in name else f" on PATH, which is {JOB_PATH}"))
+        return BadRequestError(f"{name!r} is not found" + not_found_hint(name))
     if number == errno.ENOENT:
         return BadRequestError(
             f"{found} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
@@ -2460,7 +2586,9 @@ def start_failure(number: int, spec: Spec) -> JobWorkerError:
     if number == errno.EACCES:
         return BadRequestError(f"{found or name} is not executable for {spec.user}")
     if number == errno.ENOEXEC:
-        return BadRequestError(f"{found or name} cannot run: it is no program of this machine and has no `#!` line")
+        return BadRequestError(
+            f"{found or name} cannot run: it is not a program for this machine, and it has no `#!` line"
+        )
     if number == errno.E2BIG:
         return BadRequestError(
             f"{name!r} with its {len(spec.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
@@ -2472,12 +2600,31 @@ def start_failure(number: int, spec: Spec) -> JobWorkerError:
     return JobWorkerError(f"{name!r} could not be started: {os.strerror(number)}")
 
 
-# --- 7. Identity and authorization ----------------------------------------------------------------------
-# Owns the question who calls and what is theirs. Reads certificates; makes none (section 11), and knows no
-# gRPC beyond the dictionary in which it hands over what TLS found out.
+def not_found_hint(command: str) -> str:
+    """What follows "is not found": the PATH that was searched, and the remedy for a shell line."""
+    path = "" if "/" in command else f" on PATH, which is {JOB_PATH}"
+    return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", command) else "")
 
+
+# --- 9. Certificates ------------------------------------------------------------------------------------
+# Owns the making of authorities, server certificates and identities, the reading of a server's folder, and the rules
+# for what such a folder holds. Authorities are valid for ten years and leaves for one. All are backdated by a day,
+# since clocks differ. Source: RFC 5280.
+
+DAY = 86400
+AUTHORITY_DAYS, LEAF_DAYS = 3650, 365
 ROLES_OID = "1.2.840.10070.8.1"
-LONGEST_CHAIN = 5  # certificates between a client's and its authority's; the ways through more are too many to try
+SERVED_FILES = ("server.pem", "server.key", "client-ca.pem")  # a server needs these
+MADE_FILES = (
+    "server-ca.pem",
+    "server-ca.key",
+    "client-ca.key",
+    "user.pem",
+    "user.key",
+    "admin.pem",
+    "admin.key",
+    *SERVED_FILES,
+)
 
 
 def encode_roles(roles: Iterable[str]) -> bytes:
@@ -2487,7 +2634,7 @@ def encode_roles(roles: Iterable[str]) -> bytes:
 
 
 def decode_roles(value: bytes) -> frozenset[str]:
-    """The roles in an extension's value; none at all when anything about it is malformed or unknown."""
+    """The roles in an extension's value. It is empty where anything in the value is malformed or unknown."""
     if len(value) < 3 or value[0] != 0x0C or value[1] != len(value) - 2 or value[1] > 127:
         return frozenset()
     roles = frozenset(value[2:].decode("utf-8", "replace").split(","))
@@ -2495,40 +2642,22 @@ def decode_roles(value: bytes) -> frozenset[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PeerCertificate:
-    """What a client's certificate says, and when an authority stands behind it."""
+class CertifiedKey:
+    """A private key and the certificate for it."""
 
-    names: tuple[str, ...]
-    roles: frozenset[str]
-    client_auth: bool
-    valid: tuple[tuple[float, float], ...]  # for each way to an authority, since and until when all of it is valid
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
 
-    def valid_at(self, now: float) -> bool:
-        return any(since <= now <= until for since, until in self.valid)
+    def certificate_pem(self) -> bytes:
+        return to_pem(self.certificate)
+
+    def key_pem(self) -> bytes:
+        form = serialization.PrivateFormat.PKCS8
+        return self.key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-@functools.lru_cache(maxsize=4096)
-def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
-    """Parse a peer's certificate; cached by its bytes, since the same ones come with every call."""
-    leaf = x509.load_pem_x509_certificate(pem)
-    purposes = extension(leaf, x509.ExtendedKeyUsage)
-    roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
-    intermediates = x509.load_pem_x509_certificates(chain) if chain.strip() else []
-    ways = chains_to(
-        x509.load_pem_x509_certificates(authorities), leaf, list(dict.fromkeys(intermediates))[:LONGEST_CHAIN]
-    )
-    return PeerCertificate(
-        names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
-        roles=decode_roles(roles),
-        client_auth=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
-        valid=tuple(
-            (
-                max(each.not_valid_before_utc for each in way).timestamp(),
-                min(each.not_valid_after_utc for each in way).timestamp(),
-            )
-            for way in ways
-        ),
-    )
+def to_pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in certificates)
 
 
 def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
@@ -2539,17 +2668,293 @@ def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
         return None
 
 
+def issue(
+    name: str, days: int, issuer: CertifiedKey | None, extensions: Sequence[tuple[x509.ExtensionType, bool]]
+) -> CertifiedKey:
+    """A new P-256 key and its certificate. The issuer signs it; without an issuer it signs itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    signer = issuer.key if issuer else key
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer.certificate.subject if issuer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
+    )
+    for value, critical in extensions:
+        builder = builder.add_extension(value, critical=critical)
+    digest = None if isinstance(signer, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
+    return CertifiedKey(builder.sign(signer, digest), key)
+
+
+def key_usage(*allowed: str) -> x509.KeyUsage:
+    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+             "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
+    return x509.KeyUsage(**{name: name in allowed for name in names})
+
+
+def issue_authority(name: str) -> CertifiedKey:
+    basics = [(x509.BasicConstraints(ca=True, path_length=None), True), (key_usage("key_cert_sign", "crl_sign"), True)]
+    return issue(name, AUTHORITY_DAYS, None, basics)
+
+
+def leaf_extensions(purpose: x509.ObjectIdentifier) -> list[tuple[x509.ExtensionType, bool]]:
+    return [
+        (x509.BasicConstraints(ca=False, path_length=None), True),
+        (key_usage("digital_signature"), True),
+        (x509.ExtendedKeyUsage([purpose]), False),
+    ]
+
+
+def issue_server_certificate(authority: CertifiedKey, names: Sequence[str]) -> CertifiedKey:
+    """A certificate for a server that has these host names and addresses."""
+    alternatives = x509.SubjectAlternativeName([general_name(name) for name in names])
+    basics = leaf_extensions(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
+    return issue("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)])
+
+
+def issue_identity(authority: CertifiedKey, name: str, roles: Sequence[str]) -> CertifiedKey:
+    """A certificate for a client. Its common name is the owner of the client's jobs."""
+    roles_extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
+    basics = leaf_extensions(x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH)
+    return issue(name, LEAF_DAYS, authority, [*basics, (roles_extension, False)])
+
+
+def general_name(name: str) -> x509.GeneralName:
+    """A host name or an address as a certificate holds it. Raises UsageError."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    with contextlib.suppress(UnicodeError):
+        ascii_name = name.encode("idna").decode("ascii")
+        if re.fullmatch(r"[\w*.-]+", ascii_name, re.ASCII):
+            return x509.DNSName(ascii_name)
+    raise UsageError(f"{name!r} is neither a host's name nor an address")
+
+
+def machine_names() -> list[str]:
+    """The host names and addresses of this machine (proc(5)). A name that no certificate can hold is left out."""
+    host = socket.gethostname()
+    four = re.findall(r"(\d+\.\d+\.\d+\.\d+)\n\s+/32 host LOCAL", kernel_read("/proc/net/fib_trie"))
+    six = [line.split() for line in kernel_read("/proc/net/if_inet6").splitlines()]
+    routed = [str(ipaddress.IPv6Address(int(words[0], 16))) for words in six if words[3] in ("00", "10")]
+    names = ["localhost", host, socket.getfqdn(host), "127.0.0.1", "::1", *four, *routed]
+    return list(dict.fromkeys(name for name in names if name and len(name) < 64 and is_general_name(name)))
+
+
+def is_general_name(name: str) -> bool:
+    try:
+        general_name(name)
+    except UsageError:  # for example `(none)`, the name of a machine that was given none
+        return False
+    return True
+
+
+def prepare_folder(folder: pathlib.Path, names: Sequence[str]) -> str:
+    """Fill an empty folder with what a server needs, or make a server.pem with the names that it lacks.
+
+    Returns a sentence that says what was made, or nothing. Raises JobWorkerError, and changes nothing, where the folder
+    is half-filled or unreadable.
+    """
+    try:
+        present = set(os.listdir(folder)) & set(MADE_FILES) if folder.exists() else set()
+        missing = [name for name in SERVED_FILES if name not in present]
+        if not present:
+            fill_folder(folder, [*machine_names(), *names])
+            return f"made two authorities, a server certificate and the identities `user` and `admin` in {folder}"
+        if missing:
+            raise JobWorkerError(
+                f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or use an empty one"
+            )
+        return add_names(folder, names) if names else ""
+    except OSError as error:
+        raise JobWorkerError(
+            f"cannot use the certificate folder {folder}: {error.filename or ''} {error.strerror}"
+        ) from error
+
+
+def fill_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Make both authorities and what they issue in a new folder, and rename it, so that it appears complete."""
+    server_authority, client_authority = (
+        issue_authority("jobworker server authority"),
+        issue_authority("jobworker client authority"),
+    )
+    made = {"server-ca": server_authority, "client-ca": client_authority}
+    made["server"] = issue_server_certificate(server_authority, list(dict.fromkeys(names)))
+    made |= {role: issue_identity(client_authority, role, [role]) for role in ("user", "admin")}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}-{os.getpid()}")
+    new.mkdir(mode=0o755)
+    try:
+        for name, pair in made.items():
+            write_pair(new, name, pair)
+        if folder.exists() and os.listdir(folder):
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "server.pem"):
+                path.rename(folder / path.name)
+        else:
+            new.rename(folder)
+    finally:
+        for path in new.glob("*"):
+            path.unlink()
+        if new.exists():
+            new.rmdir()
+
+
+def write_pair(folder: pathlib.Path, name: str, pair: CertifiedKey) -> None:
+    """Write NAME.key and NAME.pem, each by an atomic rename. Only its owner can read the key."""
+    for suffix, content, mode in ((".key", pair.key_pem(), 0o600), (".pem", pair.certificate_pem(), 0o644)):
+        path = folder / f"{name}{suffix}"
+        new = folder / f".{name}{suffix}-{os.getpid()}"
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(new, path)
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
+
+
+def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
+    """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
+    path = folder / f"{name}.key"
+    if not path.exists():
+        raise JobWorkerError(f"{path} is missing: only the folder that made the authority can issue with it")
+    try:
+        key = serialization.load_pem_private_key(read_file(path), password=None)
+        certificate = x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem"))
+        return CertifiedKey(certificate, key)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
+
+
+def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
+    """Make a new server.pem where the present one lacks some of these names. It keeps the names that it has."""
+    present = extension(x509.load_pem_x509_certificate(read_file(folder / "server.pem")), x509.SubjectAlternativeName)
+    has = [str(name.value) for name in present or ()]
+    names = [str(general_name(name).value) for name in names]
+    if set(names) <= set(has):
+        return ""
+    authority = load_authority(folder, "server-ca")
+    write_pair(folder, "server", issue_server_certificate(authority, list(dict.fromkeys([*has, *names]))))
+    return f"made a new {folder / 'server.pem'} for {', '.join(names)}"
+
+
+def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Certificate]]:
+    """The server's key and certificates as PEM, and the authorities of its clients.
+
+    The PEM is written anew from what was parsed: gRPC refuses text that the parser here accepts, for example a
+    byte-order mark before it. Raises JobWorkerError, which names the file, where gRPC cannot serve them.
+    """
+    pem, key_path = folder / "server.pem", folder / "server.key"
+    try:
+        certificates = x509.load_pem_x509_certificates(read_file(pem))
+        key = serialization.load_pem_private_key(read_file(key_path), password=None)
+        authorities = x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
+    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
+        raise JobWorkerError(
+            f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}"
+        ) from None
+    if not can_be_served(key):
+        raise JobWorkerError(f"{key_path} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
+    if key.public_key() != certificates[0].public_key():
+        raise JobWorkerError(f"{pem} is not the certificate of {key_path}")
+    since, until = validity(certificates[:1])
+    if not since <= time.time() <= until:
+        raise JobWorkerError(f"{pem} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
+    form, encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, form, encryption), to_pem(*certificates), authorities
+
+
+def validity(chain: Sequence[x509.Certificate]) -> tuple[float, float]:
+    """Since and until when all of these certificates are valid, in seconds since 1970."""
+    return (
+        max(each.not_valid_before_utc for each in chain).timestamp(),
+        min(each.not_valid_after_utc for each in chain).timestamp(),
+    )
+
+
+def can_be_served(key: Any) -> bool:
+    """Whether gRPC's BoringSSL offers TLS 1.3 with this kind of key."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.key_size >= 1024
+    return isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in ("secp256r1", "secp384r1")
+
+
+def valid_authorities_first(authorities: Iterable[x509.Certificate]) -> bytes:
+    """Authorities as PEM, in the order in which TLS tries them. TLS takes only the first of several with the same name
+    and key, so those that are valid now, and of them the one that is valid longest, come first.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    def order(authority: x509.Certificate) -> tuple[bool, datetime.timedelta]:
+        outside = not authority.not_valid_before_utc <= now <= authority.not_valid_after_utc
+        return outside, now - authority.not_valid_after_utc
+
+    return to_pem(*sorted(authorities, key=order))
+
+
+# --- 10. Identity and authorization ---------------------------------------------------------------------
+# Owns the questions who the caller is and which jobs the caller may see. It makes no certificate. Of gRPC it knows only
+# the dictionary that holds the results of the TLS handshake.
+
+LONGEST_CHAIN = 5  # intermediates that are tried; the number of possible chains grows with their factorial
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerCertificate:
+    """What a client's certificate says, and when a chain to an authority is valid."""
+
+    names: tuple[str, ...]
+    roles: frozenset[str]
+    client_auth: bool
+    validities: tuple[tuple[float, float], ...]  # of each chain to an authority: since and until when it is valid
+
+    def valid_at(self, moment: float) -> bool:
+        return any(since <= moment <= until for since, until in self.validities)
+
+
+@functools.lru_cache(maxsize=4096)
+def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
+    """Parse a peer's certificate. The cache saves this work, since each call of a client brings the same bytes."""
+    leaf = x509.load_pem_x509_certificate(pem)
+    purposes = extension(leaf, x509.ExtendedKeyUsage)
+    roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
+    sent = x509.load_pem_x509_certificates(chain) if chain.strip() else []
+    intermediates = list(dict.fromkeys(sent))[:LONGEST_CHAIN]
+    chains = chains_to(x509.load_pem_x509_certificates(authorities), leaf, intermediates)
+    return PeerCertificate(
+        names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
+        roles=decode_roles(roles),
+        client_auth=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
+        validities=tuple(map(validity, chains)),
+    )
+
+
 def chains_to(
     authorities: Sequence[x509.Certificate], leaf: x509.Certificate, intermediates: Sequence[x509.Certificate]
 ) -> Iterator[tuple[x509.Certificate, ...]]:
-    """Every chain of signatures from a certificate to an authority (RFC 5280, 6.1), both included: a renewed one of
-    either kind makes more than one, and TLS may have taken another than the one that is valid longest.
+    """Every chain of signatures from a certificate to an authority, both included (RFC 5280, 6.1).
+
+    A renewed authority or intermediate makes a second chain, and TLS may have used the one that expires first.
     """
-    yield from ((leaf, authority) for authority in authorities if signed(leaf, authority))
+    yield from ((leaf, authority) for authority in authorities if is_issued_by(leaf, authority))
     for issuer in intermediates:
-        if is_authority(issuer) and signed(leaf, issuer):
+        if is_authority(issuer) and is_issued_by(leaf, issuer):
             rest = [other for other in intermediates if other is not issuer]
-            yield from ((leaf, *way) for way in chains_to(authorities, issuer, rest))
+            yield from ((leaf, *chain) for chain in chains_to(authorities, issuer, rest))
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -2557,7 +2962,7 @@ def is_authority(certificate: x509.Certificate) -> bool:
     return basics is not None and basics.ca
 
 
-def signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, exceptions.InvalidSignature):
@@ -2567,7 +2972,7 @@ def signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """Who calls: the common name of the client's certificate, and whether its roles include `admin`."""
+    """The caller: the common name of the client's certificate, and whether its roles include `admin`."""
 
     name: str
     admin: bool
@@ -2577,7 +2982,7 @@ class Caller:
 
 
 def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Caller:
-    """The caller behind a connection, checked anew at every call: connections outlive certificates.
+    """The caller of one call. Every call is checked, since a connection outlives certificates.
 
     `tls` is gRPC's auth context, `authorities` the PEM of those in force now. Raises DeniedError.
     """
@@ -2588,7 +2993,7 @@ def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Call
         peer = read_peer_certificate(pem, b"".join(tls.get("x509_pem_cert_chain", ())), authorities)
     except ValueError:
         raise DeniedError("the client's certificate cannot be read") from None
-    if not peer.valid:
+    if not peer.validities:
         raise DeniedError("the client's certificate is not from an authority that this server trusts now")
     if not peer.valid_at(time.time()):
         raise DeniedError("the client's certificate, or an authority behind it, is out of date")
@@ -2602,22 +3007,22 @@ def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Call
 
 
 def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
-    """The job, if there is one and the caller may see it. Raises NoSuchJobError: the two are indistinguishable."""
+    """The job, if it exists and the caller may see it. Raises NoSuchJobError, which is the same for both."""
     job = worker.job(check_id(job_id))
-    if not caller.may_see(job.spec.owner):
+    if not caller.may_see(job.owner):
         raise NoSuchJobError(job_id)
     return job
 
 
-# --- 8. gRPC service ------------------------------------------------------------------------------------
-# Owns the translation between `Worker` and the wire, and is alone in making gRPC statuses. Every call comes
-# through `Service._answered`, which knows the caller before anything else happens.
+# --- 11. gRPC service -----------------------------------------------------------------------------------
+# Owns the translation between `Worker` and the wire. It is the only section that makes gRPC statuses. Every call passes
+# through `Service._checked`, which identifies the caller before anything else happens.
 
 SERVICE_NAME = "proto.WorkerService"
 
 
 def frame_result(chunk: bytes) -> bytes:
-    """A GetStreamResponse of these bytes, as protobuf writes it (field 1, wire type 2), without making the message."""
+    """A GetStreamResponse with these bytes, as protobuf writes it (field 1, wire type 2), without a message object."""
     size, prefix = len(chunk), bytearray(b"\x0a")
     while size > 0x7F:
         prefix.append(size & 0x7F | 0x80)
@@ -2627,7 +3032,7 @@ def frame_result(chunk: bytes) -> bytes:
 
 
 def result_of(message: bytes) -> bytes:
-    """The bytes of a GetStreamResponse that `frame_result`, or any other protobuf, wrote."""
+    """The bytes in a GetStreamResponse that `frame_result`, or any other protobuf, wrote."""
     size = shift = 0
     for position, byte in enumerate(message[1:6], 2):
         size |= (byte & 0x7F) << shift
@@ -2639,8 +3044,8 @@ def result_of(message: bytes) -> bytes:
     return bytes(pb.GetStreamResponse.FromString(message).result)
 
 
-def parsed(kind: Any, message: bytes) -> Any:
-    """A request of this kind. Raises BadRequestError for bytes that are none, texts that are not UTF-8 included."""
+def parse_request(kind: Any, message: bytes) -> Any:
+    """A request of this kind. Raises BadRequestError where the bytes are not one, or a text in them is not UTF-8."""
     try:
         return kind.FromString(message)
     except protobuf.DecodeError:
@@ -2648,12 +3053,12 @@ def parsed(kind: Any, message: bytes) -> Any:
 
 
 def optional(message: Any, field: str) -> Any:
-    """The value of a proto3 `optional` field; None when the caller left it out."""
+    """The value of a proto3 `optional` field; None where the caller left it out."""
     return getattr(message, field) if message.HasField(field) else None
 
 
 class Service:
-    """WorkerService over a `Worker`. `authorities` tells the PEM of the client authorities in force."""
+    """WorkerService over a `Worker`. `authorities` returns the PEM of the client authorities that are in force."""
 
     def __init__(self, worker: Worker, authorities: Callable[[], bytes]) -> None:
         self._worker = worker
@@ -2662,8 +3067,8 @@ class Service:
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with self._answered(context) as caller:
-                    return await answer(caller, parsed(request, message))
+                async with self._checked(context) as caller:
+                    return await answer(caller, parse_request(request, message))
 
             return grpc.unary_unary_rpc_method_handler(
                 handle, response_serializer=lambda reply: reply.SerializeToString()
@@ -2679,17 +3084,17 @@ class Service:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
 
     @contextlib.asynccontextmanager
-    async def _answered(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Caller]:
-        """The one way into every call: gives the caller, and turns what fails into a status with one sentence."""
+    async def _checked(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Caller]:
+        """Identify the caller, run the call, and turn every error into a status with one sentence."""
         try:
             yield authenticate(context.auth_context(), self._authorities())
         except JobWorkerError as error:
             await context.abort(grpc.StatusCode[error.status], shortened(str(error)))
         except grpc.aio.AbortError:
             raise
-        except Exception as error:  # noqa: BLE001  a mistake of ours is one line here and no traceback there
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            say(f"unexpected {type(error).__name__} at line {place.lineno} in {place.name}: {error}")
+        except Exception as error:  # noqa: BLE001  a mistake in this module: one line in the log, no traceback sent
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            say(f"unexpected {type(error).__name__} at line {frame.lineno} in {frame.name}: {error}")
             await context.abort(
                 grpc.StatusCode.INTERNAL, "the server met an error that it did not expect; its log says more"
             )
@@ -2701,31 +3106,31 @@ class Service:
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
         )  # fmt: skip
-        return pb.StartJobResponse(ID=await self._worker.start(request))
+        return pb.StartJobResponse(ID=(await self._worker.start(request)).id)
 
     async def _stop(self, caller: Caller, message: pb.StopJobRequest) -> pb.StopJobResponse:
-        await self._worker.stop(allowed_job(self._worker, caller, message.id).id, by=caller.name)
+        await self._worker.stop(allowed_job(self._worker, caller, message.id), by=caller.name)
         return pb.StopJobResponse()
 
     async def _status(self, caller: Caller, message: pb.GetStatusRequest) -> pb.GetStatusResponse:
-        return status_message(self._worker.status(allowed_job(self._worker, caller, message.id).id))
+        return status_message(self._worker.status(allowed_job(self._worker, caller, message.id)))
 
     async def _remove(self, caller: Caller, message: pb.RemoveJobRequest) -> pb.RemoveJobResponse:
-        self._worker.remove(allowed_job(self._worker, caller, message.id).id)
+        self._worker.remove(allowed_job(self._worker, caller, message.id))
         return pb.RemoveJobResponse()
 
     async def _stream(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        async with self._answered(context) as caller:
-            request = parsed(pb.GetStreamRequest, message)
+        async with self._checked(context) as caller:
+            request = parse_request(pb.GetStreamRequest, message)
             job = allowed_job(self._worker, caller, request.id)
-            offset = min(request.offset, 1 << 62)  # beyond every file, and still an offset to the kernel
-            async with contextlib.aclosing(self._worker.stream(job.id, offset)) as chunks:
+            offset = min(request.offset, 1 << 62)  # larger than any file, and still an offset for the kernel
+            async with contextlib.aclosing(self._worker.stream(job, offset)) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
 
 
 def shortened(sentence: str) -> str:
-    """A sentence that fits the headers in which gRPC sends it (8 KiB, each of these characters up to 12 bytes)."""
+    """A sentence that fits the headers in which gRPC sends it: 8 KiB, in which a character takes up to 12 bytes."""
     return sentence if len(sentence) <= 400 else f"{sentence[:400]}…"
 
 
@@ -2760,31 +3165,35 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
     )
 
 
-# --- 9. Server ------------------------------------------------------------------------------------------
-# Owns the process that serves: its port, signals, descriptors and what it tells systemd. Makes no certificate:
-# it is given a folder that is complete.
+# --- 12. Server -----------------------------------------------------------------------------------------
+# Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. It makes no
+# certificate: the folder that it is given is complete.
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
 LARGEST_MESSAGE = 4 * MIB  # bytes of a request; the kernel takes half of that as arguments
 KEEPALIVE_OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
-    ("grpc.http2.ping_timeout_ms", PING_SECONDS * 1000),  # without it a half-open peer lives a minute
+    ("grpc.http2.ping_timeout_ms", PING_SECONDS * 1000),  # without it a half-open peer is kept for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 SERVER_OPTIONS = [
     *KEEPALIVE_OPTIONS,
-    ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),  # else too_many_pings
-    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),  # silent connections hold descriptors
-    ("grpc.so_reuseport", 0),  # else a second server binds the same port silently
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),  # without it: GOAWAY too_many_pings
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),  # a silent connection holds a descriptor
+    ("grpc.so_reuseport", 0),  # without it a second server binds the same port and no error is reported
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
 ]
+RELOAD_SECONDS = 0.1  # see ServerCertificates._fetch
+LATER_MODULES = (  # modules that the packages import at their first use
+    "encodings.idna",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """How one server serves. `listen` is (host, port); an empty host is every address."""
+    """How one server serves. `listen` is (host, port); an empty host means every address."""
 
     worker: WorkerOptions
     listen: tuple[str, int]
@@ -2793,8 +3202,10 @@ class ServeOptions:
 
 
 def prepare_grpc() -> None:
-    """Set what gRPC reads from the environment when it is imported. Nobody here has a pre-shared key, so with this
-    suite TLS 1.2 finds no cipher, and TLS 1.3, which the variable does not govern, is untouched.
+    """Set the variables that gRPC reads when it is imported.
+
+    gRPC for Python cannot set a minimum version of TLS. The cipher suites govern TLS 1.2 only, and this one needs a
+    pre-shared key, which no peer has. So TLS 1.2 finds no cipher, and TLS 1.3 is not affected.
     """
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
     os.environ["GRPC_VERBOSITY"] = "NONE"
@@ -2802,7 +3213,9 @@ def prepare_grpc() -> None:
 
 
 def skip_pure_python_protobuf() -> None:
-    """Keep out the pure Python protobuf, which is imported and never used beside the C one: 9 ms of each call."""
+    """Import protobuf's pure Python implementation only if it is used. protobuf imports it beside the C one, and that
+    costs a client 9 ms.
+    """
     name = "google.protobuf.internal.python_message"
     stub = types.ModuleType(name)
 
@@ -2816,102 +3229,51 @@ def skip_pure_python_protobuf() -> None:
 
 
 def import_everything() -> None:
-    """All imports now: a .pyz that is replaced under a running server has nothing left to give."""
-    for name in ("argparse", "asyncio", "ctypes", "cryptography.x509", "gen.workerservice_pb2", "grpc", "json",
-                 "pathlib", "pwd", "subprocess", "traceback", "zlib", "encodings.idna"):  # fmt: skip
+    """Import every deferred module now: an import fails after the .pyz of a running server was replaced."""
+    for name in (*DEFERRED.values(), *LATER_MODULES):
         importlib.import_module(name)
 
 
-RELOAD_SECONDS = 0.1
-
-
 class ServerCertificates:
-    """The certificates in force, read from the folder again at a reload."""
+    """The certificates in force. A reload reads the folder again."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
         self.authorities = b""
         self._configuration: Any = None
-        self._fresh = False
+        self._changed = False
 
     def load(self) -> None:
-        """Read the folder. Raises JobWorkerError and leaves what is in force in force."""
-        key, certificate, authorities = read_server_folder(self._folder)
-        ordered = current_first(authorities)
-        self._configuration = grpc.ssl_server_certificate_configuration([(key, certificate)], ordered)
-        self._fresh = True
+        """Read the folder. Raises JobWorkerError, and then what was in force stays in force."""
+        key, certificates, authorities = read_server_folder(self._folder)
+        ordered = valid_authorities_first(authorities)
+        self._configuration = grpc.ssl_server_certificate_configuration([(key, certificates)], ordered)
+        self._changed = True
         self.authorities = ordered
 
     def credentials(self) -> grpc.ServerCredentials:
-        self._fresh = False
+        self._changed = False
         return grpc.dynamic_ssl_server_credentials(self._configuration, self._fetch, True)
 
     def _fetch(self) -> Any:
-        """Asked by gRPC in a thread of its own before each handshake: what is new, or None.
+        """Return the new configuration after a reload, else None. gRPC calls this before each handshake, in a thread.
 
-        A handshake takes hold of what is in force outside of the lock under which gRPC replaces and frees it
-        (ssl_security_connector.cc, add_handshakers): two handshakes at once would crash the server if each brought
-        something new. So only a reload does, and it first gives those a while that were let through before it.
+        gRPC replaces and frees the old configuration under a lock, but a handshake reads it outside of that lock
+        (ssl_security_connector.cc, add_handshakers). Two handshakes at the same time would crash the server if each
+        brought a new configuration. So only a reload brings one, and it waits until the handshakes that began before it
+        have read theirs.
         """
-        if not self._fresh:
+        if not self._changed:
             return None
-        self._fresh = False
+        self._changed = False
         time.sleep(RELOAD_SECONDS)
         return self._configuration
 
 
-def current_first(authorities: Iterable[x509.Certificate]) -> bytes:
-    """Authorities as PEM, in the order in which TLS is to try them: of one name and key it takes the first."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-
-    def order(authority: x509.Certificate) -> tuple[bool, datetime.timedelta]:
-        outside = not authority.not_valid_before_utc <= now <= authority.not_valid_after_utc
-        return outside, now - authority.not_valid_after_utc
-
-    return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in sorted(authorities, key=order))
-
-
-def read_file(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
-
-
-def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Certificate]]:
-    """The server's key and certificate, as PEM, and its clients' authorities. Refuses, naming the file, a certificate
-    that gRPC cannot serve or that is not for its key.
-    """
-    paths = [folder / "server.pem", folder / "server.key"]
-    try:
-        certificate_pem, key_pem = map(read_file, paths)
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
-        key = serialization.load_pem_private_key(key_pem, password=None)
-        authorities = x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
-    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
-        raise JobWorkerError(
-            f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}"
-        ) from None
-    if not can_be_served(key):
-        raise JobWorkerError(f"{paths[1]} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
-    if key.public_key() != certificate.public_key():
-        raise JobWorkerError(f"{paths[0]} is not the certificate of {paths[1]}")
-    if not certificate.not_valid_before_utc.timestamp() <= time.time() <= certificate.not_valid_after_utc.timestamp():
-        raise JobWorkerError(f"{paths[0]} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
-    return key_pem, certificate_pem, authorities
-
-
-def can_be_served(key: Any) -> bool:
-    """Whether gRPC's BoringSSL offers TLS 1.3 with this kind of key."""
-    if isinstance(key, rsa.RSAPrivateKey):
-        return key.key_size >= 1024
-    return isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in ("secp256r1", "secp384r1")
-
-
 async def serve(options: ServeOptions) -> int:
-    """Serve until a SIGTERM or SIGINT; SIGHUP reads the certificates again. The exit code."""
+    """Serve until SIGTERM or SIGINT. SIGHUP reads the certificates again. Returns the exit code."""
     import_everything()
-    gc.enable()  # a .pyz starts without it
+    gc.enable()  # the bootstrap of a .pyz disables it
     gc.freeze()
     certificates = ServerCertificates(options.certs)
     certificates.load()
@@ -2929,7 +3291,7 @@ async def serve(options: ServeOptions) -> int:
         if options.stop_jobs:
             await worker.stop_all(by="serve --stop-jobs")
         say(f"stopping; {count_of(worker.running, 'job goes', 'jobs go')} on")
-        worker.begin_shutdown()  # first: `stop` alone waits out its grace for whoever follows
+        worker.begin_shutdown()  # before `server.stop`, which would wait for every follower until its grace is over
         await server.stop(0.3)
     return 0
 
@@ -2939,19 +3301,35 @@ def count_of(number: int, one: str, more: str) -> str:
 
 
 def bind(server: grpc.aio.Server, listen: tuple[str, int], credentials: grpc.ServerCredentials) -> str:
-    """Listen; the address as people write it. Raises JobWorkerError naming the port."""
+    """Listen, and return the address as people write it. Raises JobWorkerError, which names the port."""
     host, port = listen
-    host = host or ("::" if has_ipv6() else "0.0.0.0")  # noqa: S104  a server is there to be reached
-    place = f"[{host}]" if ":" in host else host
+    host = host or ("::" if has_ipv6() else "0.0.0.0")  # noqa: S104  a server listens on all addresses by default
+    written = f"[{host}]" if ":" in host else host
     try:
-        port = server.add_secure_port(f"{place}:{port}", credentials)
+        port = server.add_secure_port(f"{written}:{port}", credentials)
     except RuntimeError:
         port = 0
     if port == 0:
-        raise JobWorkerError(
-            f"cannot listen on {place}:{listen[1]}: is another server using the port, or is it not this machine's?"
+        raise JobWorkerError(why_not_listening(host, listen[1], written))
+    return f"{written}:{port}"
+
+
+def why_not_listening(host: str, port: int, written: str) -> str:
+    """The sentence for a port that gRPC refused, from an attempt to bind it without gRPC."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        return (
+            f"cannot listen on {written}:{port} ({error.strerror}): is another server using the port, or is the "
+            f"address not this machine's?"
         )
-    return f"{place}:{port}"
+    return f"gRPC refuses to serve on {written}:{port} with the certificates of this server, though it can read them"
 
 
 def has_ipv6() -> bool:
@@ -2964,7 +3342,7 @@ def has_ipv6() -> bool:
 
 
 def raise_file_limit() -> None:
-    """A follower is a descriptor; jobs keep the limit that the launcher was given."""
+    """Allow as many descriptors as the hard limit: each follower has one. The launcher keeps the limit of before."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -2988,43 +3366,43 @@ def handle_signals(ended: asyncio.Event, certificates: ServerCertificates) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     loop.add_signal_handler(signal.SIGHUP, reload)
-    if os.getpid() == 1:  # in a container: strangers' orphans come to process 1
+    if os.getpid() == 1:  # in a container, where process 1 is the parent of all orphans
         loop.add_signal_handler(signal.SIGCHLD, reap)
 
 
 def announce(worker: Worker, address: str) -> None:
-    """Say on standard output that the server listens, on standard error what does not hold here."""
+    """Report on standard output that the server listens, and on standard error what it cannot give to jobs."""
     for note in worker.notes():
         say(f"warning: on this server {note}")
-    account = Account.own()
+    account = Account.of_server()
     systemd = os.path.isdir("/run/systemd/system")  # sd_booted(3)
     if systemd and account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):
         say(f"warning: {account.name} has no linger, so a logout ends jobs; `loginctl enable-linger` gives it")
     line = f"jobworker: serving on {address}, with {count_of(worker.running, 'job', 'jobs')} running\n"
-    with contextlib.suppress(OSError):  # as in `say`; and nothing is kept for a flush at the end, which would fail too
+    with contextlib.suppress(OSError):  # as in `say`; os.write leaves nothing for a flush at the end, which would fail
         os.write(1, line.encode())
     notify("READY=1")
 
 
 def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)), where it asked to be told."""
+    """Report a state to systemd, where it asked for reports (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
             channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-# --- 10. Client -----------------------------------------------------------------------------------------
-# Owns the way to a server: the channel, the retries that are safe, and saying why a server is not reached.
-# Knows nothing of this machine's jobs.
+# --- 13. Client -----------------------------------------------------------------------------------------
+# Owns the connection to a server: the channel, the retries that are safe, and the reason why a server is not reached.
+# It knows nothing of this machine's jobs.
 
 CONNECT_SECONDS = 4.0
 CALL_SECONDS = STOP_SECONDS + 30.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries
 CLIENT_OPTIONS = [
     *KEEPALIVE_OPTIONS,
-    ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1000)),  # also how long one connect may take
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel is a new connection, without an old one's back-off
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1000)),  # gRPC also limits one connect to this time
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel makes a new connection, without the back-off of an old one
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 ]
@@ -3032,7 +3410,7 @@ CLIENT_OPTIONS = [
 
 @dataclasses.dataclass(frozen=True)
 class ClientOptions:
-    """Which server, as whom: `identity` is the NAME of NAME.pem and NAME.key in `certs`."""
+    """The server, and the client's identity: the NAME of NAME.pem and NAME.key in the folder `certs`."""
 
     host: str
     port: int
@@ -3045,12 +3423,12 @@ class ClientOptions:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
-    def files(self) -> tuple[pathlib.Path, pathlib.Path]:
+    def identity_files(self) -> tuple[pathlib.Path, pathlib.Path]:
         return self.certs / f"{self.identity}.pem", self.certs / f"{self.identity}.key"
 
 
 class Client:
-    """Calls to one server. Errors are JobWorkerErrors with the server's sentence, or why it is not reached."""
+    """Calls to one server. Every error is a JobWorkerError: the server's sentence, or why the server is not reached."""
 
     def __init__(self, options: ClientOptions) -> None:
         self._options = options
@@ -3059,7 +3437,7 @@ class Client:
 
     def __enter__(self) -> Self:
         prepare_grpc()
-        certificate, key = self._options.files
+        certificate, key = self._options.identity_files
         hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {self._options.certs}"
         try:
             files = [read_file(path) for path in (self._options.certs / "server-ca.pem", key, certificate)]
@@ -3071,19 +3449,19 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Channels are closed after each call; nothing is left."""
+        """Do nothing: each call closes its channel."""
 
     def call(self, method: str, request: Any, reply: Any) -> Any:
-        """One call, tried again when the server was lost: every call here may be asked twice."""
+        """One call, repeated when the server was lost. Every call may be repeated without a second effect."""
 
         def attempt(channel: grpc.Channel) -> Any:
             ask = channel.unary_unary(f"/{SERVICE_NAME}/{method}", type(request).SerializeToString, reply.FromString)
             return ask(request, timeout=CALL_SECONDS)
 
-        return self._persistently(attempt)
+        return self._with_retries(attempt)
 
     def stream(self, job_id: str, offset: int, write: Callable[[bytes], None]) -> None:
-        """Write a job's output from a byte on until its end, resuming at its byte when the server was lost."""
+        """Write a job's output from `offset` to its end. After a loss of the server it resumes at its byte."""
         position = offset
 
         def attempt(channel: grpc.Channel) -> None:
@@ -3096,9 +3474,9 @@ class Client:
                 write(chunk)
                 position += len(chunk)
 
-        self._persistently(attempt)
+        self._with_retries(attempt)
 
-    def _persistently(self, attempt: Callable[[grpc.Channel], Any]) -> Any:
+    def _with_retries(self, attempt: Callable[[grpc.Channel], Any]) -> Any:
         """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost."""
         lost_at, pause = 0.0, FIRST_PAUSE
         while True:
@@ -3107,7 +3485,7 @@ class Client:
                 with grpc.secure_channel(self._options.address, self._credentials, CLIENT_OPTIONS) as channel:
                     return attempt(channel)
             except grpc.RpcError as error:
-                failure = self._explained(error, tried=lost_at > 0)
+                failure = self._explained(error, retried=lost_at > 0)
             if failure.status != "UNAVAILABLE" or self._options.retry_for == 0:
                 raise failure
             if not lost_at or self._reached:
@@ -3118,9 +3496,9 @@ class Client:
             time.sleep(max(0.0, pause - (time.monotonic() - began)))
             pause = min(LONGEST_PAUSE, 2 * pause)
 
-    def _explained(self, error: Any, *, tried: bool) -> JobWorkerError:
-        """The error behind gRPC's. One that was never connected is final at the first try: only what was lost
-        comes back.
+    def _explained(self, error: Any, *, retried: bool) -> JobWorkerError:
+        """The error for gRPC's. A server that was never reached is reported at once: a retry helps only where a server
+        was reached and then lost.
         """
         details = error.details() or ""
         status = error.code().name
@@ -3130,7 +3508,7 @@ class Client:
             and re.match(r"failed to connect|DNS|errors? resolving", details)
         ):
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
-            failure: JobWorkerError = UnavailableError(sentence) if tried else JobWorkerError(sentence)
+            failure: JobWorkerError = UnavailableError(sentence) if retried else JobWorkerError(sentence)
             return failure
         if status == "UNAVAILABLE":
             return UnavailableError(details)
@@ -3140,10 +3518,10 @@ class Client:
 
 
 def why_unreachable(options: ClientOptions) -> str:
-    """Why no connection comes about, in one sentence: tried again by hand, since gRPC does not tell. Empty: unknown."""
+    """Why there is no connection, in one sentence; empty: unknown. gRPC does not tell, so this connects without it."""
     try:
         raw = socket.create_connection((options.host, options.port), CONNECT_SECONDS)
-    except (socket.gaierror, UnicodeError):  # not found, or not even a name
+    except (socket.gaierror, UnicodeError):  # UnicodeError: the text cannot be a host name
         return f"there is no host {options.host!r} (`--server HOST[:PORT]`)"
     except TimeoutError:
         return f"{options.address} does not answer"
@@ -3157,18 +3535,19 @@ def why_unreachable(options: ClientOptions) -> str:
 
 
 def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
+    certificate, key = map(str, options.identity_files)
     context = ssl.create_default_context(cafile=str(options.certs / "server-ca.pem"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
-        context.load_cert_chain(*map(str, options.files))
+        context.load_cert_chain(certificate, key)
         with context.wrap_socket(raw, server_hostname=options.host) as channel:
             with contextlib.suppress(ConnectionResetError):
-                # In TLS 1.3 the verdict on the client comes after the handshake: HTTP/2's first frame says yes.
+                # In TLS 1.3 the server judges the client after the handshake. HTTP/2's first frame means: accepted.
                 if channel.recv(1):
                     return ""
             return (
-                f"{options.address} refuses {options.files[0]}: it is out of date, not for clients, or not from "
+                f"{options.address} refuses {certificate}: it is out of date, not for clients, or not from "
                 f"the client authority of that server"
             )
     except ssl.SSLCertVerificationError as error:
@@ -3181,216 +3560,17 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         return f"the certificate of {options.address} is not trusted by {authority}: {error.verify_message}"
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"{options.address} does not speak TLS 1.3 with {options.files[0]}: {reason}"
+        return f"{options.address} does not speak TLS 1.3 with {certificate}: {reason}"
 
 
-# --- 11. Certificates -----------------------------------------------------------------------------------
-# Owns the making of authorities, server certificates and identities, and the rule of what a folder must hold.
-# Authorities live ten years, leaves one; all are backdated by a day, since clocks differ.
-
-DAY = 86400
-AUTHORITY_DAYS, LEAF_DAYS = 3650, 365
-SERVED_FILES = ("server.pem", "server.key", "client-ca.pem")  # what serving needs
-MADE_FILES = (
-    "server-ca.pem",
-    "server-ca.key",
-    "client-ca.key",
-    "user.pem",
-    "user.key",
-    "admin.pem",
-    "admin.key",
-    *SERVED_FILES,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class CertifiedKey:
-    """A certificate with its private key."""
-
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    def certificate_pem(self) -> bytes:
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
-
-    def key_pem(self) -> bytes:
-        form = serialization.PrivateFormat.PKCS8
-        return self.key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-
-
-def sign(
-    name: str, days: int, issuer: CertifiedKey | None, extensions: Sequence[tuple[x509.ExtensionType, bool]]
-) -> CertifiedKey:
-    """A new P-256 key and its certificate, signed by the issuer or, without one, by itself (RFC 5280)."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    signer = issuer.key if issuer else key
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.certificate.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
-    )
-    for value, critical in extensions:
-        builder = builder.add_extension(value, critical=critical)
-    digest = None if isinstance(signer, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
-    return CertifiedKey(builder.sign(signer, digest), key)
-
-
-def key_usage(*allowed: str) -> x509.KeyUsage:
-    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-             "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")  # fmt: skip
-    return x509.KeyUsage(**{name: name in allowed for name in names})
-
-
-def make_authority(name: str) -> CertifiedKey:
-    basics = [(x509.BasicConstraints(ca=True, path_length=None), True), (key_usage("key_cert_sign", "crl_sign"), True)]
-    return sign(name, AUTHORITY_DAYS, None, basics)
-
-
-def leaf_basics(purpose: x509.ObjectIdentifier) -> list[tuple[x509.ExtensionType, bool]]:
-    return [
-        (x509.BasicConstraints(ca=False, path_length=None), True),
-        (key_usage("digital_signature"), True),
-        (x509.ExtendedKeyUsage([purpose]), False),
-    ]
-
-
-def make_server_certificate(authority: CertifiedKey, names: Sequence[str]) -> CertifiedKey:
-    """A certificate for a server that is reached by these names and addresses."""
-    alternatives = x509.SubjectAlternativeName([general_name(name) for name in names])
-    basics = leaf_basics(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
-    return sign("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)])
-
-
-def make_identity(authority: CertifiedKey, name: str, roles: Sequence[str]) -> CertifiedKey:
-    """A certificate for a client: its name is the owner of its jobs."""
-    extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
-    basics = leaf_basics(x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH)
-    return sign(name, LEAF_DAYS, authority, [*basics, (extension, False)])
-
-
-def general_name(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        pass
-    with contextlib.suppress(UnicodeError):
-        ascii_name = name.encode("idna").decode("ascii")
-        if re.fullmatch(r"[\w*.-]+", ascii_name, re.ASCII):
-            return x509.DNSName(ascii_name)
-    raise UsageError(f"{name!r} is neither a host's name nor an address")
-
-
-def own_names() -> list[str]:
-    """By what this machine is reached: its names, and its addresses as the kernel has them (proc(5))."""
-    host = socket.gethostname()
-    four = re.findall(r"(\d+\.\d+\.\d+\.\d+)\n\s+/32 host LOCAL", kernel_read("/proc/net/fib_trie"))
-    six = [line.split() for line in kernel_read("/proc/net/if_inet6").splitlines()]
-    routed = [str(ipaddress.IPv6Address(int(words[0], 16))) for words in six if words[3] in ("00", "10")]
-    names = ["localhost", host, socket.getfqdn(host), "127.0.0.1", "::1", *four, *routed]
-    return list(dict.fromkeys(name for name in names if name and len(name) < 64))
-
-
-def prepare_folder(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """Make what a server's folder needs, if it is empty, or a server.pem with the names it lacks.
-
-    Returns what was made, as a sentence, or nothing. Raises JobWorkerError, and changes nothing, where the folder
-    is half-filled or unreadable.
-    """
-    try:
-        there = set(os.listdir(folder)) & set(MADE_FILES) if folder.exists() else set()
-        missing = [name for name in SERVED_FILES if name not in there]
-        if not there:
-            make_folder(folder, [*own_names(), *names])
-            return f"made two authorities, a server certificate and the identities `user` and `admin` in {folder}"
-        if missing:
-            raise JobWorkerError(
-                f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or use an empty one"
-            )
-        return add_names(folder, names) if names else ""
-    except OSError as error:
-        raise JobWorkerError(
-            f"cannot use the certificate folder {folder}: {error.filename or ''} {error.strerror}"
-        ) from error
-
-
-def make_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Both authorities and what they sign, in a new folder that then takes its place whole."""
-    server_authority, client_authority = (
-        make_authority("jobworker server authority"),
-        make_authority("jobworker client authority"),
-    )
-    made = {"server-ca": server_authority, "client-ca": client_authority}
-    made["server"] = make_server_certificate(server_authority, list(dict.fromkeys(names)))
-    made |= {role: make_identity(client_authority, role, [role]) for role in ("user", "admin")}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}-{os.getpid()}")
-    new.mkdir(mode=0o755)
-    try:
-        for name, pair in made.items():
-            write_pair(new, name, pair)
-        if folder.exists() and os.listdir(folder):
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "server.pem"):
-                path.rename(folder / path.name)
-        else:
-            new.rename(folder)
-    finally:
-        for path in new.glob("*"):
-            path.unlink()
-        if new.exists():
-            new.rmdir()
-
-
-def write_pair(folder: pathlib.Path, name: str, pair: CertifiedKey) -> None:
-    """Put NAME.key and NAME.pem in place, each whole or not at all; the key is for its owner's eyes only."""
-    for suffix, content, mode in ((".key", pair.key_pem(), 0o600), (".pem", pair.certificate_pem(), 0o644)):
-        path = folder / f"{name}{suffix}"
-        new = folder / f".{name}{suffix}-{os.getpid()}"
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(new, path)
-
-
-def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
-    """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
-    path = folder / f"{name}.key"
-    if not path.exists():
-        raise JobWorkerError(f"{path} is not there: only the folder that made the authority can sign with it")
-    try:
-        key = serialization.load_pem_private_key(read_file(path), password=None)
-        return CertifiedKey(x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem")), key)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
-        raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
-
-
-def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """A new server.pem with the names that the present one lacks, besides those that it has."""
-    present = extension(x509.load_pem_x509_certificate(read_file(folder / "server.pem")), x509.SubjectAlternativeName)
-    has = [str(name.value) for name in present or ()]
-    names = [str(general_name(name).value) for name in names]
-    if set(names) <= set(has):
-        return ""
-    authority = load_authority(folder, "server-ca")
-    write_pair(folder, "server", make_server_certificate(authority, list(dict.fromkeys([*has, *names]))))
-    return f"made a new {folder / 'server.pem'} for {', '.join(names)}"
-
-
-# --- 12. Command line -----------------------------------------------------------------------------------
-# Owns words: options, verbs, what is printed, and the exit code. A verb is `add_X_arguments` beside `run_X`,
-# and one row of VERBS. Scripts rely on the lines that `start`, `stop` and `status` print.
+# --- 14. Command line -----------------------------------------------------------------------------------
+# Owns what a person types and reads: verbs, options, lines that are printed, and exit codes. A verb is a function
+# `add_X_arguments` beside a function `run_X`, and one row of VERBS. Scripts rely on the lines of `start`, `stop` and
+# `status`.
 
 SIZES = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 DURATIONS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": DAY}
+PROGRAM = "jobworker.pyz"
 
 
 def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
@@ -3440,8 +3620,8 @@ def host_and_port(text: str) -> tuple[str, int]:
     return found["address"] or found["host"], DEFAULT_PORT if found["port"] is None else int(found["port"])
 
 
-def text_argument(text: str) -> str:
-    """A word for the wire, which is UTF-8. Raises UsageError for bytes that are none."""
+def utf8_text(text: str) -> str:
+    """A word for the wire, which is UTF-8. Raises UsageError for other bytes."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeDecodeError:
@@ -3449,12 +3629,12 @@ def text_argument(text: str) -> str:
 
 
 def default_certs() -> pathlib.Path:
-    """`./certs` where nobody else could have put it there, else the machine's or the user's own folder."""
-    here = pathlib.Path("certs")
+    """`./certs` where no other user could have made it, else the folder of the machine or of the user."""
+    local = pathlib.Path("certs")
     with contextlib.suppress(OSError):
-        facts = here.stat()
+        facts = local.stat()
         if stat.S_ISDIR(facts.st_mode) and facts.st_uid in (0, os.geteuid()) and not facts.st_mode & 0o022:
-            return here
+            return local
     return pathlib.Path("/etc/jobworker") if os.geteuid() == 0 else user_folder("XDG_CONFIG_HOME", ".config")
 
 
@@ -3463,12 +3643,12 @@ def default_state() -> pathlib.Path:
 
 
 def user_folder(variable: str, below_home: str) -> pathlib.Path:
-    base = os.environ.get(variable) or os.path.join(os.environ.get("HOME") or Account.own().home, below_home)
-    return pathlib.Path(base) / "jobworker"
+    home = os.environ.get("HOME") or Account.of_server().home
+    return pathlib.Path(os.environ.get(variable) or os.path.join(home, below_home)) / "jobworker"
 
 
 def write_out(chunk: bytes) -> None:
-    """All bytes to standard output, however it takes them."""
+    """Write all bytes to standard output, also where it does not block."""
     rest = memoryview(chunk)
     while rest:
         try:
@@ -3484,8 +3664,13 @@ LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
     ("cpu", as_cpus, "1"),
     ("memory", as_bytes, "512M"),
     ("pids", as_count, "512"),
-    ("io", as_bytes, "64M a second, each way and disk"),
+    ("io", as_bytes, "64M a second, each way on each disk"),
 ]
+
+
+def add_rows(parser: argparse._ActionsContainer, rows: Sequence[Row]) -> None:
+    for flag, kind, metavar, default, text in rows:
+        parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
 
 
 def add_certs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -3505,7 +3690,7 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
         type=host_and_port,
         metavar="HOST[:PORT]",
         default=os.environ.get("JOBWORKER_SERVER", "localhost"),
-        help=f"where the server is (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})",
+        help=f"the server's address (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})",
     )
     parser.add_argument(
         "-r",
@@ -3519,19 +3704,22 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
         type=as_seconds,
         metavar="TIME",
         default=60.0,
-        help="how long to try again when a server that was reached is lost (default: 60s; 0: not at all)",
+        help="how long to retry after a server that was reached is lost (default: 60s; 0: no retry)",
     )
 
 
 def add_id_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-j", dest="job", metavar="ID", help="the job's id, which may also stand alone")
+    parser.add_argument("-j", dest="job", metavar="ID", help="the job's id; `-j` may be left out")
     parser.add_argument("id", nargs="?", metavar="ID", help=argparse.SUPPRESS)
 
 
 def chosen_id(options: argparse.Namespace) -> str:
     if (options.job is None) == (options.id is None):
-        raise UsageError(f"`{options.verb}` needs one job id: jobworker.pyz {options.verb} -j ID")
-    return check_id(text_argument(options.job or options.id))
+        raise UsageError(f"`{options.verb}` needs one job id: {PROGRAM} {options.verb} -j ID")
+    text = utf8_text(options.id if options.job is None else options.job)
+    if not text:
+        raise UsageError("the job id is empty: was it taken from a variable that is not set?")
+    return check_id(text)
 
 
 def client_of(options: argparse.Namespace) -> Client:
@@ -3544,58 +3732,59 @@ def client_of(options: argparse.Namespace) -> Client:
 
 
 PLACE_OPTIONS: list[Row] = [
-    ("--listen", host_and_port, "HOST:PORT", ("", DEFAULT_PORT), f"default: all addresses, port {DEFAULT_PORT}"),
+    (
+        "--listen",
+        host_and_port,
+        "HOST:PORT",
+        ("", DEFAULT_PORT),
+        f"the address to listen on (default: all addresses, port {DEFAULT_PORT})",
+    ),
     (
         "--state",
         str,
         "DIR",
         None,
-        "jobs and output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)",
+        "the folder of jobs and their output (default: /var/lib/jobworker for root, else ~/.local/state/jobworker)",
     ),
     (
         "--cgroup",
         str,
         "PATH",
         None,
-        "where to make the tree (default: `jobworker` under the highest cgroup we may manage)",
+        "the root of the cgroup tree (default: `jobworker` below the highest cgroup that the server may manage)",
     ),
     (
         "--without",
         str,
         "LIST",
         "",
-        "limits to do without: cpu,memory,pids,io, `all`, or `auto`: whatever is missing here",
+        "limits that are not needed: cpu,memory,pids,io, `all`, or `auto`: those that this machine cannot enforce",
     ),
 ]
 ENDING_OPTIONS: list[Row] = [
-    ("--timeout", as_seconds, "TIME", 0.0, "end a job after this (default: never)"),
+    ("--timeout", as_seconds, "TIME", 0.0, "end a job after this time (default: never)"),
     ("--max-output", as_bytes, "SIZE", OUTPUT_LIMIT, "end a job that prints more (default: 1G)"),
 ]
 KEEPING_OPTIONS: list[Row] = [
-    ("--keep", as_seconds, "TIME", KEEP_SECONDS, "forget an ended job after this (default: 7d; 0: never)"),
-    ("--keep-bytes", as_bytes, "SIZE", 0, "forget the oldest when outputs exceed this (default: no bound)"),
-    ("--reserve", as_share, "SHARE", RESERVE, "of the disk, not to be filled by jobs (default: 5%%)"),
-    ("--max-jobs", as_count, "N", MAX_JOBS, f"running at once (default: {MAX_JOBS})"),
+    ("--keep", as_seconds, "TIME", KEEP_SECONDS, "delete an ended job after this time (default: 7d; 0: never)"),
+    ("--keep-bytes", as_bytes, "SIZE", 0, "delete the oldest jobs when outputs exceed this (default: no bound)"),
+    ("--reserve", as_share, "SHARE", RESERVE, "the share of the disk that jobs may not fill (default: 5%%)"),
+    ("--max-jobs", as_count, "N", MAX_JOBS, f"jobs that run at the same time (default: {MAX_JOBS})"),
 ]
-
-
-def add_rows(parser: argparse._ActionsContainer, rows: Sequence[Row]) -> None:
-    for flag, kind, metavar, default, text in rows:
-        parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=text)
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
-    place = parser.add_argument_group("where")
+    place = parser.add_argument_group("addresses and folders")
     add_rows(place, PLACE_OPTIONS)
-    names = "also valid for these names or addresses: makes a new server.pem where it lacks one"
+    names = "host names and addresses of this server: makes a new server.pem where the present one lacks one"
     place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[], help=names)
-    limits = parser.add_argument_group("limits of a job (what it gets by default; --max-…: what `start` may ask for)")
+    limits = parser.add_argument_group("limits of a job (--X: the default; --max-X: the most that `start` may ask for)")
     for name, kind, default in LIMIT_OPTIONS:
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
         limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
     add_rows(limits, ENDING_OPTIONS)
-    keep = parser.add_argument_group("keeping")
+    keep = parser.add_argument_group("retention")
     add_rows(keep, KEEPING_OPTIONS)
     keep.add_argument(
         "--stop-jobs", action="store_true", help="stop all jobs when the server ends (default: they go on)"
@@ -3632,7 +3821,7 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
 def chosen_without(text: str) -> frozenset[str]:
     names = frozenset(filter(None, text.split(",")))
     if unknown := names - {*CONTROLLERS, "auto", "all"}:
-        raise UsageError(f"--without knows {', '.join(CONTROLLERS)}, all and auto, not {', '.join(sorted(unknown))}")
+        raise UsageError(f"--without takes {', '.join(CONTROLLERS)}, all and auto, not {', '.join(sorted(unknown))}")
     return frozenset(CONTROLLERS) if "all" in names else names
 
 
@@ -3641,18 +3830,12 @@ def chosen_without(text: str) -> frozenset[str]:
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    parser.add_argument("-c", dest="command", metavar="COMMAND", help="the command, found on the server's PATH")
-    parser.add_argument(
-        "-args",
-        dest="args",
-        metavar="ARG",
-        help="everything after it is the command's, options included (so is `-- COMMAND ARG…`)",
-    )
+    parser.add_argument("-c", dest="command", metavar="COMMAND", help="the command (the form `-c COMMAND -args ARG…`)")
     for name, kind, _ in LIMIT_OPTIONS:
         parser.add_argument(
             f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default"
         )
-    parser.add_argument("--timeout", type=as_seconds, metavar="TIME", help="end the job after this")
+    parser.add_argument("--timeout", type=as_seconds, metavar="TIME", help="end the job after this time")
     parser.add_argument("--max-output", type=as_bytes, metavar="SIZE", help="end the job when it prints more")
     parser.add_argument(
         "--run-as",
@@ -3663,30 +3846,59 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job"
     )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="COMMAND [ARG…]",
+        help="the command and its arguments, options included: everything from the first word that is no option, or "
+        "after `--`",
+    )
 
 
-def split_command(arguments: Sequence[str]) -> tuple[list[str], list[str] | None, bool]:
-    """`start`'s arguments, what follows the first `-args` or `--` verbatim (None: neither), and whether it was `--`."""
-    for position, word in enumerate(arguments):
+def split_command(arguments: Sequence[str], value_flags: Iterable[str]) -> tuple[list[str], list[str] | None, bool]:
+    """Split `start`'s arguments into its own options and the words of the command, which are passed on verbatim.
+
+    The command begins after `--`, or at the first word that is neither an option nor the value of one of `value_flags`.
+    After `-args` come the arguments of the command that `-c` names; the third result says so. None: no such word.
+    """
+    flags = frozenset(value_flags)
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
         if word in ("-args", "--"):
-            return list(arguments[:position]), list(arguments[position + 1 :]), word == "--"
+            return list(arguments[:position]), list(arguments[position + 1 :]), word == "-args"
+        if not word.startswith("-") or word == "-":
+            return list(arguments[:position]), list(arguments[position:]), False
+        position += 2 if word in flags else 1
     return list(arguments), None, False
 
 
-def run_start(options: argparse.Namespace) -> int:
-    command, args = options.command, options.rest or []
-    if options.dashed and command is None:
-        command, args = (args[0] if args else None), args[1:]
+def command_of(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The command and its arguments. Raises UsageError."""
+    words = list(options.words or [])
+    command = options.command
+    if command is None and options.after_args:
+        raise UsageError(f"`-args` needs `-c COMMAND` before it: {PROGRAM} start -c COMMAND -args ARG…")
+    if command is None and words:
+        command, words = words[0], words[1:]
     if command is None:
-        raise UsageError("`start` needs a command: jobworker.pyz start -- COMMAND [ARG…]")
+        raise UsageError(f"`start` needs a command: {PROGRAM} start COMMAND [ARG…]")
+    return utf8_text(command), [utf8_text(word) for word in words]
+
+
+def run_start(options: argparse.Namespace) -> int:
+    command, args = command_of(options)
     limits = {name: getattr(options, name) for name in ("cpu", "memory", "pids", "io", "timeout", "max_output")}
     with client_of(options) as client:
         request = pb.StartJobRequest(
-            cmd=text_argument(command), args=[text_argument(arg) for arg in args],
-            id=text_argument(options.id) or new_job_id(), run_as=text_argument(options.run_as),
+            cmd=command, args=args, id=utf8_text(options.id) or new_job_id(), run_as=utf8_text(options.run_as),
             **{name: value for name, value in limits.items() if value is not None},
         )  # fmt: skip
-        print(f"started JobID: {client.call('StartJob', request, pb.StartJobResponse).ID}")
+        job_id = client.call("StartJob", request, pb.StartJobResponse).ID
+    try:
+        print(f"started JobID: {job_id}", flush=True)
+    except OSError as error:
+        raise JobWorkerError(f"started job {job_id}, but standard output cannot be written: {error.strerror}") from None
     return 0
 
 
@@ -3706,7 +3918,7 @@ def run_stop(options: argparse.Namespace) -> int:
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     add_id_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    parser.add_argument("--json", action="store_true", help="print all that is known, as JSON")
 
 
 def run_status(options: argparse.Namespace) -> int:
@@ -3721,14 +3933,7 @@ def run_status(options: argparse.Namespace) -> int:
 
 
 def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
-    """A status as `--json` prints it: times in UTC (ISO 8601), null for what is not known or not enforced."""
-
-    def moment(milliseconds: int) -> str | None:
-        if milliseconds == 0:
-            return None
-        when = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.timezone.utc)
-        return when.isoformat("T", "milliseconds")
-
+    """A status as `--json` prints it: times in UTC (ISO 8601), null for a value that is unknown or not enforced."""
     return {
         "id": job_id,
         "status": pb.Status.Name(status.status),
@@ -3739,9 +3944,9 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         "owner": status.owner,
         "command": [status.cmd, *status.args],
         "user": status.user,
-        "created": moment(status.created_ms),
-        "started": moment(status.started_ms),
-        "ended": moment(status.ended_ms),
+        "created": iso_time(status.created_ms),
+        "started": iso_time(status.started_ms),
+        "ended": iso_time(status.ended_ms),
         "outputBytes": status.output_bytes,
         "usage": {
             "cpuSeconds": status.cpu_seconds if status.ended_ms else None,
@@ -3761,10 +3966,18 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
     }
 
 
+def iso_time(milliseconds: int) -> str | None:
+    """A moment in UTC (ISO 8601); None for 0, which means: not yet."""
+    if milliseconds == 0:
+        return None
+    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.timezone.utc)
+    return moment.isoformat("T", "milliseconds")
+
+
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     add_id_arguments(parser)
-    parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip so many bytes")
+    parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip this many bytes")
 
 
 def run_stream(options: argparse.Namespace) -> int:
@@ -3776,11 +3989,11 @@ def run_stream(options: argparse.Namespace) -> int:
 
 def add_rm_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    parser.add_argument("ids", nargs="+", metavar="ID", help="ended jobs")
+    parser.add_argument("ids", nargs="+", metavar="ID", help="ids of ended jobs")
 
 
 def run_rm(options: argparse.Namespace) -> int:
-    ids = [check_id(text_argument(job_id)) for job_id in options.ids]
+    ids = [check_id(utf8_text(job_id)) for job_id in options.ids]
     with client_of(options) as client:
         for job_id in ids:
             client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
@@ -3794,33 +4007,32 @@ def run_rm(options: argparse.Namespace) -> int:
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
     parser.add_argument(
-        "name", metavar="NAME", help="the common name: the owner of its jobs, and the name of its files"
+        "name", metavar="NAME", help="the common name: the owner of the client's jobs, and the name of its files"
     )
-    parser.add_argument("--admin", action="store_true", help="may see and stop everybody's jobs (default: its own)")
+    parser.add_argument(
+        "--admin", action="store_true", help="it may see and stop the jobs of all owners (default: its own)"
+    )
 
 
 def run_identity(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.certs) if options.certs else default_certs()
-    name = text_argument(options.name)
+    name = utf8_text(options.name)
     if not re.fullmatch(r"[^/\0]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
         raise UsageError(
-            f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that serves already"
+            f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that is in use here"
         )
     if (folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists():
-        raise JobWorkerError(f"{folder / name}.pem is there already")
-    write_pair(
-        folder, name, make_identity(load_authority(folder, "client-ca"), name, ["admin" if options.admin else "user"])
-    )
-    print(
-        f"made identity: {folder / name}.pem and {name}.key; with server-ca.pem they are what the client's folder needs"
-    )
+        raise JobWorkerError(f"{folder / name}.pem exists already")
+    authority = load_authority(folder, "client-ca")
+    write_pair(folder, name, issue_identity(authority, name, ["admin" if options.admin else "user"]))
+    print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
     return 0
 
 
 UNIT = """\
-# {place}, made by `jobworker.pyz unit`. Jobs live outside this unit, in a cgroup tree of their own, and outlive
-# it; so no Delegate= (systemd could not start the unit again while jobs live in it), and no sandboxing that jobs
-# would inherit from the server (they have uids and limits of their own).
+# {place}, made by `jobworker.pyz unit`. Jobs live outside this unit, in a cgroup tree of their own, and outlive it.
+# So it has no Delegate= (systemd could not start the unit again while jobs are in it), and no sandboxing, which the
+# jobs would inherit from the server (they have uids and limits of their own).
 [Unit]
 Description=Job worker: commands in cgroups over mutual TLS
 After=network.target
@@ -3862,84 +4074,97 @@ def run_unit(options: argparse.Namespace) -> int:
         word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$")
         for word in words
     )
-    print(
-        UNIT.format(
-            place="~/.config/systemd/user/jobworker.service"
-            if options.user
-            else "/etc/systemd/system/jobworker.service",
-            command=quoted,
-            protection="" if options.user else "OOMScoreAdjust=-500\n",
-            target="default.target" if options.user else "multi-user.target",
-        ),
-        end="",
+    text = UNIT.format(
+        place="~/.config/systemd/user/jobworker.service" if options.user else "/etc/systemd/system/jobworker.service",
+        command=quoted,
+        protection="" if options.user else "OOMScoreAdjust=-500\n",
+        target="default.target" if options.user else "multi-user.target",
     )
+    print(text, end="")
     return 0
 
 
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
     "serve": (add_serve_arguments, run_serve, "run the server on this machine"),
-    "start": (add_start_arguments, run_start, "start a command there; prints its job's id"),
+    "start": (add_start_arguments, run_start, "start a command on the server's machine and print its job's id"),
     "stop": (add_stop_arguments, run_stop, "kill a job, all its processes at once"),
-    "status": (add_status_arguments, run_status, "say whether a job runs, and how it ended"),
-    "stream": (add_stream_arguments, run_stream, "write a job's output, from its first byte, until it ends"),
-    "rm": (add_rm_arguments, run_rm, "forget ended jobs and their output"),
+    "status": (add_status_arguments, run_status, "print whether a job runs, and how it ended"),
+    "stream": (add_stream_arguments, run_stream, "write a job's output, from its first byte, until the job ends"),
+    "rm": (add_rm_arguments, run_rm, "delete ended jobs and their output"),
     "identity": (add_identity_arguments, run_identity, "make a certificate for one more client"),
-    "unit": (add_unit_arguments, run_unit, "print a systemd unit that serves"),
+    "unit": (add_unit_arguments, run_unit, "print a systemd unit that runs the server"),
 }
 
 
-def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of all verbs, with the options of the one in `words`: those of all cost a client 5 ms. And only for
-    help is the terminal's width asked, 3 ms.
+def make_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of all verbs, and the flags with a value of the verb in `words`.
+
+    Only that verb gets its options, since those of all verbs cost a client 5 ms. Only help asks for the width of the
+    terminal, which costs 3 ms.
     """
     formatter: Any = argparse.HelpFormatter
-    if not {"-h", "--help"} & set(words):
+    if words and not {"-h", "--help"} & set(words):
         formatter = functools.partial(formatter, width=80)
+    value_flags: list[str] = []
 
     class Parser(argparse.ArgumentParser):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options, allow_abbrev=False, formatter_class=formatter)
 
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message} (`{self.prog} --help`)")
+        def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+            action = super().add_argument(*names, **options)
+            value_flags.extend(action.option_strings if action.nargs != 0 else ())
+            return action
 
-    parser = Parser(prog="jobworker.pyz", description=(__doc__ or "").splitlines()[0])
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+    parser = Parser(prog=PROGRAM, description=SUMMARY)
     parser.add_argument("--version", action="version", version=f"jobworker {VERSION}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for verb, (add_arguments, _, summary) in VERBS.items():
         own = verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if verb in words[:1]:
             add_arguments(own)
-    return parser
+    return parser, value_flags
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line; `rest` is what `start` passes on verbatim. Raises UsageError."""
-    rest, dashed = None, False
-    words = list(arguments)
-    if "start" in words[:1]:
-        words, rest, dashed = split_command(words)
-    options: argparse.Namespace = make_parser(words).parse_args(words)
-    options.rest, options.dashed = rest, dashed
+    """The options of a command line. Raises UsageError."""
+    parser, value_flags = make_parser(arguments)
+    if not arguments:
+        parser.print_help()
+        parser.exit()
+    if arguments[0] != "start":
+        return parser.parse_args(arguments)
+    own, words, after_args = split_command(arguments[1:], value_flags)
+    options = parser.parse_args(["start", *own])
+    options.words, options.after_args = words, after_args
     return options
 
 
 def fill_standard_descriptors() -> None:
-    """What was closed (`>&-`, old daemons) is /dev/null: the next file or socket must not become standard output."""
+    """Open /dev/null for each standard descriptor that is closed (`>&-`, old daemons). Otherwise the next file or
+    socket would become standard output.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  as long as the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  used until the process ends
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code. What fails is one line on standard error."""
+    """Run one verb and return the exit code. A failure is one line on standard error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         fill_standard_descriptors()
-        options = parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse(words)
         code = VERBS[options.verb][1](options)
         sys.stdout.flush()
+    except UsageError as error:
+        say(f"{error} (see `{' '.join([PROGRAM, *(word for word in words[:1] if word in VERBS)])} --help`)")
+        return error.exit_code
     except JobWorkerError as error:
         say(str(error))
         return error.exit_code
@@ -3948,7 +4173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes its rest at the end, and that must not fail
         return 128 + signal.SIGPIPE
     except OSError as error:
         say(f"{error.filename or 'this machine'}: {error.strerror}")
@@ -3957,9 +4182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """`main` as a whole process, which is left at once: taking an interpreter down costs a client 10 ms."""
+    """Run `main` as a whole process, and leave at once: taking the interpreter down costs a client 10 ms."""
     code = main()
-    with contextlib.suppress(OSError):  # a closed pipe: `main` has said what there was to say
+    with contextlib.suppress(OSError):  # a closed pipe, which `main` has handled
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

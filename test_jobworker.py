@@ -267,14 +267,19 @@ def python(program, *args, **request):
     return JobRequest(PYTHON, ("-c", program, *args), **{"owner": "alice", **request})
 
 
+async def start_id(worker, request):
+    """Start a job; its id."""
+    return (await worker.start(request)).id
+
+
 async def output(worker, job, offset=0):
-    return b"".join([chunk async for chunk in worker.stream(job, offset)])
+    return b"".join([chunk async for chunk in worker.stream(worker.job(job), offset)])
 
 
 async def said(worker, job, marker):
     """Wait until a job has said something; all that it said until then."""
     text = b""
-    async with contextlib.aclosing(worker.stream(job)) as chunks:
+    async with contextlib.aclosing(worker.stream(worker.job(job))) as chunks:
         async for chunk in chunks:
             text += chunk
             if marker in text:
@@ -284,13 +289,13 @@ async def said(worker, job, marker):
 
 async def result(worker, request):
     """Run a job to its end: what it printed and its status."""
-    job = await worker.start(request)
+    job = await start_id(worker, request)
     text = await output(worker, job)
-    return text, worker.status(job)
+    return text, worker.status(worker.job(job))
 
 
 def ending(worker, job):
-    status = worker.status(job)
+    status = worker.status(worker.job(job))
     return status.status, status.exit_code, status.ending.reason if status.ending else ""
 
 
@@ -307,8 +312,11 @@ sys.path.insert(0, {module!r})
 import jobworker
 from jobworker import JobRequest, JobWorkerError, Worker, WorkerOptions
 
+async def start_id(worker, request):
+    return (await worker.start(request)).id
+
 async def output(job):
-    return b"".join([chunk async for chunk in worker.stream(job)])
+    return b"".join([chunk async for chunk in worker.stream(worker.job(job))])
 
 async def main():
     global worker
@@ -403,7 +411,7 @@ def inside(cgroup, *, container=False, leaf=""):
 
 
 SHOW_TREE = """
-    job = await worker.start(JobRequest("cat", ("/proc/self/cgroup",), owner="alice"))
+    job = await start_id(worker, JobRequest("cat", ("/proc/self/cgroup",), owner="alice"))
     text = (await output(job)).decode()
     line = next(line for line in text.splitlines() if line.startswith("0::"))
     print("tree", worker._tree.root, "job", line[3:], "controllers", *sorted(worker._tree.controllers))
@@ -444,10 +452,10 @@ def test_in_a_container_the_server_leaves_the_visible_root_for_a_leaf_and_only_i
 @in_loop
 async def test_of_a_tree_only_what_jobs_go_on_in_outlives_its_server(state, nested):
     async with worker_on(state, cgroup=nested.path) as worker:
-        job = await worker.start(shell("exec sleep 1000"))
+        job = await start_id(worker, shell("exec sleep 1000"))
     assert len(jobs_cgroups(state)) == 1
     async with worker_on(state, cgroup=nested.path) as worker:
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
         (tree,) = trees_of(state)
         until(lambda: len((tree / "shims" / "cgroup.procs").read_text().split()) == 1)  # the launcher
     assert trees_of(state) == []
@@ -459,9 +467,9 @@ async def test_of_a_tree_only_what_jobs_go_on_in_outlives_its_server(state, nest
 async def test_a_job_that_left_its_cgroup_is_stopped_all_the_same(state):
     async with worker_on(state) as worker:
         out = f"echo $$ > {CgroupMount.find().point}/cgroup.procs; echo out; exec sleep 1000"
-        job = await worker.start(shell(out, run_as="root"))
+        job = await start_id(worker, shell(out, run_as="root"))
         await said(worker, job, b"out")
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
         assert ending(worker, job) == ("STOPPED", 137, "")
 
 
@@ -542,7 +550,7 @@ async def test_a_missing_controller_is_named_unless_it_is_not_needed(state):
             pass
     assert "--without cpu,memory,pids,io" in str(refused.value)
     async with worker_on(state, without=frozenset(missing_controllers())) as worker:
-        assert await output(worker, await worker.start(shell("echo hello"))) == b"hello\n"
+        assert await output(worker, await start_id(worker, shell("echo hello"))) == b"hello\n"
         assert any("not enforced" in note for note in worker.notes())
 
 
@@ -551,19 +559,19 @@ async def test_a_missing_controller_is_named_unless_it_is_not_needed(state):
 def test_without_any_cgroup_the_shim_kills_what_descends_from_the_job(state, mark, wrapper):
     burrows = f"env -i {PYTHON} -c '''{BURROWS}''' {mark} & exec {PYTHON} -c '''{BURROWS}''' {mark}"
     body = f"""
-        first = await worker.start(JobRequest("sh", ("-c", {burrows!r}), owner="alice"))
-        second = await worker.start(JobRequest("sh", ("-c", {burrows!r} + "& while ! [ -e x ]; do :; done"), owner="bob"))
+        first = await start_id(worker, JobRequest("sh", ("-c", {burrows!r}), owner="alice"))
+        second = await start_id(worker, JobRequest("sh", ("-c", {burrows!r} + "& while ! [ -e x ]; do :; done"), owner="bob"))
         for job in first, second:
             heard = b""
-            async for chunk in worker.stream(job):
+            async for chunk in worker.stream(worker.job(job)):
                 heard += chunk
                 if heard.count(b"deep") == 2:
                     break
             print("said", heard.count(b"deep"))
         for job in first, second:
-            await worker.stop(job)
-            print(worker.status(job).status, worker.status(job).exit_code)
-        print("cgroup", [note for note in worker.status(first).notes if "no cgroup" in note])
+            await worker.stop(worker.job(job))
+            print(worker.status(worker.job(job)).status, worker.status(worker.job(job)).exit_code)
+        print("cgroup", [note for note in worker.status(worker.job(first)).notes if "no cgroup" in note])
     """
     told = in_server(state, body, wrapper=wrapper)
     assert told.count("said 2") == told.count("STOPPED 137") == 2
@@ -575,14 +583,14 @@ def test_without_any_cgroup_the_shim_kills_what_descends_from_the_job(state, mar
 def test_without_any_cgroup_nothing_outruns_the_kill(state, mark):
     body = f"""
         for _ in range(10):
-            job = await worker.start(JobRequest({PYTHON!r}, ("-c", {FORKS_TWICE!r}, {mark!r}), owner="alice"))
+            job = await start_id(worker, JobRequest({PYTHON!r}, ("-c", {FORKS_TWICE!r}, {mark!r}), owner="alice"))
             await output(job)
-            print("ended", worker.status(job).exit_code)
-        job = await worker.start(JobRequest({PYTHON!r}, ("-c", {COMETS!r}), owner="alice"))
-        async for chunk in worker.stream(job):
+            print("ended", worker.status(worker.job(job)).exit_code)
+        job = await start_id(worker, JobRequest({PYTHON!r}, ("-c", {COMETS!r}), owner="alice"))
+        async for chunk in worker.stream(worker.job(job)):
             break
-        await worker.stop(job)
-        print(worker.status(job).status)
+        await worker.stop(worker.job(job))
+        print(worker.status(worker.job(job)).status)
     """
     assert in_server(state, body, wrapper=NO_CGROUP) == "ended 4\n" * 10 + "STOPPED\n"
     assert not processes_with(mark)
@@ -591,11 +599,11 @@ def test_without_any_cgroup_nothing_outruns_the_kill(state, mark):
 @as_root
 def test_without_any_cgroup_a_lost_shim_s_job_is_found_and_killed(state, mark):
     body = f"""
-        job = await worker.start(JobRequest("sh", ("-c", "sleep 1000 {mark} & echo $PPID; exec sleep 1000 {mark}"),
+        job = await start_id(worker, JobRequest("sh", ("-c", "sleep 1000 {mark} & echo $PPID; exec sleep 1000 {mark}"),
                                  owner="alice"))
-        async for chunk in worker.stream(job):
+        async for chunk in worker.stream(worker.job(job)):
             os.kill(int(chunk), 9)
-        print(worker.status(job).ending)
+        print(worker.status(worker.job(job)).ending)
     """
     assert "code=255" in in_server(state, body.replace(f" {mark}", ""), wrapper=NO_CGROUP)
     assert not processes_with(mark)
@@ -604,10 +612,10 @@ def test_without_any_cgroup_a_lost_shim_s_job_is_found_and_killed(state, mark):
 def test_a_server_without_root_runs_jobs_as_itself_and_says_so(state):
     user = os.geteuid() or 65534
     body = """
-        job = await worker.start(JobRequest("id", ("-u",), owner="alice"))
-        print("uid", (await output(job)).decode(), worker.status(job).notes)
+        job = await start_id(worker, JobRequest("id", ("-u",), owner="alice"))
+        print("uid", (await output(job)).decode(), worker.status(worker.job(job)).notes)
         try:
-            await worker.start(JobRequest("id", owner="alice", run_as="root"))
+            await start_id(worker, JobRequest("id", owner="alice", run_as="root"))
         except JobWorkerError as error:
             print(error)
     """
@@ -628,8 +636,8 @@ def read_limits(cgroup):
 @in_loop
 async def test_a_job_s_limits_are_the_kernel_s_before_it_runs(state):
     async with worker_on(state, without=frozenset()) as worker:
-        job = await worker.start(shell(WAITS, cpu=0.5, memory=64 * MIB, pids=10, io=MIB))
-        limits = read_limits(worker.status(job).spec.cgroup)
+        job = await start_id(worker, shell(WAITS, cpu=0.5, memory=64 * MIB, pids=10, io=MIB))
+        limits = read_limits(worker.status(worker.job(job)).spec.cgroup)
         assert limits.pop("memory.swap.max", "0") == "0"
         disks = "\n".join(
             f"{disk.number} rbps={MIB} wbps={MIB} riops=max wiops=max" for disk in jobworker.whole_disks()
@@ -638,7 +646,7 @@ async def test_a_job_s_limits_are_the_kernel_s_before_it_runs(state):
             "cpu.max": "50000 100000", "memory.max": str(64 * MIB), "memory.oom.group": "1", "pids.max": "10",
             "io.max": disks,
         }  # fmt: skip
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
 
 
 @pytest.mark.controllers
@@ -646,13 +654,15 @@ async def test_a_job_s_limits_are_the_kernel_s_before_it_runs(state):
 async def test_a_cpu_hog_is_throttled_to_its_limit(state):
     hog = "import time\nwhile time.process_time() < 0.5: pass\nprint('done', flush=True)\ntime.sleep(1000)"
     async with worker_on(state, without=frozenset()) as worker:
-        job = await worker.start(python(hog, cpu=0.25))
+        job = await start_id(worker, python(hog, cpu=0.25))
         await said(worker, job, b"done")
-        counted = jobworker.keyed_values(jobworker.kernel_read(f"{worker.status(job).spec.cgroup}/cpu.stat"))
+        counted = jobworker.keyed_values(
+            jobworker.kernel_read(f"{worker.status(worker.job(job)).spec.cgroup}/cpu.stat")
+        )
         assert counted["nr_throttled"] > 10
         assert counted["usage_usec"] <= 1.2 * 25_000 * (counted["nr_periods"] + 1)
-        await worker.stop(job)
-        assert worker.status(job).usage.cpu_seconds >= 0.5
+        await worker.stop(worker.job(job))
+        assert worker.status(worker.job(job)).usage.cpu_seconds >= 0.5
 
 
 @pytest.mark.controllers
@@ -660,15 +670,15 @@ async def test_a_cpu_hog_is_throttled_to_its_limit(state):
 async def test_a_memory_hog_is_killed_as_a_group_and_said_to_be_out_of_memory(state, mark):
     hog = "import os, sys, time\nif os.fork() == 0: time.sleep(1000)\nprint('ready', flush=True)\nx = b'x' * (1 << 30)"
     async with worker_on(state, without=frozenset()) as worker:
-        other = await worker.start(shell(WAITS))
-        job = await worker.start(python(hog, mark, memory=64 * MIB))
+        other = await start_id(worker, shell(WAITS))
+        job = await start_id(worker, python(hog, mark, memory=64 * MIB))
         assert await output(worker, job) == b"ready\n"
         assert ending(worker, job) == ("STOPPED", 137, "OOM")
         assert not processes_with(mark)
-        peak = worker.status(job).usage.memory_peak
+        peak = worker.status(worker.job(job)).usage.memory_peak
         assert peak is None or peak <= 64 * MIB
         assert ending(worker, other) == ("RUNNING", 0, "")
-        await worker.stop(other)
+        await worker.stop(worker.job(other))
 
 
 @pytest.mark.controllers
@@ -676,12 +686,12 @@ async def test_a_memory_hog_is_killed_as_a_group_and_said_to_be_out_of_memory(st
 async def test_a_fork_bomb_is_held_at_its_limit_and_can_be_stopped(state, mark):
     bomb = "import os, signal\nwhile True:\n  try: os.fork()\n  except OSError: os.write(1, b'held'), signal.pause()"
     async with worker_on(state, without=frozenset()) as worker:
-        job = await worker.start(python(bomb, mark, pids=20))
+        job = await start_id(worker, python(bomb, mark, pids=20))
         await said(worker, job, b"held")
-        cgroup = worker.status(job).spec.cgroup
+        cgroup = worker.status(worker.job(job)).spec.cgroup
         assert int(jobworker.kernel_read(f"{cgroup}/pids.current")) <= 20
         assert jobworker.keyed_values(jobworker.kernel_read(f"{cgroup}/pids.events"))["max"] > 0
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
         assert ending(worker, job) == ("STOPPED", 137, "")
         assert not processes_with(mark)
 
@@ -711,14 +721,16 @@ async def test_a_writer_is_held_to_its_rate(nothing_is_left):
 @in_loop
 async def test_a_job_can_neither_raise_its_limits_nor_leave_its_cgroup(state):
     async with worker_on(state, without=frozenset()) as worker:
-        job = await worker.start(shell('echo ready; while [ ! -e "$HOME/go" ]; do :; done; . "$HOME/go"; echo tried'))
-        cgroup = worker.status(job).spec.cgroup
+        job = await start_id(
+            worker, shell('echo ready; while [ ! -e "$HOME/go" ]; do :; done; . "$HOME/go"; echo tried')
+        )
+        cgroup = worker.status(worker.job(job)).spec.cgroup
         limits = read_limits(cgroup)
         above = [os.path.dirname(cgroup), os.path.dirname(os.path.dirname(cgroup)), CgroupMount.find().point]
         tries = [f"echo max > {cgroup}/{file}" for file in limits if file != "io.max"]
         tries += [f"echo $$ > {place}/cgroup.procs" for place in (*above, f"{cgroup}/sub")]
         tries += [f"mkdir {cgroup}/sub", f"rmdir {cgroup}", f"echo 1 > {cgroup}/cgroup.kill"]
-        home = Path(worker.status(job).spec.home)
+        home = Path(worker.status(worker.job(job)).spec.home)
         (home / "new").write_text("\n".join(f"({line}) 2>/dev/null && echo did {line!r}" for line in tries))
         (home / "new").chmod(0o644)
         (home / "new").rename(home / "go")
@@ -731,9 +743,9 @@ async def test_kernels_before_cgroup_kill_have_their_way_of_killing_all(state, m
     async with worker_on(state) as worker:
         if worker._tree.root is None:
             pytest.skip("this machine gives no cgroup")
-        job = await worker.start(python(BURROWS, mark))
+        job = await start_id(worker, python(BURROWS, mark))
         await said(worker, job, b"deep")
-        cgroup = Cgroup(worker.status(job).spec.cgroup)
+        cgroup = Cgroup(worker.status(worker.job(job)).spec.cgroup)
         cgroup._kill_frozen()
         assert await output(worker, job) == b"deep\n"
         assert not processes_with(mark)
@@ -775,15 +787,15 @@ async def test_fifty_followers_at_different_times_each_receive_the_identical_byt
     expected = memoryview(random.Random(7).randbytes(size))
 
     async def follow(worker, job, offset):
-        async for chunk in worker.stream(job, offset):
+        async for chunk in worker.stream(worker.job(job), offset):
             assert chunk == expected[offset : offset + len(chunk)]
             offset += len(chunk)
         return offset
 
     async with worker_on(state) as worker:
-        job = await worker.start(python(WRITES_BYTES, str(size)))
+        job = await start_id(worker, python(WRITES_BYTES, str(size)))
         received = 0
-        async for chunk in worker.stream(job):
+        async for chunk in worker.stream(worker.job(job)):
             received += len(chunk)
             while len(followers) < 50 and received >= len(followers) * MIB:
                 offset = random.Random(len(followers)).choice([0, 0, received // 2, received, size])
@@ -793,15 +805,15 @@ async def test_fifty_followers_at_different_times_each_receive_the_identical_byt
         assert await asyncio.gather(*followers) == [size] * 50
         assert await follow(worker, job, 0) == size  # and once it has ended
         assert await output(worker, job, size + 1) == b""
-        assert worker.status(job).output_bytes == size
+        assert worker.status(worker.job(job)).output_bytes == size
 
 
 @in_loop
 async def test_a_follower_that_is_slow_or_vanishes_disturbs_nobody(state):
     async with worker_on(state) as worker:
-        job = await worker.start(python(WRITES_BYTES, str(8 * MIB)))
-        slow = worker.stream(job)
-        vanishing = worker.stream(job)
+        job = await start_id(worker, python(WRITES_BYTES, str(8 * MIB)))
+        slow = worker.stream(worker.job(job))
+        vanishing = worker.stream(worker.job(job))
         cancelled = asyncio.create_task(output(worker, job))
         first = await anext(slow)
         await anext(vanishing)
@@ -819,10 +831,12 @@ async def test_a_follower_that_is_slow_or_vanishes_disturbs_nobody(state):
 async def test_a_stream_is_live(state):
     async with worker_on(state) as worker:
         # A gate each: at one that is shared, the second read may meet the end of what the first was given.
-        job = await worker.start(shell("mkfifo a b; echo one; read line < a; echo $line; read line < b; echo $line"))
-        home = Path(worker.status(job).spec.home)
+        job = await start_id(
+            worker, shell("mkfifo a b; echo one; read line < a; echo $line; read line < b; echo $line")
+        )
+        home = Path(worker.status(worker.job(job)).spec.home)
         heard = b""
-        async with contextlib.aclosing(worker.stream(job)) as chunks:
+        async with contextlib.aclosing(worker.stream(worker.job(job))) as chunks:
             async for chunk in chunks:
                 heard += chunk
                 if heard in (b"one\n", b"one\ntwo\n"):
@@ -848,12 +862,14 @@ async def test_an_overflow_of_inotify_loses_nothing(state):
     try:
         script = "echo $PPID; read line < gate; for i in 1 2 3 4 5 6 7 8; do echo $i; done; exit 5"
         (state / "home").chmod(0o755)
-        jobs = [await worker.start(shell(f"mkfifo gate; {script}", owner=f"owner-{number}")) for number in range(16)]
+        jobs = [
+            await start_id(worker, shell(f"mkfifo gate; {script}", owner=f"owner-{number}")) for number in range(16)
+        ]
         shims = [int(await said(worker, job, b"\n")) for job in jobs]
         followers = [asyncio.create_task(output(worker, job)) for job in jobs]
         await asyncio.sleep(0)
         for job in jobs:
-            (Path(worker.status(job).spec.home) / "gate").write_text("go\n")
+            (Path(worker.status(worker.job(job)).spec.home) / "gate").write_text("go\n")
         assert not all_gone(shims)  # the loop is not run meanwhile: that is what overflows
         outputs = await asyncio.gather(*followers)
         assert overflows
@@ -868,7 +884,7 @@ async def test_an_overflow_of_inotify_loses_nothing(state):
 @in_loop
 async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state):
     async with worker_on(state) as worker:
-        job = await worker.start(shell(WAITS))
+        job = await start_id(worker, shell(WAITS))
         follower = asyncio.create_task(output(worker, job))
         await said(worker, job, b"ready")
         worker.begin_shutdown()
@@ -876,7 +892,7 @@ async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state
             await follower
     async with worker_on(state) as worker:
         assert ending(worker, job) == ("RUNNING", 0, "")
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
 
 
 # --- 5. Launcher and shim -----------------------------------------------------------------------------
@@ -891,7 +907,7 @@ RECORD = [
 
 
 def a_spec(**changes):
-    account = jobworker.Account.own()
+    account = jobworker.Account.of_server()
     return dataclasses.replace(jobworker.Spec(
         id=ID, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
         user=account.name, home="/", cgroup="", controllers=(), limits=Limits(), timeout=0.0, max_output=MIB,
@@ -930,16 +946,16 @@ def test_a_record_may_grow_by_finishers_that_fail(tmp_path):
     with (tmp_path / "events").open("ab") as file:
         file.write(b"crashed KernelError cannot remove it\n" * 2000)
         file.write(b"done at=2.0 reason= cpu_seconds=None memory_peak=None read_bytes=None written_bytes=None .\n")
-    assert jobworker.read_events(str(tmp_path)).phase == "done"
+    assert jobworker.JobFolder(str(tmp_path)).read_events().phase == "done"
 
 
 def test_a_wish_that_comes_as_the_shim_ends_is_no_error(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "control")
     reader = os.open(tmp_path / "control", os.O_RDONLY | os.O_NONBLOCK)
     monkeypatch.setattr(
-        jobworker, "encode_name", lambda _: os.close(reader) or "name"
+        jobworker.StopRequest, "to_line", lambda _: os.close(reader) or b"name"
     )  # between its open and its write
-    assert jobworker.send_stop(str(tmp_path), "name") is False
+    assert jobworker.JobFolder(str(tmp_path)).send_stop(jobworker.StopRequest(by="name")) is False
 
 
 def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
@@ -947,7 +963,7 @@ def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
     text = (tmp_path / "events").read_bytes()
     for cut in range(size + 1):
         (tmp_path / "events").write_bytes(text[:cut])
-        events = jobworker.read_events(str(tmp_path))
+        events = jobworker.JobFolder(str(tmp_path)).read_events()
         # A line without its line end is whole too: its dot is its last word.
         whole = len(re.findall(rb" \.(\n|$)", text[:cut]))
         assert events.phase == ["", "born", "started", "exited", "done"][whole]
@@ -970,7 +986,7 @@ def test_what_is_torn_in_a_record_never_counts(code, reason, by, kept, rubbish):
             file.truncate(kept)
             file.seek(kept)
             file.write(b"\n" + rubbish.replace(b".", b"") + b"\n")
-        events = jobworker.read_events(folder)
+        events = jobworker.JobFolder(str(folder)).read_events()
         lines = whole[:kept].count(b" .\n") + (whole[kept - 2 : kept] == b" .")
         assert events.phase == ["", "born", "started", "exited"][lines]
         if events.phase == "exited":
@@ -1004,7 +1020,7 @@ RECORD_LINES = [  # lines, and the phase that they make
 @pytest.mark.parametrize(("text", "phase"), RECORD_LINES)
 def test_only_what_may_follow_counts_in_a_record(tmp_path, text, phase):
     (tmp_path / "events").write_text(text, "latin-1")
-    assert jobworker.read_events(str(tmp_path)).phase == phase
+    assert jobworker.JobFolder(str(tmp_path)).read_events().phase == phase
 
 
 @in_loop
@@ -1020,21 +1036,21 @@ async def test_a_job_that_forks_twice_at_once_and_exits_leaves_no_process(state,
 @in_loop
 async def test_stop_kills_grandchildren_that_ignore_signals_and_changed_session(state, mark):
     async with worker_on(state) as worker:
-        job = await worker.start(python(BURROWS, mark))
+        job = await start_id(worker, python(BURROWS, mark))
         await said(worker, job, b"deep")
         assert len(processes_with(mark)) == 3
-        await worker.stop(job, by="bob the builder")
+        await worker.stop(worker.job(job), by="bob the builder")
         assert not processes_with(mark)
         assert ending(worker, job) == ("STOPPED", 137, "")
-        assert worker.status(job).stopped_by == "bob the builder"
+        assert worker.status(worker.job(job)).stopped_by == "bob the builder"
 
 
 @in_loop
 async def test_a_fork_storm_cannot_outrun_the_kill(state, mark):
     async with worker_on(state) as worker:
-        job = await worker.start(python(COMETS, mark))
+        job = await start_id(worker, python(COMETS, mark))
         await said(worker, job, b"storm")
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
         assert not processes_with(mark)
         assert not jobs_cgroups(state)
 
@@ -1103,7 +1119,9 @@ async def test_no_job_can_touch_its_own_record_output_or_shim(state):
 async def test_a_job_holds_descriptors_0_1_and_2_and_no_other(state):
     program = "import os\nfor n in range(3000):\n  try: os.fstat(n); print(n, os.readlink(f'/proc/self/fd/{n}'))\n  except OSError: 0"
     async with worker_on(state) as worker:
-        jobs = await asyncio.gather(*(worker.start(python(program)) for _ in range(16)))  # many on their way at once
+        jobs = await asyncio.gather(
+            *(start_id(worker, python(program)) for _ in range(16))
+        )  # many on their way at once
         for job in jobs:
             lines = [line.split(" ") for line in (await output(worker, job)).decode().splitlines()]
             assert [number for number, _ in lines] == ["0", "1", "2"]
@@ -1127,15 +1145,15 @@ async def test_a_job_s_environment_is_a_small_one_of_its_own(state, monkeypatch)
 def test_a_job_s_signals_limits_and_session_are_the_defaults_whatever_the_server_s(state):
     body = """
         import resource
-        job = await worker.start(JobRequest("sh", ("-c", "ulimit -Sn; umask"), owner="alice"))
+        job = await start_id(worker, JobRequest("sh", ("-c", "ulimit -Sn; umask"), owner="alice"))
         print(await output(job))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         os.kill(worker._launcher.process, 9)
         script = "ulimit -Sn; umask; cat /proc/self/oom_score_adj; grep Sig[BI] /proc/self/status"
-        job = await worker.start(JobRequest("sh", ("-c", script), owner="alice"))
+        job = await start_id(worker, JobRequest("sh", ("-c", script), owner="alice"))
         print((await output(job)).decode())
-        job = await worker.start(JobRequest("cat", ("/proc/self/stat",), owner="alice"))
+        job = await start_id(worker, JobRequest("cat", ("/proc/self/stat",), owner="alice"))
         process, _, _, parent, group, session, *_ = (await output(job)).decode().split()
         print("own session", process == group == session != parent)
     """
@@ -1160,19 +1178,19 @@ def test_a_job_s_signals_limits_and_session_are_the_defaults_whatever_the_server
 @in_loop
 async def test_a_killed_launcher_is_replaced_and_the_next_start_works(state):
     async with worker_on(state) as worker:
-        before = await worker.start(shell(WAITS))
+        before = await start_id(worker, shell(WAITS))
         for _ in range(2):
             os.kill(worker._launcher.process, signal.SIGKILL)
             assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
         assert ending(worker, before) == ("RUNNING", 0, "")
-        await worker.stop(before)
+        await worker.stop(worker.job(before))
 
 
 @in_loop
 async def test_a_launcher_killed_with_starts_in_hand_costs_no_job(state):
     async with worker_on(state) as worker:
         os.kill(worker._launcher.process, signal.SIGSTOP)
-        starts = [asyncio.create_task(worker.start(shell(f"echo {number}"))) for number in range(5)]
+        starts = [asyncio.create_task(start_id(worker, shell(f"echo {number}"))) for number in range(5)]
         while worker.running < 5:
             await asyncio.sleep(0)
         os.kill(worker._launcher.process, signal.SIGKILL)
@@ -1183,7 +1201,7 @@ async def test_a_launcher_killed_with_starts_in_hand_costs_no_job(state):
 @in_loop
 async def test_a_killed_shim_is_one_lost_job_and_nothing_else(state, mark, capfd):
     async with worker_on(state) as worker:
-        jobs = [await worker.start(shell(f"echo $PPID; sh -c 'sleep 1000; : {mark}' & wait")) for _ in range(3)]
+        jobs = [await start_id(worker, shell(f"echo $PPID; sh -c 'sleep 1000; : {mark}' & wait")) for _ in range(3)]
         shims = [int(await said(worker, job, b"\n")) for job in jobs]
         os.kill(shims[1], signal.SIGKILL)
         assert await output(worker, jobs[1]) == f"{shims[1]}\n".encode()
@@ -1203,7 +1221,7 @@ async def test_a_killed_shim_is_one_lost_job_and_nothing_else(state, mark, capfd
 @in_loop
 async def test_a_hundred_starts_at_once_all_start(state):
     async with worker_on(state) as worker:
-        jobs = await asyncio.gather(*(worker.start(shell(f"echo {number}")) for number in range(100)))
+        jobs = await asyncio.gather(*(start_id(worker, shell(f"echo {number}")) for number in range(100)))
         assert [await output(worker, job) for job in jobs] == [b"%d\n" % number for number in range(100)]
 
 
@@ -1224,10 +1242,10 @@ ENDED_BY = [  # options, request, script; how it ends; bytes of output (None: wh
 @in_loop
 async def test_limits_of_time_and_output_end_a_job_exactly_there(state, options, request_, script, how, size):
     async with worker_on(state, **options) as worker:
-        job = await worker.start(shell(script, **request_))
+        job = await start_id(worker, shell(script, **request_))
         text = await output(worker, job)
         assert ending(worker, job) == how
-        assert size is None or len(text) == size == worker.status(job).output_bytes
+        assert size is None or len(text) == size == worker.status(worker.job(job)).output_bytes
         assert not jobs_cgroups(state)
 
 
@@ -1236,7 +1254,7 @@ async def test_a_job_that_ends_by_itself_with_more_than_its_cap_in_the_pipe_is_f
     # The shim is stopped while the job writes and ends: so all of it is in the pipe when the shim looks.
     script = "echo $PPID; kill -STOP $$; head -c 60000 /dev/zero; exit 6"
     async with worker_on(state, max_output=50_000) as worker:
-        job = await worker.start(shell(script))
+        job = await start_id(worker, shell(script))
         shim = int(await said(worker, job, b"\n"))
         (main,) = children(shim)
         os.kill(shim, signal.SIGSTOP)
@@ -1251,8 +1269,8 @@ async def test_a_job_that_ends_by_itself_with_more_than_its_cap_in_the_pipe_is_f
 
 def test_limits_hold_while_no_server_lives(state):
     body = f"""
-        await worker.start(JobRequest("yes", owner="alice", id={ID!r}, max_output=2_000_001))
-        await worker.start(JobRequest("sleep", ("1000",), owner="alice", id={ID2!r}, timeout=1.0))
+        await start_id(worker, JobRequest("yes", owner="alice", id={ID!r}, max_output=2_000_001))
+        await start_id(worker, JobRequest("sleep", ("1000",), owner="alice", id={ID2!r}, timeout=1.0))
         os.kill(os.getpid(), 9)
     """
     in_server(state, body, status=-9)
@@ -1262,7 +1280,7 @@ def test_limits_hold_while_no_server_lives(state):
     async def look():
         async with worker_on(state) as worker:
             assert ending(worker, ID) == ("STOPPED", 137, "OUTPUT_LIMIT")
-            assert worker.status(ID).output_bytes == 2_000_001
+            assert worker.status(worker.job(ID)).output_bytes == 2_000_001
             assert ending(worker, ID2) == ("STOPPED", 137, "TIMEOUT")
 
     look()
@@ -1315,7 +1333,7 @@ REFUSED = [  # command ({}: the folder of programs), arguments, what the sentenc
     ("{}/plain/x", (), "Not a directory"),
     ("{}/no-shebang", (), "no `#!` line"),
     ("{}/empty", (), "no `#!` line"),
-    ("{}/binary", (), "is no program of this machine"),
+    ("{}/binary", (), "is not a program for this machine"),
     ("{}/no-interpreter", (), "interpreter that it names"),
     ("{}/dangling", (), "cannot run|not found"),
     ("{}/loop", (), "Too many levels"),
@@ -1337,7 +1355,7 @@ REFUSED = [  # command ({}: the folder of programs), arguments, what the sentenc
 async def test_what_cannot_run_is_refused_in_a_sentence_and_leaves_nothing(state, programs, command, args, sentence):
     async with worker_on(state) as worker:
         with pytest.raises(BadRequestError, match=sentence) as refused:
-            await worker.start(JobRequest(command.format(programs), args, owner="alice"))
+            await start_id(worker, JobRequest(command.format(programs), args, owner="alice"))
         assert len(str(refused.value).splitlines()) == 1
         assert left_in(state) == []
         assert not jobs_cgroups(state)
@@ -1365,7 +1383,7 @@ async def test_odd_words_reach_the_command_as_they_are(state, programs, command,
         text, status = await result(worker, JobRequest(command.format(programs), args, owner="alice"))
         assert (text, status.exit_code) == (expected.replace(b"{}", programs.encode()), 0)
     async with worker_on(state) as worker:  # and they are remembered
-        assert worker.status(status.spec.id).order == status.spec
+        assert worker.status(worker.job(status.spec.id)).spec == status.spec
 
 
 @pytest.mark.parametrize(
@@ -1375,7 +1393,7 @@ async def test_odd_words_reach_the_command_as_they_are(state, programs, command,
 async def test_an_id_that_is_no_lower_case_random_uuid_is_refused(state, job_id):
     async with worker_on(state) as worker:
         with pytest.raises(BadRequestError, match="not a job id"):
-            await worker.start(shell("true", id=job_id))
+            await start_id(worker, shell("true", id=job_id))
         assert left_in(state) == []
 
 
@@ -1383,42 +1401,41 @@ async def test_an_id_that_is_no_lower_case_random_uuid_is_refused(state, job_id)
 async def test_asking_twice_with_one_id_is_asking_once(state):
     async with worker_on(state) as worker:
         requests = [shell("echo hello; exec sleep 1000", id=ID)] * 3
-        assert await asyncio.gather(*map(worker.start, requests)) == [ID] * 3
+        assert await asyncio.gather(*(start_id(worker, request) for request in requests)) == [ID] * 3
         assert left_in(state) == [ID]
         for other in (shell("echo hello; exec sleep 1000", id=ID, owner="bob"), shell("echo bye", id=ID)):
             with pytest.raises(IdTakenError):
-                await worker.start(other)
+                await start_id(worker, other)
         await said(worker, ID, b"hello")
-        await worker.stop(ID)
-        assert await worker.start(requests[0]) == ID
+        await worker.stop(worker.job(ID))
+        assert await start_id(worker, requests[0]) == ID
     async with worker_on(state) as worker:
-        assert await worker.start(requests[0]) == ID
+        assert await start_id(worker, requests[0]) == ID
         assert await output(worker, ID) == b"hello\n"
         assert ending(worker, ID)[0] == "STOPPED"
         with pytest.raises(BadRequestError):
-            await worker.start(JobRequest("no-such-command", owner="alice", id=ID2))
-        assert await worker.start(shell("true", id=ID2)) == ID2  # what never ran does not take an id
+            await start_id(worker, JobRequest("no-such-command", owner="alice", id=ID2))
+        assert await start_id(worker, shell("true", id=ID2)) == ID2  # what never ran does not take an id
 
 
 @in_loop
 async def test_an_id_that_was_forgotten_is_free_for_another_owner_and_command(state):
     async with worker_on(state) as worker:
         for owner, word in (("alice", "hers"), ("bob", "his")):
-            assert await worker.start(shell(f"echo {word}", id=ID, owner=owner)) == ID
+            assert await start_id(worker, shell(f"echo {word}", id=ID, owner=owner)) == ID
             assert await output(worker, ID) == f"{word}\n".encode()
-            spec = worker.status(ID).order
+            spec = worker.status(worker.job(ID)).spec
             assert (spec.owner, spec.args) == (owner, ("-c", f"echo {word}"))
-            worker.remove(ID)
+            worker.remove(worker.job(ID))
 
 
 @in_loop
 async def test_an_unknown_job_is_no_such_job_to_every_call(state):
     async with worker_on(state) as worker:
-        for call in (worker.status, worker.remove, worker.job):
-            with pytest.raises(NoSuchJobError, match=ID):
-                call(ID)
+        with pytest.raises(NoSuchJobError, match=ID):
+            worker.job(ID)
         with pytest.raises(NoSuchJobError):
-            await worker.stop(ID)
+            await worker.stop(worker.job(ID))
         with pytest.raises(NoSuchJobError):
             await output(worker, ID)
 
@@ -1426,17 +1443,17 @@ async def test_an_unknown_job_is_no_such_job_to_every_call(state):
 @in_loop
 async def test_stopping_twice_or_what_has_ended_changes_nothing(state):
     async with worker_on(state) as worker:
-        job = await worker.start(shell(WAITS))
-        await asyncio.gather(*(worker.stop(job, by=f"user {n}") for n in range(5)))
-        first = worker.status(job)
-        await worker.stop(job, by="late")
-        assert worker.status(job) == first
+        job = await start_id(worker, shell(WAITS))
+        await asyncio.gather(*(worker.stop(worker.job(job), by=f"user {n}") for n in range(5)))
+        first = worker.status(worker.job(job))
+        await worker.stop(worker.job(job), by="late")
+        assert worker.status(worker.job(job)) == first
         assert first.status == "STOPPED"
-        ended = await worker.start(shell("exit 3"))
+        ended = await start_id(worker, shell("exit 3"))
         await output(worker, ended)
-        await worker.stop(ended, by="late")
+        await worker.stop(worker.job(ended), by="late")
         assert ending(worker, ended) == ("FINISHED", 3, "")
-        assert worker.status(ended).stopped_by == ""
+        assert worker.status(worker.job(ended)).stopped_by == ""
 
 
 @in_loop
@@ -1444,8 +1461,8 @@ async def test_a_stop_that_races_the_end_leaves_one_of_the_two_and_for_good(stat
     async with worker_on(state) as worker:
         jobs = []
         for _ in range(20):
-            jobs.append(await worker.start(shell("exit 3")))
-            await worker.stop(jobs[-1], by="x")
+            jobs.append(await start_id(worker, shell("exit 3")))
+            await worker.stop(worker.job(jobs[-1]), by="x")
         before = [ending(worker, job) for job in jobs]
         assert set(before) <= {("STOPPED", 137, ""), ("FINISHED", 3, "")}
     async with worker_on(state) as worker:
@@ -1455,11 +1472,11 @@ async def test_a_stop_that_races_the_end_leaves_one_of_the_two_and_for_good(stat
 @in_loop
 async def test_a_job_that_ends_itself_by_the_kill_signal_before_a_stop_is_finished(state):
     async with worker_on(state) as worker:
-        job = await worker.start(shell("kill -9 $$"))
+        job = await start_id(worker, shell("kill -9 $$"))
         await output(worker, job)
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
         assert ending(worker, job) == ("FINISHED", 137, "")
-        assert worker.status(job).ending.signal == 9
+        assert worker.status(worker.job(job)).ending.signal == 9
 
 
 @as_root
@@ -1489,33 +1506,33 @@ async def test_a_job_can_run_as_an_account_of_the_machine(state):
         text, _ = await result(worker, shell("id -u; echo $USER $HOME", run_as="root"))
         assert text == b"0\nroot /root\n"
         with pytest.raises(BadRequestError, match="no account 'nobody-at-all'"):
-            await worker.start(shell("true", run_as="nobody-at-all"))
+            await start_id(worker, shell("true", run_as="nobody-at-all"))
 
 
 @in_loop
 async def test_more_jobs_than_allowed_are_refused_until_one_ends(state):
     async with worker_on(state, max_jobs=1) as worker:
-        job = await worker.start(shell(WAITS))
+        job = await start_id(worker, shell(WAITS))
         with pytest.raises(ExhaustedError, match="1 jobs are running"):
-            await worker.start(shell("true"))
-        await worker.stop(job)
+            await start_id(worker, shell("true"))
+        await worker.stop(worker.job(job))
         assert (await result(worker, shell("exit 2")))[1].exit_code == 2
 
 
 @in_loop
 async def test_an_ended_job_can_be_removed_and_a_running_one_not(state):
     async with worker_on(state) as worker:
-        job = await worker.start(shell(WAITS))
+        job = await start_id(worker, shell(WAITS))
         with pytest.raises(StillRunningError):
-            worker.remove(job)
+            worker.remove(worker.job(job))
         await said(worker, job, b"ready")
-        await worker.stop(job)
-        stream = worker.stream(job)
+        await worker.stop(worker.job(job))
+        stream = worker.stream(worker.job(job))
         assert await anext(stream) == b"ready\n"
-        worker.remove(job)
+        worker.remove(worker.job(job))
         assert left_in(state) == []
         with pytest.raises(NoSuchJobError):
-            worker.status(job)
+            worker.status(worker.job(job))
         assert [chunk async for chunk in stream] == []
 
 
@@ -1524,16 +1541,16 @@ async def test_the_oldest_are_forgotten_when_there_is_no_room_but_an_open_stream
     async with worker_on(state, keep_bytes=2 * MIB) as worker:
         jobs = []
         for number in range(3):
-            jobs.append(await worker.start(python(WRITES_BYTES, str(900 * KIB))))
+            jobs.append(await start_id(worker, python(WRITES_BYTES, str(900 * KIB))))
             if number == 0:
-                stream = worker.stream(jobs[0])
+                stream = worker.stream(worker.job(jobs[0]))
                 first = await anext(stream)
             await output(worker, jobs[-1])
         await forgotten(worker, jobs[0])
         assert left_in(state) == sorted(jobs[1:])
         assert first + b"".join([chunk async for chunk in stream]) == random.Random(7).randbytes(900 * KIB)
-        worker.remove(jobs[2])
-        jobs.append(await worker.start(python(WRITES_BYTES, str(900 * KIB))))
+        worker.remove(worker.job(jobs[2]))
+        jobs.append(await start_id(worker, python(WRITES_BYTES, str(900 * KIB))))
         await output(worker, jobs[-1])
         assert left_in(state) == sorted([jobs[1], jobs[3]])  # there was room
 
@@ -1541,15 +1558,15 @@ async def test_the_oldest_are_forgotten_when_there_is_no_room_but_an_open_stream
 @in_loop
 async def test_ended_jobs_are_forgotten_after_their_time_also_by_a_later_server(state):
     async with worker_on(state) as worker:
-        running = await worker.start(shell(WAITS))
+        running = await start_id(worker, shell(WAITS))
         for _ in range(3):
             await result(worker, shell("echo hello"))
     async with worker_on(state, keep=0.001) as worker:
         await forgotten(worker, worker._retention.oldest().id)
-        job = await worker.start(shell("true"))
+        job = await start_id(worker, shell("true"))
         await forgotten(worker, job)
         assert left_in(state) == [running]
-        await worker.stop(running)
+        await worker.stop(worker.job(running))
         await forgotten(worker, running)
         assert left_in(state) == []
 
@@ -1580,31 +1597,31 @@ async def test_a_server_that_starts_again_takes_everything_up(state):
     os.mkfifo(gate)
     gate.chmod(0o666)
     async with worker_on(state) as worker:
-        running = await worker.start(shell(f"echo one; read line < {gate}; echo two; exit 6"))
-        stopped = await worker.start(shell(WAITS))
+        running = await start_id(worker, shell(f"echo one; read line < {gate}; echo two; exit 6"))
+        stopped = await start_id(worker, shell(WAITS))
         ended, status = await result(worker, shell("echo bye; exit 3"))
         await said(worker, running, b"one")
     async with worker_on(state) as worker:
-        assert worker.status(status.spec.id) == status
+        assert worker.status(worker.job(status.spec.id)) == status
         assert await output(worker, status.spec.id) == ended == b"bye\n"
         assert ending(worker, running) == ("RUNNING", 0, "")
         assert worker.running == 2
         follower = asyncio.create_task(output(worker, running))
         await said(worker, stopped, b"ready")
-        await worker.stop(stopped)
+        await worker.stop(worker.job(stopped))
         assert ending(worker, stopped) == ("STOPPED", 137, "")
         gate.write_text("go\n")
         assert await follower == b"one\ntwo\n"
         assert ending(worker, running) == ("FINISHED", 6, "")
-        last = worker.status(running)
+        last = worker.status(worker.job(running))
     async with worker_on(state) as worker:
-        assert worker.status(running) == last
+        assert worker.status(worker.job(running)) == last
 
 
 def test_jobs_survive_the_kill_of_their_server(state, mark):
     body = f"""
         for id in {ID!r}, {ID2!r}:
-            await worker.start(JobRequest("sh", ("-c", "echo ready; sleep 1000; : {mark}"), owner="alice", id=id))
+            await start_id(worker, JobRequest("sh", ("-c", "echo ready; sleep 1000; : {mark}"), owner="alice", id=id))
         os.kill(os.getpid(), 9)
     """
     in_server(state, body, status=-9)
@@ -1614,9 +1631,9 @@ def test_jobs_survive_the_kill_of_their_server(state, mark):
         async with worker_on(state) as worker:
             for job in (ID, ID2):
                 await said(worker, job, b"ready")
-            await worker.stop(ID, by="me")
+            await worker.stop(worker.job(ID), by="me")
             os.kill(worker._launcher.process, 9)
-            await worker.stop(ID2, by="me")
+            await worker.stop(worker.job(ID2), by="me")
             assert [ending(worker, job) for job in (ID, ID2)] == [("STOPPED", 137, "")] * 2
             assert not processes_with(mark)
 
@@ -1626,12 +1643,12 @@ def test_jobs_survive_the_kill_of_their_server(state, mark):
 @in_loop
 async def test_a_second_server_on_one_state_folder_is_refused_by_the_first_s_pid(state):
     async with worker_on(state) as worker:
-        job = await worker.start(shell(WAITS))
+        job = await start_id(worker, shell(WAITS))
         with pytest.raises(JobWorkerError, match=f"in use by the server with pid {os.getpid()}"):
             async with worker_on(state):
                 pass
         assert ending(worker, job)[0] == "RUNNING"
-        await worker.stop(job)
+        await worker.stop(worker.job(job))
     async with worker_on(state):
         pass
 
@@ -1643,10 +1660,10 @@ def fabricate(state, job_id, record, spec="whole"):
     if record is None:
         return folder
     with contextlib.ExitStack() as handed:
-        jobworker.make_job_files(str(folder), handed)
+        jobworker.JobFolder(str(folder)).create_files(handed)
     (folder / "events").write_bytes(record)
     (folder / "output").write_text("said\n")
-    jobworker.write_spec(str(folder), a_spec(id=job_id))
+    jobworker.JobFolder(str(folder)).write_spec(a_spec(id=job_id).to_json())
     text = (folder / "job.json").read_text()
     if spec == "torn":
         (folder / "job.json").write_text(text[: len(text) // 2])
@@ -1734,17 +1751,17 @@ SERVER_DEATHS = [  # the statement before which the server dies; last words; whe
     ("self._uids[owner] = uid", "pass", False),  # the owner has a uid
     ("if os.stat(home).st_uid != uid:", "pass", False),  # and a home, which is still the server's
     ("undo.callback(self._delete, job)", "pass", False),  # the folder is made
-    ('os.mkfifo(f"{folder}/control", 0o600)', "pass", False),
-    ('os.close(os.open(f"{folder}/output"', "pass", False),  # and control
-    ('record = os.open(f"{folder}/events", os.O_WRONLY | os.O_CREAT', "pass", False),  # and output
-    ("allocate(descriptors[1], RECORD_BYTES)", "pass", False),  # and exit
-    ("write_spec(job.folder, spec)", "pass", False),
-    ("file.write(json.dumps(spec.plain()))", "file.write('{'); file.flush()", False),
+    ('os.mkfifo(f"{self.path}/control", 0o600)', "pass", False),
+    ('for name in ("output", "events"):', "pass", False),  # and control
+    ('os.close(os.open(f"{self.path}/{name}"', "pass", False),  # and output
+    ("allocate(descriptors[1], EVENTS_BYTES)", "pass", False),  # and exit
+    ("job.folder.write_spec(text)", "pass", False),
+    ("file.write(text)", "file.write(b'{'); file.flush()", False),
     ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is whole
     ("owner.create()", "pass", False),
     ("cgroup.create()\n        cgroup.limit", "pass", False),
     ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup is made
-    ('self._launcher.send("start", job.folder, spec, descriptors)', "pass", False),
+    ('self._launcher.send("start", job.folder, text, descriptors)', "pass", False),
     ("socket.send_fds(self._channel, [packet], list(descriptors))", "pass", False),
     ("undo.pop_all()", "pass", True),  # the launcher has it
     ("await self._until(job, lambda: job.events.phase not in", "pass", True),
@@ -1753,16 +1770,16 @@ SERVER_DEATHS = [  # the statement before which the server dies; last words; whe
 FAILED_START_DEATHS = [  # the same, for a command that is not there
     ('write_event(self._events, "failed"', "pass", None),  # in the shim: the server starts it once more
     ("spec.processes().remove()", "pass", False),
-    ("delete_job_folder(job.folder)", "pass", False),
-    ('for name in ("events", "control", "output", "job.json"):', "pass", False),
-    ("os.rmdir(folder)\n\n\ndef start_failure", "pass", False),
+    ("job.folder.delete()", "pass", False),
+    ("for name in self.FILES:", "pass", False),
+    ("os.rmdir(self.path)\n\n\ndef receive_stop", "pass", False),
     ("raise start_failure(job.events.failure, job.spec)", "pass", False),
 ]
 
 
 def server_dies(state, tmp_path, place, last_words, command, args=()):
     _, armed = dying_copy(tmp_path, place, last_words)
-    body = f"await worker.start(JobRequest({command!r}, {args!r}, owner='alice', id={ID!r}))"
+    body = f"await start_id(worker, JobRequest({command!r}, {args!r}, owner='alice', id={ID!r}))"
     in_server(state, body, module=tmp_path, status=-9)
     assert not armed.exists()
 
@@ -1783,7 +1800,7 @@ def test_a_server_killed_at_any_step_of_a_start_leaves_the_job_or_nothing(state,
                 assert left_in(state) == []
                 assert not jobs_cgroups(state)
                 assert not (state / "quarantine").exists()
-            job = await worker.start(shell(FIRST, id=ID))  # the caller tries again
+            job = await start_id(worker, shell(FIRST, id=ID))  # the caller tries again
             assert await output(worker, job) == b"said\n"
             assert ending(worker, job) == ("FINISHED", 7, "")
 
@@ -1808,11 +1825,11 @@ LOST, SEVEN = ("FINISHED", 255, "LOST"), ("FINISHED", 7, "")
 SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the job then ended
     ('write_event(self._events, "born")', "pass", SEVEN),  # it is started once more
     ('write_event(self._events, "born")', "os.write(self._events, b'bor')", SEVEN),
-    ('output = os.open(f"{self._folder}/output"', "pass", LOST),
+    ("output = self._folder.open_output()", "pass", LOST),
     ("os.close(stdout)\n        if not self._spec.cgroup", "pass", LOST),  # the job runs
     ('write_event(self._events, "started")', "pass", LOST),
     ("pump = Pump(pipe, output, self._spec)", "pass", LOST),
-    ("told = {descriptor for descriptor, _ in", "pass", LOST),
+    ("reported = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
     ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
     ("assert result is not None", "pass", LOST),
@@ -1827,9 +1844,9 @@ SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the
     ("usage = processes.usage()", "pass", SEVEN),
     ("processes.remove()\n    reason", "pass", SEVEN),
     ("reason = ending.reason or", "pass", SEVEN),
-    ('write_event(record, "done"', "pass", SEVEN),
-    ('write_event(record, "done"', "os.write(record, b'done at=1.0 reason=-')", SEVEN),
-    ("os.fsync(record)", "pass", SEVEN),
+    ('write_event(events, "done"', "pass", SEVEN),
+    ('write_event(events, "done"', "os.write(events, b'done at=1.0 reason=-')", SEVEN),
+    ("os.fsync(events)", "pass", SEVEN),
 ]
 
 
@@ -1841,17 +1858,17 @@ async def test_a_shim_killed_at_any_step_is_made_good(state, tmp_path, mark, pla
         request = dying.JobRequest(
             "sh", ("-c", f"sleep 1000 {mark} & echo said; exit 7".replace(f" {mark}", "")), owner="alice"
         )
-        job = await worker.start(request)
+        job = await start_id(worker, request)
         text = await output(worker, job)
         assert not armed.exists()
         assert ending(worker, job) == how
         assert text == b"said\n" or how == LOST
-        before = worker.status(job)
+        before = worker.status(worker.job(job))
         assert not jobs_cgroups(state)
     wait_for_orphans()
     async with worker_on(state) as worker:
         assert ending(worker, job) == how
-        assert worker.status(job).ended == before.ended
+        assert worker.status(worker.job(job)).ended == before.ended
         assert await output(worker, job) == text
 
 
@@ -1859,7 +1876,7 @@ async def test_a_shim_killed_at_any_step_is_made_good(state, tmp_path, mark, pla
 async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(state, tmp_path):
     dying, armed = dying_copy(tmp_path, *FAILED_START_DEATHS[0][:2])
     async with worker_on(state, dying) as worker:
-        job = await worker.start(dying.JobRequest("no-such-command", owner="alice"))
+        job = await start_id(worker, dying.JobRequest("no-such-command", owner="alice"))
         await output(worker, job)
         assert not armed.exists()
         assert ending(worker, job) == LOST  # `born`: the command may have run
@@ -1884,12 +1901,12 @@ async def test_a_python_that_was_removed_meanwhile_keeps_no_job_from_its_end(
     if not cgroup:
         monkeypatch.setattr(bare.CgroupMount, "find", classmethod(lambda _class: None))
     async with worker_on(state, bare) as worker:
-        job = await worker.start(bare.JobRequest("sh", ("-c", f"echo $PPID; {script}"), owner="alice", **limits))
+        job = await start_id(worker, bare.JobRequest("sh", ("-c", f"echo $PPID; {script}"), owner="alice", **limits))
         shim = int((await said(worker, job, b"said")).split()[0])
         if deed == "lose":
             os.kill(shim, signal.SIGKILL)
         if deed == "stop":
-            await worker.stop(job)
+            await worker.stop(worker.job(job))
         await output(worker, job)
         assert ending(worker, job) == how
 
@@ -1897,9 +1914,13 @@ async def test_a_python_that_was_removed_meanwhile_keeps_no_job_from_its_end(
 @in_loop
 async def test_a_launcher_of_another_version_starts_and_finishes_jobs(state, monkeypatch):
     async with worker_on(state) as worker:
-        monkeypatch.setattr(jobworker, "LAYOUT", "what a server of another version has in memory")
-        monkeypatch.setattr(jobworker.Spec, "packed", lambda _spec: ("another order",))
-        job = await worker.start(shell("echo $PPID; exec sleep 1000"))
+        to_json = jobworker.Spec.to_json
+
+        def newer(spec):
+            return json.dumps({"colour": "red", **json.loads(to_json(spec))}).encode()
+
+        monkeypatch.setattr(jobworker.Spec, "to_json", newer)
+        job = await start_id(worker, shell("echo $PPID; exec sleep 1000"))
         os.kill(int(await said(worker, job, b"\n")), signal.SIGKILL)
         await output(worker, job)
         assert ending(worker, job) == LOST
@@ -1908,11 +1929,11 @@ async def test_a_launcher_of_another_version_starts_and_finishes_jobs(state, mon
 @in_loop
 async def test_many_stops_of_a_lost_job_send_one_finisher(state, capfd):
     async with worker_on(state) as worker:
-        jobs = [await worker.start(shell("echo $PPID; exec sleep 1000")) for _ in range(20)]
+        jobs = [await start_id(worker, shell("echo $PPID; exec sleep 1000")) for _ in range(20)]
         shims = [int(await said(worker, job, b"\n")) for job in jobs]
         for shim in shims:
             os.kill(shim, signal.SIGKILL)
-        await asyncio.gather(*(worker.stop(job) for job in jobs for _ in range(6)))
+        await asyncio.gather(*(worker.stop(worker.job(job)) for job in jobs for _ in range(6)))
         assert {ending(worker, job) for job in jobs} == {("FINISHED", 255, "LOST")}
     assert "cannot be finished" not in capfd.readouterr().err
 
@@ -1952,22 +1973,22 @@ signal.pause()
 @in_loop
 async def test_starts_that_wait_for_leases_can_be_stopped_and_keep_nobody_waiting(state):
     """Who opens such a file, as execve(2) does, waits for its lease, 45 seconds at most (fcntl(2))."""
-    many = jobworker.STARTS_AT_ONCE + 2
+    many = jobworker.START_SLOTS + 2
     async with worker_on(state) as worker:
-        leaser = await worker.start(JobRequest(str(PYTHON_FOR_ALL), ("-c", LEASES, str(many)), owner="eve"))
+        leaser = await start_id(worker, JobRequest(str(PYTHON_FOR_ALL), ("-c", LEASES, str(many)), owner="eve"))
         home = (await said(worker, leaser, b"\n")).decode().split()[1]
         ids = [jobworker.new_job_id() for _ in range(many)]
         held = [
-            asyncio.ensure_future(worker.start(JobRequest(f"{home}/leased{number}", owner="eve", id=ids[number])))
+            asyncio.ensure_future(start_id(worker, JobRequest(f"{home}/leased{number}", owner="eve", id=ids[number])))
             for number in range(many)
         ]
         free = asyncio.ensure_future(result(worker, JobRequest("echo", ("free",), owner="bob")))  # begins after those
         assert (await free)[0] == b"free\n"
         assert not any(start.done() for start in held)
-        await asyncio.gather(*(worker.stop(job) for job in ids))
+        await asyncio.gather(*(worker.stop(worker.job(job)) for job in ids))
         await asyncio.gather(*held)
         assert {ending(worker, job)[:2] for job in ids} == {("STOPPED", 137)}
-        await worker.stop(leaser)
+        await worker.stop(worker.job(leaser))
 
 
 # What a full disk costs
@@ -2036,16 +2057,16 @@ def fill(state, leave=0):
 @in_loop
 async def test_a_job_that_fills_the_disk_is_ended_and_its_record_is_whole(small_disk):
     async with worker_on(small_disk) as worker:
-        other = await worker.start(shell("echo $PPID; exec sleep 1000"))
+        other = await start_id(worker, shell("echo $PPID; exec sleep 1000"))
         text, status = await result(worker, JobRequest("yes", owner="alice"))
         assert (status.status, status.exit_code, status.ending.reason) == ("STOPPED", 137, "DISK_FULL")
         assert len(text) == status.output_bytes > MIB
-        await worker.stop(other)
+        await worker.stop(worker.job(other))
         assert ending(worker, other) == ("STOPPED", 137, "")
-        last = [worker.status(job) for job in (other, status.spec.id)]
+        last = [worker.status(worker.job(job)) for job in (other, status.spec.id)]
     async with worker_on(small_disk) as worker:  # a server starts on a full disk too
-        assert [worker.status(job) for job in (other, status.spec.id)] == last
-        worker.remove(status.spec.id)
+        assert [worker.status(worker.job(job)) for job in (other, status.spec.id)] == last
+        worker.remove(worker.job(status.spec.id))
         assert (await result(worker, shell("echo hello; exit 4")))[1].exit_code == 4
 
 
@@ -2055,7 +2076,7 @@ async def test_a_job_keeps_its_exit_code_on_a_disk_that_others_filled(small_disk
     os.mkfifo(gate)
     gate.chmod(0o666)
     async with worker_on(small_disk) as worker:
-        job = await worker.start(shell(f"read line < {gate}; exit 5"))
+        job = await start_id(worker, shell(f"read line < {gate}; exit 5"))
         fill(small_disk)
         gate.write_text("go\n")
         assert await output(worker, job) == b""
@@ -2073,13 +2094,13 @@ async def test_a_start_on_a_full_disk_is_refused_and_leaves_nothing(small_disk, 
         fill(small_disk, left)
         for owner in ("alice", "a new owner"):
             try:
-                job = await worker.start(shell("exit 3", owner=owner))
+                job = await start_id(worker, shell("exit 3", owner=owner))
             except ExhaustedError:
                 assert left_in(small_disk) == before
             else:
                 await output(worker, job)
                 assert ending(worker, job)[:2] == ("FINISHED", 3)
-                worker.remove(job)
+                worker.remove(worker.job(job))
         (filler,) = small_disk.glob("filler-*")
         filler.unlink()
         assert (await result(worker, shell("exit 3", owner="a new owner")))[1].exit_code == 3
@@ -2098,8 +2119,8 @@ async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
         assert (status.status, status.ending.reason) == ("STOPPED", "DISK_FULL")
         assert MIB < len(text) < 12 * MIB
         with pytest.raises(ExhaustedError, match="nearly full"):
-            await worker.start(shell("true"))
-        worker.remove(status.spec.id)
+            await start_id(worker, shell("true"))
+        worker.remove(worker.job(status.spec.id))
         assert (await result(worker, shell("exit 3")))[1].exit_code == 3
 
 
@@ -2202,7 +2223,7 @@ def certs(tmp_path_factory):
     jobworker.prepare_grpc()
     jobworker.prepare_folder(folder, [])
     authority = jobworker.load_authority(folder, "client-ca")
-    jobworker.write_pair(folder, "user2", jobworker.make_identity(authority, "user2", ["user"]))
+    jobworker.write_pair(folder, "user2", jobworker.issue_identity(authority, "user2", ["user"]))
     return folder
 
 
@@ -2342,7 +2363,7 @@ def test_a_certificate_with_nothing_wrong_is_not_refused(shared):
 
 
 def test_a_foreign_authority_s_certificate_is_refused(shared):
-    identity = certificate(jobworker.make_authority("jobworker client authority"), names=("admin",))
+    identity = certificate(jobworker.issue_authority("jobworker client authority"), names=("admin",))
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "UNAVAILABLE"
 
 
@@ -2370,7 +2391,7 @@ def test_a_certificate_that_expires_while_connected_is_refused_from_then_on(shar
 
 def test_an_authority_that_expires_while_its_client_is_connected_is_refused_from_then_on(state, certs, tmp_path):
     folder, life = Path(shutil.copytree(certs, tmp_path / "certs")), 5
-    authority = jobworker.sign("brief", life / 86400, None, [(x509.BasicConstraints(ca=True, path_length=None), True)])
+    authority = jobworker.issue("brief", life / 86400, None, [(x509.BasicConstraints(ca=True, path_length=None), True)])
     jobworker.write_pair(folder, "client-ca", authority)
     identity = certificate(authority)
     with serving(state, folder) as served, channel_to(served, identity) as channel:
@@ -2384,9 +2405,9 @@ def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connectio
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
-        authority = jobworker.make_authority("another")
+        authority = jobworker.issue_authority("another")
         jobworker.write_pair(folder, "client-ca", authority)
-        jobworker.write_pair(folder, "new", jobworker.make_identity(authority, "new", ["user"]))
+        jobworker.write_pair(folder, "new", jobworker.issue_identity(authority, "new", ["user"]))
         served.process.send_signal(signal.SIGHUP)
         for line in served.process.stderr:
             if "read again" in line:
@@ -2506,7 +2527,7 @@ def test_a_signature_by_what_is_no_authority_is_no_trust(shared):
     )
     _, forged = certificate(signer, names=("admin",))
     peer = jobworker.read_peer_certificate(forged, own, (shared.certs / "client-ca.pem").read_bytes())
-    assert peer.valid == ()
+    assert peer.validities == ()
 
 
 def test_an_authority_below_the_authority_vouches_for_clients(shared, tmp_path):
@@ -2573,7 +2594,7 @@ def test_a_reload_takes_a_new_server_certificate_and_leaves_connections_alone(st
         jobworker.write_pair(
             folder,
             "server",
-            jobworker.make_server_certificate(jobworker.load_authority(folder, "server-ca"), ["localhost"]),
+            jobworker.issue_server_certificate(jobworker.load_authority(folder, "server-ca"), ["localhost"]),
         )
         assert "are read again" in reloaded(served)
         assert presented(served) == (folder / "server.pem").read_text().strip() != before
@@ -3390,7 +3411,7 @@ def served_names(folder):
 def test_a_server_reached_by_another_name_is_told_with_the_remedy_that_works(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     authority = jobworker.load_authority(folder, "server-ca")
-    jobworker.write_pair(folder, "server", jobworker.make_server_certificate(authority, ["box.example"]))
+    jobworker.write_pair(folder, "server", jobworker.issue_server_certificate(authority, ["box.example"]))
     with serving(state, folder) as served:
         done = served.run("status", ID)
         assert (done.returncode, done.stdout) == (1, "")
@@ -3500,7 +3521,7 @@ def test_a_port_that_is_something_else_is_said_in_one_sentence(certs, stranger):
 
 
 def test_an_answer_that_was_lost_with_its_server_costs_no_second_job(state, certs, tmp_path):
-    _, armed = dying_copy(tmp_path, "return job.id")
+    _, armed = dying_copy(tmp_path, "return pb.StartJobResponse(ID=")
     (tmp_path / "gen").symlink_to(HERE / "gen")
     port = free_port()
     with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py")), port=port) as served:
@@ -3815,7 +3836,6 @@ def test_what_follows_the_command_is_passed_on_verbatim(shared, words, said):
 
 
 WRONG_USAGE = [
-    (),
     ("no-such-verb",),
     ("start",),
     ("start", "--"),
@@ -3931,7 +3951,7 @@ CANNOT_RUN = [  # the words after `start`; the exit status; words of the sentenc
     (("--id", ID.upper(), "--", "true"), 1, ("lower case",)),
     (("--run-as", "root", "--", "true"), 1, ("admin",)),
     (("--memory", "1T", "--", "true"), 1, ("max-memory",)),
-    (("-args", "x", "-c", "true"), 2, ("needs a command",)),
+    (("-args", "x", "-c", "true"), 2, ("needs `-c COMMAND` before it",)),
     (("-c",), 2, ("-c",)),
     (("-r", "nobody-s", "--", "true"), 1, ("nobody-s", "-r NAME")),
     (("--server", ":1", "--", "true"), 1, ("localhost:1",)),
@@ -3980,7 +4000,7 @@ def test_a_loop_with_options_of_its_own_is_passed_on_and_seen_live(shared):
 
 
 @pytest.mark.parametrize("words", [
-    ("status", "-j", "{id}", "--server", "{server}", "--certs", "{certs}", "-r", "user2"), ("status", "--server={server}", "--certs={certs}", "--role=user2", "-j{id}"),
+    ("status", "-j", "{id}", "--server", "{server}", "--certs", "{certs}", "-r", "user2"), ("status", "--server={server}", "--certs={certs}", "--identity=user2", "-j{id}"),
     ("status", "{id}", "-r", "user2", "--certs", "{certs}", "--server", "{server}"), ("status", "-ruser2", "--certs", "{certs}", "--server", "{server}", "{id}"),
 ], ids=" ".join)  # fmt: skip
 def test_the_common_options_stand_anywhere_after_the_verb_and_outrank_the_environment(shared, words):
