@@ -1425,9 +1425,19 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
     if shims:
         Cgroup(shims).attach(0)
     clone_calls()  # found once here, and not in every shim
-    json.loads(b"{}")  # imported here, and not in every shim
+    rehearse_decoding()
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
+
+
+def rehearse_decoding() -> None:
+    """Decode a request twenty times before the first fork. Python imports `json` now, and writes its specialized
+    bytecode now: a page that the launcher has written is shared, so each shim has 40 kB less memory of its own.
+    """
+    spec = Spec("", "", "", (), 0, 0, (), "", "", "", (), Limits(), 0.0, 0, 0, splice=False, created=0.0)
+    packet = encode_request("start", "/", spec.to_json())
+    for _ in range(20):
+        decode_request(packet)
 
 
 def set_default_limits(files: tuple[int, int]) -> None:
