@@ -69,9 +69,12 @@ if TYPE_CHECKING:
     import json
     import pathlib
     import pwd
+    import shlex
+    import shutil
     import ssl
     import subprocess
     import traceback
+    import weakref
     import zlib
     from collections.abc import (
         AsyncGenerator,
@@ -125,9 +128,12 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
     "json": "json",
     "pathlib": "pathlib",
     "pwd": "pwd",
+    "shlex": "shlex",
+    "shutil": "shutil",
     "ssl": "ssl",
     "subprocess": "subprocess",
     "traceback": "traceback",
+    "weakref": "weakref",
     "zlib": "zlib",
     "grpc": "grpc",
     "pb": "gen.workerservice_pb2",
@@ -192,6 +198,7 @@ COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers; lines
 # Requests to the launcher that are under way at the same time. A send fails when the socket's buffer is full, and the
 # buffer holds 64 packets of PACKET_BYTES.
 START_SLOTS, FINISH_SLOTS = 48, 16
+LONGEST_GRACE = 86400  # seconds between the signal and the kill of a stop
 STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
 
 # systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
@@ -224,11 +231,23 @@ class BadRequestError(JobWorkerError):
     status = "INVALID_ARGUMENT"
 
 
+class CannotRunError(BadRequestError):
+    """A command cannot be run. `shell_code` is what a shell would exit with: 127 not found, 126 not runnable."""
+
+    def __init__(self, sentence: str, shell_code: int = 126) -> None:
+        super().__init__(sentence)
+        self.shell_code = shell_code
+
+
 class NoSuchJobError(JobWorkerError):
     status = "NOT_FOUND"
 
     def __init__(self, job_id: str) -> None:
         super().__init__(f"there is no job {job_id}")
+
+
+class NoAnswerError(JobWorkerError):
+    status = "DEADLINE_EXCEEDED"
 
 
 class DeniedError(JobWorkerError):
@@ -439,12 +458,16 @@ class Cgroup:
         """Kill without cgroup.kill, which Linux has from 5.14. A frozen process cannot fork, and SIGKILL ends it."""
         kernel_write(f"{self.path}/cgroup.freeze", "1")
         try:
-            for folder, _, _ in os.walk(self.path):
-                for process in kernel_read(f"{folder}/cgroup.procs").split():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(process), signal.SIGKILL)
+            self.send(signal.SIGKILL)
         finally:
             kernel_write(f"{self.path}/cgroup.freeze", "0")
+
+    def send(self, number: int) -> None:
+        """Send a signal to every process in this cgroup and below. A process that forks now may miss it."""
+        for folder, _, _ in os.walk(self.path):
+            for process in kernel_read(f"{folder}/cgroup.procs").split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), number)
 
     def populated(self) -> bool:
         return keyed_values(kernel_read(f"{self.path}/cgroup.events")).get("populated", 0) == 1
@@ -478,6 +501,10 @@ class Cgroup:
                 continue
             except OSError as error:
                 raise KernelError(f"cannot remove the cgroup {folder}", error) from error
+
+    def memory_current(self) -> int:
+        """Bytes of memory in use now; 0 where this kernel does not count them."""
+        return int(kernel_read(f"{self.path}/memory.current").strip() or 0)
 
     def out_of_memory_kills(self) -> int:
         return keyed_values(kernel_read(f"{self.path}/memory.events")).get("oom_kill", 0)
@@ -522,9 +549,12 @@ class ProcessTree:
         return sorted((found | family) - {os.getpid()})
 
     def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    def send(self, number: int) -> None:
         for process in self._find():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, number)
 
     def kill_all(self) -> None:
         self._kill_children()
@@ -560,6 +590,9 @@ class ProcessTree:
 
     def remove(self) -> None:
         """Do nothing: a job without a cgroup has nothing to remove."""
+
+    def memory_current(self) -> int:
+        return 0
 
     def out_of_memory_kills(self) -> int:
         return 0
@@ -978,6 +1011,9 @@ class Spec:
     reserve: int  # bytes of the file system that the output leaves free
     splice: bool  # whether the kernel reports a splice into the output to followers
     created: float
+    env: tuple[tuple[str, str], ...] = ()  # added to `environment`; no answer contains the values
+    cwd: str = ""  # relative to `home`; empty: `home`
+    name: str = ""
 
     def to_json(self) -> bytes:
         return json.dumps({**vars(self), "limits": vars(self.limits)}).encode()
@@ -992,6 +1028,7 @@ class Spec:
             plain = json.loads(text)
             known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
             tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
+            tuples["env"] = tuple(tuple(pair) for pair in plain.get("env", ()))
             limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
             return cls(**{**known, **tuples, "limits": Limits(**limits)})
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -1001,7 +1038,11 @@ class Spec:
         """The paths where the command is searched, in this order."""
         if "/" in self.command:
             return [self.command]
-        return [f"{folder}/{self.command}" for folder in JOB_PATH.split(":")]
+        return [f"{folder or '.'}/{self.command}" for folder in self.path().split(":")]
+
+    def path(self) -> str:
+        """The PATH on which the command is searched."""
+        return dict(self.env).get("PATH", JOB_PATH)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -1010,6 +1051,7 @@ class Spec:
             "USER": self.user,
             "LANG": "C.UTF-8",
             "PYTHONUNBUFFERED": "1",
+            **dict(self.env),
             JOB_ID_VARIABLE: self.id,
         }
 
@@ -1096,18 +1138,43 @@ def decode_name(word: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StopRequest:
-    """A request to end a job by force: by a caller, or for a limit, which is the reason."""
+    """A request to end a job: by a caller, or for a limit, which is the reason.
+
+    Without a signal the job is killed at once. With one, every process of the job gets it, and the kill follows after
+    `grace` seconds.
+    """
 
     reason: str = ""
     by: str = ""
+    signal: int = 0
+    grace: float = 0.0
 
     def to_line(self) -> bytes:
-        return f"kill {encode_name(self.by)[:1000]}\n".encode()
+        name = encode_name(self.by)[:1000]
+        return (f"stop {self.signal} {self.grace:.3f} {name}\n" if self.signal else f"kill {name}\n").encode()
 
-    @classmethod
-    def from_line(cls, line: bytes) -> StopRequest | None:
-        words = line.decode("ascii", "replace").split(" ")
-        return cls(by=words[1]) if words[0] == "kill" and len(words) == 2 else None
+
+@dataclasses.dataclass(frozen=True)
+class SignalRequest:
+    """A request to send a signal to the main process of a job."""
+
+    number: int
+
+    def to_line(self) -> bytes:
+        return f"signal {self.number}\n".encode()
+
+
+def parse_request_line(line: bytes) -> StopRequest | SignalRequest | None:
+    """The request in one line of `control`; None where it is none, or one of a later version."""
+    words = line.decode("ascii", "replace").split(" ")
+    with contextlib.suppress(ValueError):
+        if words[0] == "kill" and len(words) == 2:
+            return StopRequest(by=words[1])
+        if words[0] == "stop" and len(words) == 4:
+            return StopRequest(by=words[3], signal=int(words[1]), grace=float(words[2]))
+        if words[0] == "signal" and len(words) == 2:
+            return SignalRequest(int(words[1]))
+    return None
 
 
 class JobFolder:
@@ -1179,7 +1246,7 @@ class JobFolder:
     def has_events(self) -> bool:
         return os.path.exists(f"{self.path}/events")
 
-    def send_stop(self, request: StopRequest) -> bool:
+    def send_request(self, request: StopRequest | SignalRequest) -> bool:
         """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7))."""
         try:
             descriptor = self._open_control()
@@ -1217,6 +1284,18 @@ class JobFolder:
         except OSError:
             return 0
 
+    def read_output(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes of the output. Raises KernelError."""
+        path = f"{self.path}/output"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise KernelError(f"cannot read {path}", error) from error
+
     def sync(self) -> bool:
         """Make all files durable except `events`. False: the disk did not take them (fsync(2))."""
         try:
@@ -1234,9 +1313,10 @@ class JobFolder:
         os.rmdir(self.path)
 
 
-def receive_stop(control: int) -> StopRequest | None:
-    """The first request in `control`; later ones change nothing."""
-    return StopRequest.from_line(os.read(control, 4 * KIB).split(b"\n")[0])
+def receive_requests(control: int) -> list[StopRequest | SignalRequest]:
+    """The requests in `control`, oldest first. A write of less than PIPE_BUF bytes is never torn (pipe(7))."""
+    lines = os.read(control, 64 * KIB).split(b"\n")
+    return [request for line in lines if (request := parse_request_line(line)) is not None]
 
 
 def allocate(descriptor: int, size: int) -> None:
@@ -1568,7 +1648,7 @@ class Pump:
 
 
 class Shim:
-    """The parent of one job's main process: it moves the output, carries out stops and limits, and records the end."""
+    """The parent of one job's main process: it moves the output, carries out requests and limits, records the end."""
 
     def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int) -> None:
         self._folder = folder
@@ -1576,6 +1656,9 @@ class Shim:
         self._control = control
         self._events = events
         self._processes = spec.processes()
+        self._pidfd = -1
+        self._request: StopRequest | None = None  # the first one that ends the job
+        self._deadline: float | None = None  # of the timeout, and then of the grace
 
     def run(self, cgroup: int) -> None:
         """Start the job, supervise it and finish it. `cgroup` is a descriptor of its cgroup; -1: it has none."""
@@ -1584,10 +1667,10 @@ class Shim:
         pipe, stdout = make_pipe(self._spec)
         if not self._spec.cgroup:  # orphans of the job become children of the shim, which finds them so
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
+        self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         try:
-            process, pidfd, errpipe = start_process(self._spec, cgroup, stdout)
-            request = self._wait_for_exec(errpipe, pidfd, deadline)
+            process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdout)
+            self._wait_for_exec(errpipe)
             check_exec(process, errpipe)
         except OSError as error:
             write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
@@ -1599,83 +1682,103 @@ class Shim:
             os.close(cgroup)
         write_event(self._events, "started")
         pump = Pump(pipe, output, self._spec)
-        request = self._supervise(pump, pidfd, deadline, request)
-        ending = self._ending(process, request or pump.drain(), forced=request is not None)
+        self._supervise(pump)
+        ending = self._ending(process, None if self._request else pump.drain())
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pump)
 
-    def _wait_for_exec(self, errpipe: int, pidfd: int, deadline: float | None) -> StopRequest | None:
-        """Wait until `errpipe` reports the exec, which a lease or a slow disk can delay. Returns the request that ended
-        the wait, if there was one.
-        """
+    def _wait_for_exec(self, errpipe: int) -> None:
+        """Wait until `errpipe` reports the exec, which a lease or a slow disk can delay, or until the job is killed."""
         poller = select.poll()
         for descriptor in (errpipe, self._control):
             poller.register(descriptor, select.POLLIN)
         while True:
-            reported = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            request = self._stop_request(reported, deadline)
-            if request:
-                self._kill(pidfd)
-            if request or errpipe in reported:
-                return request
+            reported = {descriptor for descriptor, _ in poller.poll(milliseconds_until(self._deadline))}
+            self._carry_out(reported)
+            if errpipe in reported or (self._request and self._deadline is None):
+                return
 
-    def _stop_request(self, ready: set[int], deadline: float | None) -> StopRequest | None:
-        """The request in `control`, or the one that a passed deadline makes."""
-        request = receive_stop(self._control) if self._control in ready else None
-        late = deadline is not None and time.monotonic() >= deadline
-        return request or (StopRequest("TIMEOUT") if late else None)
-
-    def _kill(self, pidfd: int) -> None:
-        """Kill the job. Its main process is killed by its pidfd too, since root can move it to another cgroup."""
-        self._processes.kill()
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-    def _supervise(
-        self, pump: Pump, pidfd: int, deadline: float | None, request: StopRequest | None
-    ) -> StopRequest | None:
-        """Wait for the end of the main process, and move its output meanwhile. Returns the request that ended it."""
+    def _supervise(self, pump: Pump) -> None:
+        """Wait for the end of the main process. Move its output and carry out requests meanwhile."""
         poller = select.poll()
-        for descriptor in (pidfd, pump.pipe, self._control):
+        for descriptor in (self._pidfd, pump.pipe, self._control):
             poller.register(descriptor, select.POLLIN)
         batch = select.poll()  # waits for all but output, so that short lines that come fast share a move
-        for descriptor in (pidfd, self._control):
+        for descriptor in (self._pidfd, self._control):
             batch.register(descriptor, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(deadline))}
-            # `control` is read before the end is looked at: a request in it came before the end.
-            new = self._stop_request(ready, deadline)
+            ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(self._deadline))}
+            # Requests are carried out before the end is looked at: a request that is there came before the end.
+            self._carry_out(ready)
             if pump.pipe in ready:
                 exhausted = pump.move()
-                new = exhausted or new
+                if exhausted:
+                    self._stop(exhausted)
                 if exhausted or not pump.open:
                     poller.unregister(pump.pipe)
-            if new and request is None:
-                request = new
-                self._kill(pidfd)
-            deadline = None if request else deadline
-            if pidfd in ready:
-                return request
+            if self._pidfd in ready:
+                return
             if pump.small_batch:
                 batch.poll(COALESCE_MILLISECONDS)
                 pump.small_batch = False
 
-    def _ending(self, process: int, request: StopRequest | None, *, forced: bool) -> Ending:
-        """How the main process ended.
+    def _carry_out(self, ready: set[int]) -> None:
+        """Carry out the requests in `control`, and the deadline where it has passed."""
+        for request in receive_requests(self._control) if self._control in ready else ():
+            if isinstance(request, SignalRequest):
+                self._signal_main_process(request.number)
+            else:
+                self._stop(request)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._stop(StopRequest("TIMEOUT"))
 
-        STOPPED: it died of the SIGKILL that a request or the kernel's out-of-memory killer sent. A job that ended by
-        itself keeps its exit code, and the reason says where its output is incomplete.
+    def _stop(self, request: StopRequest) -> None:
+        """End the job as requested. The first request is recorded; a later one can only shorten the grace."""
+        first = self._request is None
+        if first and request.signal and self._main_process_ended():
+            return  # a stop that comes too late does not turn FINISHED into STOPPED
+        self._request = self._request or request
+        if not request.signal:
+            self._deadline = None
+            self._kill()
+        elif first:
+            self._deadline = time.monotonic() + request.grace
+            self._processes.send(request.signal)
+            self._processes.send(signal.SIGCONT)  # a stopped process could not end
+
+    def _main_process_ended(self) -> bool:
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def _kill(self) -> None:
+        """Kill the job. Its main process is killed by its pidfd too, since root can move it to another cgroup."""
+        self._processes.kill()
+        self._signal_main_process(signal.SIGKILL)
+
+    def _signal_main_process(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def _ending(self, process: int, exhausted: StopRequest | None) -> Ending:
+        """How the main process ended. `exhausted` says where its last output was not kept.
+
+        STOPPED: it ended after the signal of a request, or it died of the SIGKILL that a request or the kernel's
+        out-of-memory killer sent. Any other job ended by itself and keeps its exit code, and the reason says where its
+        output is incomplete.
         """
         result = os.waitid(os.P_PID, process, os.WEXITED)
         assert result is not None
         exited = result.si_code == os.CLD_EXITED
         code, number = (result.si_status, 0) if exited else (128 + result.si_status, result.si_status)
-        if number == signal.SIGKILL and forced and request:
+        request = self._request
+        if request and (request.signal or number == signal.SIGKILL):
             return Ending("STOPPED", code, number, request.reason, request.by)
         if number == signal.SIGKILL and self._processes.out_of_memory_kills():
             return Ending("STOPPED", code, number, "OOM")
-        truncated = request.reason if request and request.reason != "TIMEOUT" else ""
-        return Ending("FINISHED", code, number, truncated)
+        incomplete = request or exhausted
+        reason = incomplete.reason if incomplete and incomplete.reason != "TIMEOUT" else ""
+        return Ending("FINISHED", code, number, reason)
 
 
 def milliseconds_until(deadline: float | None) -> int | None:
@@ -1971,6 +2074,9 @@ class JobRequest:
     timeout: float | None = None
     max_output: int | None = None
     run_as: str = ""
+    env: tuple[tuple[str, str], ...] = ()
+    cwd: str = ""
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1984,6 +2090,7 @@ class JobStatus:
     started: float  # seconds since 1970; 0: not yet
     ended: float
     output_bytes: int
+    memory_current: int
     notes: tuple[str, ...]
 
     @property
@@ -1998,7 +2105,19 @@ class JobStatus:
 class Job:
     """One job of the table: its folder, and what the server remembers of it. All of it can be read back."""
 
-    __slots__ = ("_owner", "_spec", "bell", "events", "finisher_waits", "finishers", "folder", "id", "tail", "watch")
+    __slots__ = (
+        "__weakref__",
+        "_labels",
+        "_spec",
+        "bell",
+        "events",
+        "finisher_waits",
+        "finishers",
+        "folder",
+        "id",
+        "tail",
+        "watch",
+    )
 
     def __init__(self, jobs: str, job_id: str, spec: Spec | None = None) -> None:
         self.id = job_id
@@ -2010,7 +2129,7 @@ class Job:
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
         self._spec = spec
-        self._owner = sys.intern(spec.owner) if spec else None
+        self._labels: tuple[str, str] | None = None  # the owner and the name
 
     @property
     def ended(self) -> bool:
@@ -2026,9 +2145,18 @@ class Job:
 
     @property
     def owner(self) -> str:
-        if self._owner is None:
-            self._owner = sys.intern(self.spec.owner)
-        return self._owner
+        return self._read_labels()[0]
+
+    @property
+    def name(self) -> str:
+        return self._read_labels()[1]
+
+    def _read_labels(self) -> tuple[str, str]:
+        """The owner and the name, which never change. They are kept, since each call asks for the owner."""
+        if self._labels is None:
+            spec = self.spec
+            self._labels = sys.intern(spec.owner), sys.intern(spec.name)
+        return self._labels
 
     def keep_spec(self, spec: Spec | None) -> None:
         """Keep the spec in memory while the job runs. The specs of ten thousand ended jobs stay on the disk."""
@@ -2100,6 +2228,27 @@ class TaskSet:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+class LineSearch:
+    """Finds where the last so many lines of a text begin, in blocks from its end to its beginning."""
+
+    def __init__(self, lines: int) -> None:
+        self._left = lines
+        self._at_end = True
+
+    def find(self, block: bytes) -> int | None:
+        """Where in this block the lines begin; None: in an earlier block."""
+        end = len(block)
+        if self._at_end and block.endswith(b"\n"):
+            end -= 1  # the last line's own end does not begin another line
+        self._at_end = False
+        while self._left > 0:
+            newline = block.rfind(b"\n", 0, end)
+            if newline < 0:
+                return None
+            self._left, end = self._left - 1, newline
+        return end + 1
 
 
 class Worker:
@@ -2214,7 +2363,8 @@ class Worker:
         if job is None:
             return None
         spec = job.spec
-        if (spec.owner, spec.command, spec.args) != (request.owner, request.command, request.args):
+        asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name)
+        if (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name) != asked:
             raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
         return job
 
@@ -2234,6 +2384,7 @@ class Worker:
             timeout=options.timeout if request.timeout is None else request.timeout,
             max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
+            env=request.env, cwd=request.cwd, name=request.name,
         )  # fmt: skip
 
     def _account(self, request: JobRequest) -> Account:
@@ -2280,30 +2431,49 @@ class Worker:
         except KeyError:
             raise NoSuchJobError(job_id) from None
 
+    def jobs(self) -> list[Job]:
+        """All jobs of the table, oldest first."""
+        return sorted(self._table.values(), key=lambda job: job.events.seconds("born"))
+
     def status(self, job: Job) -> JobStatus:
         """All that is known of a job. Raises NoSuchJobError where it was deleted meanwhile."""
         spec, events = job.spec, job.events
         ending = events.ending if job.ended else None
+        processes = None if ending else spec.processes()
         return JobStatus(
             status=ending.status if ending else "RUNNING",
             spec=spec,
             ending=ending,
-            usage=events.usage,
+            usage=processes.usage() if processes else events.usage,
             started=events.seconds("started"),
             ended=events.seconds("exited") if ending else 0.0,
             output_bytes=job.folder.output_bytes(),
+            memory_current=processes.memory_current() if processes else 0,
             notes=job_notes(spec.cgroup != "", spec.controllers, separate=spec.uid not in (0, os.geteuid())),
         )
 
-    async def stop(self, job: Job, by: str = "") -> None:
-        """Kill the whole job, and return when it is dead. An ended job does not change."""
+    async def wait(self, job: Job) -> None:
+        """Return when a job has ended, or was deleted."""
+        await self._until(job, lambda: job.ended or not self._in_table(job))
+
+    def signal(self, job: Job, number: int) -> None:
+        """Send a signal to the main process of a job. Nothing happens where the job has ended."""
+        if not job.ended:
+            job.folder.send_request(SignalRequest(number))
+
+    async def stop(self, job: Job, by: str = "", signal_number: int = 0, grace: float = 0.0) -> None:
+        """End the whole job, and return when it is dead. An ended job does not change.
+
+        Without a signal the job is killed at once. With one, every process of the job gets it first, and the job's shim
+        kills what still lives after `grace` seconds.
+        """
         if job.ended:
             return
-        if not job.folder.send_stop(StopRequest(by=by)):
+        if not job.folder.send_request(StopRequest(by=by, signal=signal_number, grace=grace)):
             job.refresh(closed=True)
             self._settle(job, alive=False)
         try:
-            await asyncio.wait_for(self._until(job, lambda: job.ended or not self._in_table(job)), STOP_SECONDS)
+            await asyncio.wait_for(self.wait(job), (grace if signal_number else 0) + STOP_SECONDS)
         except asyncio.TimeoutError:
             raise UnavailableError(
                 f"job {job.id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
@@ -2315,13 +2485,32 @@ class Worker:
         while running := [job for job in self._table.values() if not job.ended]:
             await asyncio.gather(*(self.stop(job, by) for job in running))
 
-    async def stream(self, job: Job, offset: int = 0) -> AsyncGenerator[bytes, None]:
-        """The job's output from byte `offset` on. It ends when the job has ended and every byte was given."""
+    async def tail_offset(self, job: Job, lines: int) -> int:
+        """The offset at which the last `lines` lines of the output begin. It reads the output backwards, in blocks."""
+        end = job.folder.output_bytes()
+        if lines == 0:
+            return end
+        search = LineSearch(lines)
+        while end > 0:
+            begin = max(0, end - READ_BYTES)
+            found = search.find(job.folder.read_output(begin, end - begin))
+            if found is not None:
+                return begin + found
+            end = begin
+            await asyncio.sleep(0)
+        return 0
+
+    async def stream(self, job: Job, offset: int = 0, *, follow: bool = True) -> AsyncGenerator[bytes, None]:
+        """The job's output from byte `offset` on. It ends when the job has ended and every byte was given, or, without
+        `follow`, at the present end of the output.
+        """
         tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify)
         tail.acquire()
         try:
             while True:
-                complete = job.ended or not self._in_table(job)  # before the read, which then returns every byte
+                complete = (
+                    not follow or job.ended or not self._in_table(job)
+                )  # before the read, which then returns every byte
                 arm_count = tail.arm_count
                 if chunk := tail.read(offset):
                     offset += len(chunk)
@@ -2530,8 +2719,23 @@ def check_request(request: JobRequest) -> None:
         if "\0" in word:
             where = "the command" if number == 0 else f"argument {number}"
             raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
+    check_environment(request)
     if request.timeout is not None and not 0 <= request.timeout < float("inf"):
         raise BadRequestError(f"the timeout {request.timeout} is not a number of seconds")
+
+
+def check_environment(request: JobRequest) -> None:
+    """Refuse a variable, folder or name that no process could be given. The sentence never contains a value."""
+    for key, value in request.env:
+        if not key or "=" in key or "\0" in key or "\0" in value:
+            raise BadRequestError(
+                f"{key!r} cannot be a variable of the environment: its name is empty or has `=`, or there is a NUL byte"
+            )
+    for what, text in (("the working folder", request.cwd), ("the name", request.name)):
+        if "\0" in text:
+            raise BadRequestError(f"{what} contains a NUL byte")
+    if len(request.name) > 200 or any(not character.isprintable() for character in request.name):
+        raise BadRequestError("the name of a job has at most 200 characters, and all of them can be printed")
 
 
 def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
@@ -2586,33 +2790,33 @@ def start_failure(number: int, spec: Spec) -> JobWorkerError:
     paths = [os.path.join(spec.home, path) for path in spec.programs()]
     found = next((path for path in paths if os.path.lexists(path)), None)
     if number == errno.ENOENT and found is None:
-        return BadRequestError(f"{name!r} is not found" + not_found_hint(name))
+        return CannotRunError(f"{name!r} is not found" + not_found_hint(name, spec.path()), 127)
     if number == errno.ENOENT:
-        return BadRequestError(
+        return CannotRunError(
             f"{found} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
         )
     if number == errno.EACCES and found and os.path.isdir(found):
-        return BadRequestError(f"{found} is a folder, not a command")
+        return CannotRunError(f"{found} is a folder, not a command")
     if number == errno.EACCES:
-        return BadRequestError(f"{found or name} is not executable for {spec.user}")
+        return CannotRunError(f"{found or name} is not executable for {spec.user}")
     if number == errno.ENOEXEC:
-        return BadRequestError(
+        return CannotRunError(
             f"{found or name} cannot run: it is not a program for this machine, and it has no `#!` line"
         )
     if number == errno.E2BIG:
-        return BadRequestError(
+        return CannotRunError(
             f"{name!r} with its {len(spec.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {os.strerror(number)}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
-        return BadRequestError(f"{name!r} cannot run: {os.strerror(number)}")
+        return CannotRunError(f"{name!r} cannot run: {os.strerror(number)}")
     return JobWorkerError(f"{name!r} could not be started: {os.strerror(number)}")
 
 
-def not_found_hint(command: str) -> str:
+def not_found_hint(command: str, searched: str) -> str:
     """What follows "is not found": the PATH that was searched, and the remedy for a shell line."""
-    path = "" if "/" in command else f" on PATH, which is {JOB_PATH}"
+    path = "" if "/" in command else f" on PATH, which is {searched}"
     return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", command) else "")
 
 
@@ -3029,6 +3233,11 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
 # through `Service._checked`, which identifies the caller before anything else happens.
 
 SERVICE_NAME = "proto.WorkerService"
+OFFSET_KEY = "offset"  # metadata of a stream that begins with the last lines: where it begins
+SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
+SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
+SHORTEST_PREFIX = 4  # characters of an id that may stand for it
+LIST_STEP = 100  # jobs of a list after which other calls are served
 
 
 def frame_result(chunk: bytes) -> bytes:
@@ -3073,6 +3282,7 @@ class Service:
     def __init__(self, worker: Worker, authorities: Callable[[], bytes]) -> None:
         self._worker = worker
         self._authorities = authorities
+        self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
@@ -3089,6 +3299,8 @@ class Service:
             "StopJob": unary(self._stop, pb.StopJobRequest),
             "GetJobStatus": unary(self._status, pb.GetStatusRequest),
             "RemoveJob": unary(self._remove, pb.RemoveJobRequest),
+            "SignalJob": unary(self._signal, pb.SignalJobRequest),
+            "ListJobs": grpc.unary_stream_rpc_method_handler(self._list),
             "GetOutputStream": grpc.unary_stream_rpc_method_handler(self._stream, response_serializer=frame_result),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
@@ -3098,6 +3310,9 @@ class Service:
         """Identify the caller, run the call, and turn every error into a status with one sentence."""
         try:
             yield authenticate(context.auth_context(), self._authorities())
+        except CannotRunError as error:
+            metadata = ((SHELL_CODE_KEY, str(error.shell_code)),)
+            await context.abort(grpc.StatusCode[error.status], shortened(str(error)), metadata)
         except JobWorkerError as error:
             await context.abort(grpc.StatusCode[error.status], shortened(str(error)))
         except grpc.aio.AbortError:
@@ -3114,16 +3329,65 @@ class Service:
             raise DeniedError("only an admin may run a job as another account")
         request = JobRequest(
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
+            env=tuple(sorted(message.env.items())), cwd=message.cwd, name=message.name,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
         )  # fmt: skip
         return pb.StartJobResponse(ID=(await self._worker.start(request)).id)
 
     async def _stop(self, caller: Caller, message: pb.StopJobRequest) -> pb.StopJobResponse:
-        await self._worker.stop(allowed_job(self._worker, caller, message.id), by=caller.name)
+        job = allowed_job(self._worker, caller, message.id)
+        if not 0 <= message.grace <= LONGEST_GRACE:
+            raise BadRequestError(f"a grace is from 0 to {LONGEST_GRACE} seconds, not {message.grace:g}")
+        number = signal_number(message.signal or ("TERM" if message.grace else ""))
+        await self._worker.stop(job, by=caller.name, signal_number=number, grace=message.grace)
         return pb.StopJobResponse()
 
+    async def _signal(self, caller: Caller, message: pb.SignalJobRequest) -> pb.SignalJobResponse:
+        job = allowed_job(self._worker, caller, message.id)
+        number = signal_number(message.signal)
+        if number == 0:
+            raise BadRequestError("the signal is empty; for example HUP, USR1 or TERM")
+        self._worker.signal(job, number)
+        return pb.SignalJobResponse()
+
     async def _status(self, caller: Caller, message: pb.GetStatusRequest) -> pb.GetStatusResponse:
-        return status_message(self._worker.status(allowed_job(self._worker, caller, message.id)))
+        job = allowed_job(self._worker, caller, message.id)
+        if message.wait:
+            await self._worker.wait(job)
+        return status_message(self._worker.status(job))
+
+    async def _list(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async with self._checked(context) as caller:
+            request = parse_request(pb.ListJobsRequest, message)
+            if request.everyone and not caller.admin:
+                raise DeniedError("only an admin may list the jobs of all owners")
+            jobs = self._listed(caller, request)
+            for number, job in enumerate(jobs[-request.limit :]):
+                if number % LIST_STEP == 0:
+                    await asyncio.sleep(0)
+                with contextlib.suppress(NoSuchJobError):  # deleted meanwhile
+                    await context.write(self._summary(job))
+
+    def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
+        """The jobs that a list shows. A prefix is searched among all jobs that the caller may see."""
+        jobs = [job for job in self._worker.jobs() if caller.may_see(job.owner)]
+        if request.running:
+            jobs = [job for job in jobs if not job.ended]
+        if request.prefix:
+            prefix = request.prefix if len(request.prefix) >= SHORTEST_PREFIX else " "  # no id contains a blank
+            return [job for job in jobs if job.id.startswith(prefix) or job.name == request.prefix]
+        if request.everyone:
+            return jobs
+        return [job for job in jobs if job.owner == (request.owner or caller.name)]
+
+    def _summary(self, job: Job) -> bytes:
+        """A job's status as bytes. Those of ended jobs do not change, so they are kept."""
+        if job in self._summaries:
+            return self._summaries[job]
+        summary: bytes = status_message(self._worker.status(job)).SerializeToString()
+        if job.ended and len(summary) <= SUMMARY_BYTES:
+            self._summaries[job] = summary
+        return summary
 
     async def _remove(self, caller: Caller, message: pb.RemoveJobRequest) -> pb.RemoveJobResponse:
         self._worker.remove(allowed_job(self._worker, caller, message.id))
@@ -3134,9 +3398,25 @@ class Service:
             request = parse_request(pb.GetStreamRequest, message)
             job = allowed_job(self._worker, caller, request.id)
             offset = min(request.offset, 1 << 62)  # larger than any file, and still an offset for the kernel
-            async with contextlib.aclosing(self._worker.stream(job, offset)) as chunks:
+            if request.HasField("tail"):
+                offset = await self._worker.tail_offset(job, request.tail)
+                await context.send_initial_metadata(((OFFSET_KEY, str(offset)),))
+            stream = self._worker.stream(job, offset, follow=not request.no_follow)
+            async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
+
+
+def signal_number(name: str) -> int:
+    """The number of a signal, from `TERM`, `SIGTERM` or `15`; 0 where the name is empty. Raises BadRequestError."""
+    if not name:
+        return 0
+    if name.isdigit() and int(name) in signal.valid_signals():
+        return int(name)
+    try:
+        return signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"].value
+    except KeyError:
+        raise BadRequestError(f"there is no signal {name!r}; for example TERM, INT, HUP or USR1") from None
 
 
 def shortened(sentence: str) -> str:
@@ -3172,6 +3452,10 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         timeout=spec.timeout,
         max_output=spec.max_output,
         notes=status.notes,
+        id=spec.id,
+        name=spec.name,
+        cwd=spec.cwd,
+        memory_current=status.memory_current,
     )
 
 
@@ -3437,6 +3721,21 @@ class ClientOptions:
         return self.certs / f"{self.identity}.pem", self.certs / f"{self.identity}.key"
 
 
+class Sink:
+    """Where a stream is written. `offset` is the offset of the next byte, and never between two bytes of a write."""
+
+    def __init__(self, write: Callable[[bytes], None], offset: int = 0) -> None:
+        self._write = write
+        self.offset = offset
+        self.busy = False  # a signal handler must not raise now, or bytes would be written twice
+
+    def take(self, chunk: bytes) -> None:
+        self.busy = True
+        self._write(chunk)
+        self.offset += len(chunk)
+        self.busy = False
+
+
 class Client:
     """Calls to one server. Every error is a JobWorkerError: the server's sentence, or why the server is not reached."""
 
@@ -3461,28 +3760,45 @@ class Client:
     ) -> None:
         """Do nothing: each call closes its channel."""
 
-    def call(self, method: str, request: Any, reply: Any) -> Any:
+    def call(self, method: str, request: Any, reply: Any, timeout: float | None = CALL_SECONDS) -> Any:
         """One call, repeated when the server was lost. Every call may be repeated without a second effect."""
 
         def attempt(channel: grpc.Channel) -> Any:
             ask = channel.unary_unary(f"/{SERVICE_NAME}/{method}", type(request).SerializeToString, reply.FromString)
-            return ask(request, timeout=CALL_SECONDS)
+            return ask(request, timeout=timeout)
 
         return self._with_retries(attempt)
 
-    def stream(self, job_id: str, offset: int, write: Callable[[bytes], None]) -> None:
-        """Write a job's output from `offset` to its end. After a loss of the server it resumes at its byte."""
-        position = offset
+    def list(self, request: pb.ListJobsRequest) -> list[pb.GetStatusResponse]:
+        """The jobs that the request asks for, oldest first."""
+
+        def attempt(channel: grpc.Channel) -> list[pb.GetStatusResponse]:
+            reply = pb.GetStatusResponse.FromString
+            ask = channel.unary_stream(f"/{SERVICE_NAME}/ListJobs", pb.ListJobsRequest.SerializeToString, reply)
+            return list(ask(request, timeout=CALL_SECONDS))
+
+        found: list[pb.GetStatusResponse] = self._with_retries(attempt)
+        return found
+
+    def stream(self, job_id: str, sink: Sink, *, tail: int | None = None, follow: bool = True) -> None:
+        """Write a job's output to `sink`, from its offset on. After a loss of the server it resumes at its byte."""
 
         def attempt(channel: grpc.Channel) -> None:
-            nonlocal position
+            nonlocal tail
+            request = pb.GetStreamRequest(id=job_id, offset=sink.offset, tail=tail, no_follow=not follow)
             ask = channel.unary_stream(
                 f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of
             )
-            for chunk in ask(pb.GetStreamRequest(id=job_id, offset=position)):
+            chunks = ask(request)
+            if tail is not None:
+                metadata = dict(chunks.initial_metadata())
+                if OFFSET_KEY not in metadata:
+                    next(chunks, None)  # raises the error of the call, if there is one
+                    raise JobWorkerError("`--tail` needs a newer server")
+                tail, sink.offset = None, int(metadata[OFFSET_KEY])
+            for chunk in chunks:
                 self._reached = True
-                write(chunk)
-                position += len(chunk)
+                sink.take(chunk)
 
         self._with_retries(attempt)
 
@@ -3523,7 +3839,11 @@ class Client:
         if status == "UNAVAILABLE":
             return UnavailableError(details)
         if status == "DEADLINE_EXCEEDED":
-            return JobWorkerError(f"{self._options.address} did not answer within {CALL_SECONDS:.0f} s")
+            return NoAnswerError(f"{self._options.address} did not answer in time")
+        if status == "UNIMPLEMENTED":
+            return JobWorkerError(f"the server at {self._options.address} is older and does not know this call")
+        if code := dict(error.trailing_metadata() or ()).get(SHELL_CODE_KEY):
+            return CannotRunError(details, int(code))
         return JobWorkerError(details or status)
 
 
@@ -3581,6 +3901,9 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
 SIZES = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 DURATIONS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": DAY}
 PROGRAM = "jobworker.pyz"
+INTERRUPT_GRACE = 10.0  # seconds from a first Ctrl-C, or the signal of a stop, to the kill
+STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the answer to a stop, and then writes output again
+WATCH_SECONDS = 2.0
 
 
 def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
@@ -3718,18 +4041,51 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_id_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-j", dest="job", metavar="ID", help="the job's id; `-j` may be left out")
-    parser.add_argument("id", nargs="?", metavar="ID", help=argparse.SUPPRESS)
+def add_job_arguments(parser: argparse.ArgumentParser, nargs: str = "?") -> None:
+    parser.add_argument(
+        "-j", dest="job", metavar="JOB", help="the job: its id, the first characters of it, or its name"
+    )
+    parser.add_argument("--last", action="store_true", help="the newest of your jobs")
+    parser.add_argument("jobs", nargs=nargs, metavar="JOB", help="the same without `-j`")
 
 
-def chosen_id(options: argparse.Namespace) -> str:
-    if (options.job is None) == (options.id is None):
-        raise UsageError(f"`{options.verb}` needs one job id: {PROGRAM} {options.verb} -j ID")
-    text = utf8_text(options.id if options.job is None else options.job)
-    if not text:
+def chosen_jobs(client: Client, options: argparse.Namespace) -> list[str]:
+    """The ids of the jobs that the command line names. Raises UsageError or JobWorkerError."""
+    words = [options.jobs] if isinstance(options.jobs, str) else list(options.jobs or ())
+    words += [options.job] if options.job is not None else []
+    if options.last:
+        newest = client.list(pb.ListJobsRequest(limit=1))
+        if not newest:
+            raise JobWorkerError("you have no job")
+        return [newest[0].id, *(find_job(client, word) for word in words)]
+    if not words:
+        raise UsageError(f"`{options.verb}` needs a job: {PROGRAM} {options.verb} -j ID")
+    return [find_job(client, word) for word in words]
+
+
+def chosen_job(client: Client, options: argparse.Namespace) -> str:
+    if options.job is not None and options.jobs:
+        raise UsageError(f"`{options.verb}` takes one job")
+    (job_id,) = chosen_jobs(client, options)
+    return job_id
+
+
+def find_job(client: Client, word: str) -> str:
+    """The id of the job that a word names: a whole id, four or more characters of its beginning, or a name."""
+    word = utf8_text(word)
+    if JOB_ID.fullmatch(word):
+        return word
+    if not word:
         raise UsageError("the job id is empty: was it taken from a variable that is not set?")
-    return check_id(text)
+    found = client.list(pb.ListJobsRequest(prefix=word))
+    if not found:
+        raise JobWorkerError(
+            f"there is no job {word!r}: give the first {SHORTEST_PREFIX} or more characters of an id, or a job's name"
+        )
+    if len(found) > 1:
+        ids = ", ".join(status.id for status in found[-5:])
+        raise JobWorkerError(f"{word!r} names {len(found)} jobs; give more of an id: {ids}")
+    return found[0].id
 
 
 def client_of(options: argparse.Namespace) -> Client:
@@ -3841,6 +4197,17 @@ def chosen_without(text: str) -> frozenset[str]:
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     parser.add_argument("-c", dest="command", metavar="COMMAND", help="the command (the form `-c COMMAND -args ARG…`)")
+    add_job_options(parser)
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a job that `start` and `run` have."""
+    parser.add_argument("--name", metavar="NAME", default="", help="a name, which stands for the job's id")
+    parser.add_argument(
+        "--env", action="append", metavar="K=V", default=[], help="a variable (K alone: its value here)"
+    )
+    parser.add_argument("--env-file", action="append", metavar="FILE", default=[], help="a file of lines K=V")
+    parser.add_argument("--cwd", metavar="DIR", default="", help="the working folder (default: the account's home)")
     for name, kind, _ in LIMIT_OPTIONS:
         parser.add_argument(
             f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default"
@@ -3865,6 +4232,21 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def environment_of(options: argparse.Namespace) -> dict[str, str]:
+    """The variables of `--env-file` and then of `--env`. Raises UsageError. No sentence contains a value."""
+    lines = []
+    for path in options.env_file:
+        text = read_file(pathlib.Path(path)).decode("utf-8", "surrogateescape")
+        lines += [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    environment = {}
+    for line in [*lines, *options.env]:
+        key, separator, value = line.partition("=")
+        if not separator and key not in os.environ:
+            continue  # as docker does: a variable that is not set here is not set there
+        environment[utf8_text(key)] = utf8_text(value if separator else os.environ[key])
+    return environment
+
+
 def split_command(arguments: Sequence[str], value_flags: Iterable[str]) -> tuple[list[str], list[str] | None, bool]:
     """Split `start`'s arguments into its own options and the words of the command, which are passed on verbatim.
 
@@ -3886,25 +4268,29 @@ def split_command(arguments: Sequence[str], value_flags: Iterable[str]) -> tuple
 def command_of(options: argparse.Namespace) -> tuple[str, list[str]]:
     """The command and its arguments. Raises UsageError."""
     words = list(options.words or [])
-    command = options.command
+    command = getattr(options, "command", None)
     if command is None and options.after_args:
         raise UsageError(f"`-args` needs `-c COMMAND` before it: {PROGRAM} start -c COMMAND -args ARG…")
     if command is None and words:
         command, words = words[0], words[1:]
     if command is None:
-        raise UsageError(f"`start` needs a command: {PROGRAM} start COMMAND [ARG…]")
+        raise UsageError(f"`{options.verb}` needs a command: {PROGRAM} {options.verb} COMMAND [ARG…]")
     return utf8_text(command), [utf8_text(word) for word in words]
 
 
-def run_start(options: argparse.Namespace) -> int:
+def start_request(options: argparse.Namespace) -> pb.StartJobRequest:
     command, args = command_of(options)
     limits = {name: getattr(options, name) for name in ("cpu", "memory", "pids", "io", "timeout", "max_output")}
+    return pb.StartJobRequest(
+        cmd=command, args=args, id=utf8_text(options.id) or new_job_id(), run_as=utf8_text(options.run_as),
+        env=environment_of(options), cwd=utf8_text(options.cwd), name=utf8_text(options.name),
+        **{name: value for name, value in limits.items() if value is not None},
+    )  # fmt: skip
+
+
+def run_start(options: argparse.Namespace) -> int:
     with client_of(options) as client:
-        request = pb.StartJobRequest(
-            cmd=command, args=args, id=utf8_text(options.id) or new_job_id(), run_as=utf8_text(options.run_as),
-            **{name: value for name, value in limits.items() if value is not None},
-        )  # fmt: skip
-        job_id = client.call("StartJob", request, pb.StartJobResponse).ID
+        job_id = client.call("StartJob", start_request(options), pb.StartJobResponse).ID
     try:
         print(f"started JobID: {job_id}", flush=True)
     except OSError as error:
@@ -3912,40 +4298,298 @@ def run_start(options: argparse.Namespace) -> int:
     return 0
 
 
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """A signal reached `run`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class InterruptibleSink(Sink):
+    """Standard output, for `run`. It raises Interrupted for a signal, and during a write only after it."""
+
+    def __init__(self) -> None:
+        super().__init__(write_out)
+        self._pending = 0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1) ignores SIGHUP
+                self._handlers[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.busy:
+            self._pending = number
+        else:
+            raise Interrupted(number)
+
+    def take(self, chunk: bytes) -> None:
+        super().take(chunk)
+        if self._pending:
+            number, self._pending = self._pending, 0
+            raise Interrupted(number)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    add_job_options(parser)
+    parser.epilog = (
+        "Ctrl-C sends the job INT, and kills it after 10 s; a second Ctrl-C kills it at once. If the terminal is "
+        "closed, the job goes on. Exit code: the job's own; 255 where it is unknown, or where this client failed."
+    )
+
+
+def run_run(options: argparse.Namespace) -> int:
+    """Start a job, write its output, and return its exit code."""
+    request = start_request(options)
+    try:
+        with client_of(options) as client, InterruptibleSink() as sink:
+            return ForegroundJob(client, request, sink).run()
+    except CannotRunError as error:
+        say(str(error))
+        return error.shell_code
+    except UsageError:
+        raise
+    except JobWorkerError as error:
+        say(str(error))
+        return 255
+
+
+class ForegroundJob:
+    """The job of one `run`. It ends with `run`, except where the terminal was closed or the server is lost."""
+
+    def __init__(self, client: Client, request: pb.StartJobRequest, sink: InterruptibleSink) -> None:
+        self._client = client
+        self._request = request
+        self._sink = sink
+        self._interrupts = 0
+
+    def run(self) -> int:
+        """The exit code. Raises JobWorkerError, which then names the job."""
+        started = False
+        while True:
+            try:
+                if not started:
+                    self._client.call("StartJob", self._request, pb.StartJobResponse)
+                    started = True
+                self._client.stream(self._request.id, self._sink)
+                status = self._client.call(
+                    "GetJobStatus", pb.GetStatusRequest(id=self._request.id), pb.GetStatusResponse
+                )
+                return exit_code_of(status)
+            except Interrupted as interrupt:
+                if interrupt.number == signal.SIGHUP:
+                    say(f"job {self._request.id} goes on")
+                    return 128 + signal.SIGHUP
+                self._stop(interrupt.number)
+            except BrokenPipeError:
+                self._stop(signal.SIGTERM)
+                raise
+            except UnavailableError as error:
+                raise JobWorkerError(f"{error}; job {self._request.id} may go on") from None
+
+    def _stop(self, number: int) -> None:
+        """Send the stop, and do not wait for the end: the job's output is written meanwhile."""
+        self._interrupts += 1
+        name = signal.Signals(number).name if self._interrupts == 1 else ""
+        request = pb.StopJobRequest(id=self._request.id, signal=name, grace=INTERRUPT_GRACE if name else 0)
+        with contextlib.suppress(NoAnswerError, Interrupted):
+            self._client.call("StopJob", request, pb.StopJobResponse, timeout=STOP_REQUEST_SECONDS)
+
+
+def exit_code_of(status: pb.GetStatusResponse) -> int:
+    """The exit code of a client for a job that has ended. A reason is said."""
+    if status.reason:
+        say(f"the job ended with the reason {status.reason}")
+    return int(status.exitcode)
+
+
 def add_stop_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    add_id_arguments(parser)
+    add_job_arguments(parser, "*")
+    parser.add_argument(
+        "--signal", metavar="NAME", default="", help="send this first, for example TERM (default: kill)"
+    )
+    parser.add_argument("--grace", type=as_seconds, metavar="TIME", help="from the signal to the kill (default: 10s)")
 
 
 def run_stop(options: argparse.Namespace) -> int:
-    job_id = chosen_id(options)
+    name = options.signal or ("TERM" if options.grace is not None else "")
+    grace = (INTERRUPT_GRACE if options.grace is None else options.grace) if name else 0.0
     with client_of(options) as client:
-        client.call("StopJob", pb.StopJobRequest(id=job_id), pb.StopJobResponse)
-    print(f"stopped Job: {job_id}")
+        for job_id in chosen_jobs(client, options):
+            request = pb.StopJobRequest(id=job_id, signal=name, grace=grace)
+            client.call("StopJob", request, pb.StopJobResponse, timeout=grace + CALL_SECONDS)
+            print(f"stopped Job: {job_id}")
+    return 0
+
+
+def add_signal_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    parser.add_argument("job", metavar="JOB", help="the job: its id, the first characters of it, or its name")
+    parser.add_argument("signal", metavar="SIGNAL", help="for example HUP, USR1 or TERM")
+
+
+def run_signal(options: argparse.Namespace) -> int:
+    with client_of(options) as client:
+        request = pb.SignalJobRequest(id=find_job(client, options.job), signal=options.signal)
+        client.call("SignalJob", request, pb.SignalJobResponse)
     return 0
 
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    add_id_arguments(parser)
+    add_job_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print all that is known, as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print all that is known, for people")
 
 
 def run_status(options: argparse.Namespace) -> int:
-    job_id = chosen_id(options)
     with client_of(options) as client:
+        job_id = chosen_job(client, options)
         status = client.call("GetJobStatus", pb.GetStatusRequest(id=job_id), pb.GetStatusResponse)
     if options.json:
         print(json.dumps(status_facts(job_id, status), ensure_ascii=False, indent=2))
+    elif options.verbose:
+        print_facts(status_facts(job_id, status))
     else:
         print(f"jobID: {job_id}, status: {pb.Status.Name(status.status)}, exitCode: {status.exitcode}")
     return 0
+
+
+def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
+    """One line for each fact that is known, and the facts of a group below its name."""
+    for key, value in facts.items():
+        words = re.sub(r"([A-Z])", lambda found: f" {found[1].lower()}", key)
+        if isinstance(value, dict):
+            print(f"{indent}{words}:")
+            print_facts(value, f"{indent}  ")
+        elif value not in (None, "", []):
+            text = shlex.join(value) if key == "command" else "; ".join(value) if key == "notes" else value
+            print(f"{indent}{words + ':':<18} {text}")
+
+
+def add_wait_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    add_job_arguments(parser, "*")
+
+
+def run_wait(options: argparse.Namespace) -> int:
+    """Wait for jobs in turn. The exit code is that of the last one."""
+    code = 0
+    with client_of(options) as client:
+        for job_id in chosen_jobs(client, options):
+            request = pb.GetStatusRequest(id=job_id, wait=True)
+            status = client.call("GetJobStatus", request, pb.GetStatusResponse, timeout=None)
+            if status.status == pb.RUNNING:
+                raise JobWorkerError("`wait` needs a newer server: this one answered before the job had ended")
+            code = exit_code_of(status)
+    return code
+
+
+LIST_COLUMNS = ("ID", "NAME", "OWNER", "STATE", "CODE", "AGE", "TIME", "CPU", "MEMORY", "OUTPUT", "COMMAND")
+
+
+def add_list_arguments(parser: argparse.ArgumentParser) -> None:
+    add_client_arguments(parser)
+    parser.add_argument("--running", action="store_true", help="only jobs that run")
+    parser.add_argument("-n", dest="limit", type=as_count, metavar="N", default=0, help="only the newest N")
+    parser.add_argument("--owner", metavar="NAME", default="", help="the jobs of this owner (admins only)")
+    parser.add_argument("--everyone", action="store_true", help="the jobs of all owners (admins only)")
+    parser.add_argument("-q", dest="quiet", action="store_true", help="print ids only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--watch", action="store_true", help="print the list again every two seconds")
+
+
+def run_list(options: argparse.Namespace) -> int:
+    request = pb.ListJobsRequest(
+        owner=utf8_text(options.owner), everyone=options.everyone, running=options.running, limit=options.limit
+    )
+    with client_of(options) as client:
+        while True:
+            found = client.list(request)
+            if options.watch:
+                print("\033[H\033[J" if os.isatty(1) else "", end="")
+            print_list(found, options)
+            if not options.watch:
+                return 0
+            sys.stdout.flush()
+            time.sleep(WATCH_SECONDS)
+
+
+def print_list(found: Sequence[pb.GetStatusResponse], options: argparse.Namespace) -> None:
+    """A table that fits the terminal, or, where standard output is no terminal, whole values between tabs."""
+    if options.quiet:
+        lines = [status.id for status in found]
+    elif options.json:
+        lines = [json.dumps(status_facts(status.id, status), ensure_ascii=False) for status in found]
+    elif os.isatty(1):
+        rows = [LIST_COLUMNS, *(list_row(status, status.id[:8]) for status in found)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(LIST_COLUMNS))]
+        width = shutil.get_terminal_size().columns
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
+    else:
+        lines = ["\t".join(list_row(status, status.id)) for status in found]
+    print("".join(f"{line}\n" for line in lines), end="")
+
+
+def list_row(status: pb.GetStatusResponse, job_id: str) -> tuple[str, ...]:
+    """The columns of LIST_COLUMNS, as people read them."""
+    now = int(time.time() * 1000)
+    running = status.status == pb.RUNNING
+    state = pb.Status.Name(status.status) + (f" ({status.reason})" if status.reason else "")
+    memory = status.memory_current if running else status.memory_peak
+    return (
+        job_id,
+        status.name or "-",
+        status.owner,
+        state,
+        "-" if running else str(status.exitcode),
+        duration_text(now - status.created_ms),
+        duration_text((now if running else status.ended_ms) - status.started_ms) if status.started_ms else "-",
+        f"{status.cpu_seconds:.1f}s",
+        size_text(memory),
+        size_text(status.output_bytes),
+        printable(shlex.join([status.cmd, *status.args])),
+    )
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are escaped, so that it cannot move a terminal's cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def duration_text(milliseconds: int) -> str:
+    """A duration as `45s`, `12m`, `3h` or `9d`."""
+    seconds = max(0, milliseconds // 1000)
+    for unit, size in (("d", DAY), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def size_text(size: int) -> str:
+    """A number of bytes as `512`, `12K`, `1.5M` or `3.0G`."""
+    for unit, factor in (("G", GIB), ("M", MIB), ("K", KIB)):
+        if size >= factor:
+            return f"{size / factor:.1f}{unit}"
+    return str(size)
 
 
 def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
     """A status as `--json` prints it: times in UTC (ISO 8601), null for a value that is unknown or not enforced."""
     return {
         "id": job_id,
+        "name": status.name or None,
         "status": pb.Status.Name(status.status),
         "exitCode": status.exitcode,
         "reason": status.reason or None,
@@ -3954,12 +4598,14 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         "owner": status.owner,
         "command": [status.cmd, *status.args],
         "user": status.user,
+        "cwd": status.cwd or None,
         "created": iso_time(status.created_ms),
         "started": iso_time(status.started_ms),
         "ended": iso_time(status.ended_ms),
         "outputBytes": status.output_bytes,
         "usage": {
-            "cpuSeconds": status.cpu_seconds if status.ended_ms else None,
+            "cpuSeconds": status.cpu_seconds if status.ended_ms or status.cpu_seconds else None,
+            "memoryCurrent": status.memory_current or None,
             "memoryPeak": optional(status, "memory_peak"),
             "readBytes": optional(status, "read_bytes"),
             "writtenBytes": optional(status, "written_bytes"),
@@ -3986,26 +4632,28 @@ def iso_time(milliseconds: int) -> str | None:
 
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    add_id_arguments(parser)
+    add_job_arguments(parser)
     parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip this many bytes")
+    parser.add_argument("--tail", type=as_count, metavar="N", help="begin with the last N lines")
+    parser.add_argument("--no-follow", action="store_true", help="do not wait for more output")
 
 
 def run_stream(options: argparse.Namespace) -> int:
-    job_id = chosen_id(options)
     with client_of(options) as client:
-        client.stream(job_id, options.offset, write_out)
+        job_id = chosen_job(client, options)
+        sink = Sink(write_out, options.offset)
+        client.stream(job_id, sink, tail=options.tail, follow=not options.no_follow)
     return 0
 
 
 def add_rm_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    parser.add_argument("ids", nargs="+", metavar="ID", help="ids of ended jobs")
+    add_job_arguments(parser, "*")
 
 
 def run_rm(options: argparse.Namespace) -> int:
-    ids = [check_id(utf8_text(job_id)) for job_id in options.ids]
     with client_of(options) as client:
-        for job_id in ids:
+        for job_id in chosen_jobs(client, options):
             client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
             print(f"removed Job: {job_id}")
     return 0
@@ -4096,14 +4744,21 @@ def run_unit(options: argparse.Namespace) -> int:
 
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
     "serve": (add_serve_arguments, run_serve, "run the server on this machine"),
+    "run": (add_run_arguments, run_run, "run a command on the server's machine: its output, its exit code"),
     "start": (add_start_arguments, run_start, "start a command on the server's machine and print its job's id"),
     "stop": (add_stop_arguments, run_stop, "kill a job, all its processes at once"),
     "status": (add_status_arguments, run_status, "print whether a job runs, and how it ended"),
     "stream": (add_stream_arguments, run_stream, "write a job's output, from its first byte, until the job ends"),
+    "list": (add_list_arguments, run_list, "list jobs, newest last"),
+    "wait": (add_wait_arguments, run_wait, "wait until jobs have ended; exit with the code of the last one"),
+    "signal": (add_signal_arguments, run_signal, "send a signal to the main process of a job"),
     "rm": (add_rm_arguments, run_rm, "delete ended jobs and their output"),
     "identity": (add_identity_arguments, run_identity, "make a certificate for one more client"),
     "unit": (add_unit_arguments, run_unit, "print a systemd unit that runs the server"),
 }
+
+
+COMMAND_VERBS = ("run", "start")  # their options end where the command begins
 
 
 def make_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str]]:
@@ -4145,10 +4800,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not arguments:
         parser.print_help()
         parser.exit()
-    if arguments[0] != "start":
+    if arguments[0] not in COMMAND_VERBS:
         return parser.parse_args(arguments)
     own, words, after_args = split_command(arguments[1:], value_flags)
-    options = parser.parse_args(["start", *own])
+    options = parser.parse_args([arguments[0], *own])
     options.words, options.after_args = words, after_args
     return options
 

@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -17,7 +17,14 @@ STOPPED: Status
 FINISHED: Status
 
 class StartJobRequest(_message.Message):
-    __slots__ = ("cmd", "args", "id", "cpu", "memory", "pids", "io", "timeout", "max_output", "run_as")
+    __slots__ = ("cmd", "args", "id", "cpu", "memory", "pids", "io", "timeout", "max_output", "run_as", "env", "cwd", "name")
+    class EnvEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CMD_FIELD_NUMBER: _ClassVar[int]
     ARGS_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +35,9 @@ class StartJobRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     RUN_AS_FIELD_NUMBER: _ClassVar[int]
+    ENV_FIELD_NUMBER: _ClassVar[int]
+    CWD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     cmd: str
     args: _containers.RepeatedScalarFieldContainer[str]
     id: str
@@ -38,7 +48,10 @@ class StartJobRequest(_message.Message):
     timeout: float
     max_output: int
     run_as: str
-    def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ...) -> None: ...
+    env: _containers.ScalarMap[str, str]
+    cwd: str
+    name: str
+    def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., cwd: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class StartJobResponse(_message.Message):
     __slots__ = ("ID",)
@@ -47,23 +60,29 @@ class StartJobResponse(_message.Message):
     def __init__(self, ID: _Optional[str] = ...) -> None: ...
 
 class StopJobRequest(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "signal", "grace")
     ID_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
     id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
+    signal: str
+    grace: float
+    def __init__(self, id: _Optional[str] = ..., signal: _Optional[str] = ..., grace: _Optional[float] = ...) -> None: ...
 
 class StopJobResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "wait")
     ID_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
+    wait: bool
+    def __init__(self, id: _Optional[str] = ..., wait: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("status", "exitcode", "reason", "signal", "stopped_by", "owner", "cmd", "args", "user", "created_ms", "started_ms", "ended_ms", "output_bytes", "cpu_seconds", "memory_peak", "read_bytes", "written_bytes", "cpu_limit", "memory_limit", "pids_limit", "io_limit", "timeout", "max_output", "notes")
+    __slots__ = ("status", "exitcode", "reason", "signal", "stopped_by", "owner", "cmd", "args", "user", "created_ms", "started_ms", "ended_ms", "output_bytes", "cpu_seconds", "memory_peak", "read_bytes", "written_bytes", "cpu_limit", "memory_limit", "pids_limit", "io_limit", "timeout", "max_output", "notes", "id", "name", "cwd", "memory_current")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     EXITCODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +107,10 @@ class GetStatusResponse(_message.Message):
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CWD_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_CURRENT_FIELD_NUMBER: _ClassVar[int]
     status: Status
     exitcode: int
     reason: str
@@ -112,15 +135,23 @@ class GetStatusResponse(_message.Message):
     timeout: float
     max_output: int
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, status: _Optional[_Union[Status, str]] = ..., exitcode: _Optional[int] = ..., reason: _Optional[str] = ..., signal: _Optional[int] = ..., stopped_by: _Optional[str] = ..., owner: _Optional[str] = ..., cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., created_ms: _Optional[int] = ..., started_ms: _Optional[int] = ..., ended_ms: _Optional[int] = ..., output_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., memory_peak: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., cpu_limit: _Optional[float] = ..., memory_limit: _Optional[int] = ..., pids_limit: _Optional[int] = ..., io_limit: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    id: str
+    name: str
+    cwd: str
+    memory_current: int
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., exitcode: _Optional[int] = ..., reason: _Optional[str] = ..., signal: _Optional[int] = ..., stopped_by: _Optional[str] = ..., owner: _Optional[str] = ..., cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., created_ms: _Optional[int] = ..., started_ms: _Optional[int] = ..., ended_ms: _Optional[int] = ..., output_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., memory_peak: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., cpu_limit: _Optional[float] = ..., memory_limit: _Optional[int] = ..., pids_limit: _Optional[int] = ..., io_limit: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., cwd: _Optional[str] = ..., memory_current: _Optional[int] = ...) -> None: ...
 
 class GetStreamRequest(_message.Message):
-    __slots__ = ("id", "offset")
+    __slots__ = ("id", "offset", "tail", "no_follow")
     ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
+    NO_FOLLOW_FIELD_NUMBER: _ClassVar[int]
     id: str
     offset: int
-    def __init__(self, id: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    tail: int
+    no_follow: bool
+    def __init__(self, id: _Optional[str] = ..., offset: _Optional[int] = ..., tail: _Optional[int] = ..., no_follow: _Optional[bool] = ...) -> None: ...
 
 class GetStreamResponse(_message.Message):
     __slots__ = ("result",)
@@ -135,5 +166,31 @@ class RemoveJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class RemoveJobResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListJobsRequest(_message.Message):
+    __slots__ = ("owner", "everyone", "running", "limit", "prefix")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    EVERYONE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    owner: str
+    everyone: bool
+    running: bool
+    limit: int
+    prefix: str
+    def __init__(self, owner: _Optional[str] = ..., everyone: _Optional[bool] = ..., running: _Optional[bool] = ..., limit: _Optional[int] = ..., prefix: _Optional[str] = ...) -> None: ...
+
+class SignalJobRequest(_message.Message):
+    __slots__ = ("id", "signal")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    signal: str
+    def __init__(self, id: _Optional[str] = ..., signal: _Optional[str] = ...) -> None: ...
+
+class SignalJobResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

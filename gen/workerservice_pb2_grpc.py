@@ -59,6 +59,16 @@ class WorkerServiceStub:
                 request_serializer=gen_dot_workerservice__pb2.RemoveJobRequest.SerializeToString,
                 response_deserializer=gen_dot_workerservice__pb2.RemoveJobResponse.FromString,
                 _registered_method=True)
+        self.ListJobs = channel.unary_stream(
+                '/proto.WorkerService/ListJobs',
+                request_serializer=gen_dot_workerservice__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=gen_dot_workerservice__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
+        self.SignalJob = channel.unary_unary(
+                '/proto.WorkerService/SignalJob',
+                request_serializer=gen_dot_workerservice__pb2.SignalJobRequest.SerializeToString,
+                response_deserializer=gen_dot_workerservice__pb2.SignalJobResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -72,7 +82,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopJob(self, request, context):
-        """Kills the job's whole process tree and returns when it is dead; an ended job stays as it is.
+        """Ends the job's whole process tree and returns when it is dead. An ended job does not change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,7 +102,21 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RemoveJob(self, request, context):
-        """Forgets an ended job, its output included.
+        """Deletes an ended job and its output.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """The status of each job that the caller may see, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignalJob(self, request, context):
+        """Sends a signal to the job's main process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +149,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.RemoveJob,
                     request_deserializer=gen_dot_workerservice__pb2.RemoveJobRequest.FromString,
                     response_serializer=gen_dot_workerservice__pb2.RemoveJobResponse.SerializeToString,
+            ),
+            'ListJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=gen_dot_workerservice__pb2.ListJobsRequest.FromString,
+                    response_serializer=gen_dot_workerservice__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'SignalJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignalJob,
+                    request_deserializer=gen_dot_workerservice__pb2.SignalJobRequest.FromString,
+                    response_serializer=gen_dot_workerservice__pb2.SignalJobResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +296,60 @@ class WorkerService:
             '/proto.WorkerService/RemoveJob',
             gen_dot_workerservice__pb2.RemoveJobRequest.SerializeToString,
             gen_dot_workerservice__pb2.RemoveJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/proto.WorkerService/ListJobs',
+            gen_dot_workerservice__pb2.ListJobsRequest.SerializeToString,
+            gen_dot_workerservice__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignalJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/proto.WorkerService/SignalJob',
+            gen_dot_workerservice__pb2.SignalJobRequest.SerializeToString,
+            gen_dot_workerservice__pb2.SignalJobResponse.FromString,
             options,
             channel_credentials,
             insecure,
