@@ -4073,8 +4073,8 @@ def chosen_job(client: Client, options: argparse.Namespace) -> str:
 def find_job(client: Client, word: str) -> str:
     """The id of the job that a word names: a whole id, four or more characters of its beginning, or a name."""
     word = utf8_text(word)
-    if JOB_ID.fullmatch(word):
-        return word
+    if len(word) == 36 and word.count("-") == 4:
+        return check_id(word)
     if not word:
         raise UsageError("the job id is empty: was it taken from a variable that is not set?")
     found = client.list(pb.ListJobsRequest(prefix=word))

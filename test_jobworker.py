@@ -955,7 +955,7 @@ def test_a_wish_that_comes_as_the_shim_ends_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(
         jobworker.StopRequest, "to_line", lambda _: os.close(reader) or b"name"
     )  # between its open and its write
-    assert jobworker.JobFolder(str(tmp_path)).send_stop(jobworker.StopRequest(by="name")) is False
+    assert jobworker.JobFolder(str(tmp_path)).send_request(jobworker.StopRequest(by="name")) is False
 
 
 def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
@@ -1772,7 +1772,7 @@ FAILED_START_DEATHS = [  # the same, for a command that is not there
     ("spec.processes().remove()", "pass", False),
     ("job.folder.delete()", "pass", False),
     ("for name in self.FILES:", "pass", False),
-    ("os.rmdir(self.path)\n\n\ndef receive_stop", "pass", False),
+    ("os.rmdir(self.path)\n\n\ndef receive_requests", "pass", False),
     ("raise start_failure(job.events.failure, job.spec)", "pass", False),
 ]
 
@@ -4195,6 +4195,312 @@ def test_where_certificates_and_state_are_by_default_depends_on_who_asks():
                         (("XDG_CONFIG_HOME", ".config"), ("XDG_STATE_HOME", ".local/state")))  # fmt: skip
         expected = "/etc/jobworker /var/lib/jobworker" if uid == 0 else f"{config}/jobworker {kept}/jobworker"
         assert done.stdout.strip() == expected, done.stderr
+
+
+# Verbs that people keep: run, list, wait, signal, names, environment, graceful stops
+
+TRAPS_INT = "trap 'echo interrupted; exit 7' INT; echo ready; while :; do sleep 0.05; done"
+IGNORES = "trap '' INT TERM; echo ready; while :; do sleep 0.05; done"
+GOES_ON = "trap 'echo noted' INT TERM; echo ready; while :; do sleep 0.05; done"
+RUN_CODES = [  # the words after `run`, its exit code, a word on standard error
+    (("true",), 0, ""),
+    (("sh", "-c", "exit 1"), 1, ""),
+    (("sh", "-c", "exit 254"), 254, ""),
+    (("no-such-command",), 127, "is not found"),
+    (("/etc",), 126, "is a folder"),
+    (("sh", "-c", "kill -TERM $$"), 143, ""),
+    (("sh", "-c", "kill -KILL $$"), 137, ""),
+    (("--timeout", "0.2", "sleep", "1000"), 137, "TIMEOUT"),
+    (("--max-output", "1", "sh", "-c", "echo; echo; kill -STOP $$"), 137, "OUTPUT_LIMIT"),
+    (("sh", "-c", "kill -KILL $PPID; sleep 1000"), 255, "LOST"),
+    (("-r", "nobody-has-this", "true"), 255, "nobody-has-this"),
+    (("--server", "localhost:1", "true"), 255, "cannot connect"),
+    ((), 2, "needs a command"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "word"), RUN_CODES, ids=lambda value: str(value)[:40])
+def test_run_exits_as_its_job_did(state, certs, words, code, word):
+    with serving(state, certs) as served:
+        if "$PPID" in str(words):  # only root may kill its own shim
+            words = ("--run-as", "root", *words)
+        done = served.run("run", *words, role="admin" if "root" in words else "user")
+    assert (done.returncode, done.stdout.strip()) == (code, "")
+    assert word in done.stderr
+    assert bool(word) == bool(done.stderr)
+
+
+def test_run_writes_all_output_and_takes_the_command_as_it_is_typed(shared):
+    assert shared.run("run", "ls", "-d", "/").stdout == "/\n"
+    assert shared.run("run", "--timeout", "5m", "echo", "--timeout", "--", "-args").stdout == "--timeout -- -args\n"
+    with shared.popen("run", PYTHON, "-c", WRITES_BYTES, "300000") as client:
+        assert client.stdout.read() == random.Random(7).randbytes(300_000)
+
+
+@pytest.mark.parametrize(
+    ("script", "signals", "code", "said"),
+    [
+        (TRAPS_INT, [signal.SIGINT], 7, b"interrupted\n"),
+        ("echo ready; exec sleep 1000", [signal.SIGINT], 130, b""),
+        ("echo ready; exec sleep 1000", [signal.SIGTERM], 143, b""),
+        (GOES_ON, [signal.SIGINT, signal.SIGINT], 137, b""),
+        (GOES_ON, [signal.SIGTERM, signal.SIGINT], 137, b""),
+    ],
+    ids=str,
+)
+def test_a_signal_to_run_stops_its_job_and_a_second_one_kills_it(state, certs, script, signals, code, said):
+    with serving(state, certs) as served:
+        with served.popen("run", "sh", "-c", script, stderr=subprocess.PIPE) as client:
+            assert client.stdout.readline() == b"ready\n"
+            for number in signals:
+                client.send_signal(number)
+                if script == GOES_ON:
+                    assert client.stdout.readline() == b"noted\n"
+                    script = ""
+            out, err = client.communicate(timeout=PATIENCE)
+        assert (client.returncode, out, err) == (code, said, b"")
+        assert [status.status for status in listed(served)] == [pb.STOPPED]
+
+
+def listed(served, role="user", **request):
+    with channel_to(served, role=role) as channel:
+        asking = channel.unary_stream(
+            f"/{jobworker.SERVICE_NAME}/ListJobs", pb.ListJobsRequest.SerializeToString, pb.GetStatusResponse.FromString
+        )
+        return list(asking(pb.ListJobsRequest(**request), timeout=PATIENCE))
+
+
+def test_a_terminal_that_is_closed_ends_run_and_not_its_job(state, certs):
+    with serving(state, certs) as served:
+        with served.popen("run", "sh", "-c", WAITS, stderr=subprocess.PIPE) as client:
+            assert client.stdout.readline() == b"ready\n"
+            client.send_signal(signal.SIGHUP)
+            _, err = client.communicate(timeout=PATIENCE)
+        (job,) = listed(served)
+        assert (client.returncode, err) == (129, f"jobworker: job {job.id} goes on\n".encode())
+        assert job.status == pb.RUNNING
+
+
+def test_a_closed_pipe_ends_run_and_its_job(state, certs):
+    with serving(state, certs) as served:
+        with served.popen("run", "yes", stderr=subprocess.PIPE) as client:
+            client.stdout.read(10)
+            client.stdout.close()
+            assert client.stderr.read() == b""
+            assert client.wait(PATIENCE) == 128 + signal.SIGPIPE
+        assert [job.status for job in listed(served)] == [pb.STOPPED]
+
+
+def test_run_goes_on_after_its_server_was_killed_and_says_which_job_where_it_gives_up(state, certs):
+    with serving(state, certs, end=signal.SIGKILL) as served:
+        script = "mkfifo gate; echo before; read line <gate; echo after; exit 6"
+        client = served.popen("run", "sh", "-c", script, stderr=subprocess.DEVNULL)
+        assert client.stdout.readline() == b"before\n"
+        lost = served.popen("run", "--retry-for", "0.1s", "sh", "-c", WAITS, stderr=subprocess.PIPE)
+        assert lost.stdout.readline() == b"ready\n"
+    with lost:
+        _, err = lost.communicate(timeout=PATIENCE)
+        assert lost.returncode == 255
+        assert re.search(rf"job {UUID} may go on", err.decode())
+    with serving(state, certs, port=served.port) as served, client:
+        served.run("run", "sh", "-c", "echo go >gate")
+        assert client.stdout.read() == b"after\n"
+        assert client.wait(PATIENCE) == 6
+
+
+def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
+    with serving(state, certs) as served:
+        first = served.start("--name", "build", "sh", "-c", "echo out; exit 3")
+        end_of_stream(served, first)
+        running = served.start("sleep", "1000")
+        other = served.start("true", role="user2")
+        rows = [line.split("\t") for line in served.run("list").stdout.splitlines()]
+        assert [row[0] for row in rows] == [first, running]
+        assert rows[0][1:5] == ["build", "user", "FINISHED", "3"]
+        assert (rows[0][9], rows[0][10]) == ("4", "sh -c 'echo out; exit 3'")
+        assert rows[1][1:5] == ["-", "user", "RUNNING", "-"]
+        assert served.run("list", "-q", "--running").stdout == f"{running}\n"
+        assert served.run("list", "-q", "-n", "1").stdout == f"{running}\n"
+        assert [json.loads(line)["id"] for line in served.run("list", "--json").stdout.splitlines()] == [first, running]
+        assert served.run("list", "-q", "--everyone", role="admin").stdout.split() == [first, running, other]
+        assert served.run("list", "-q", "--owner", "user2", role="admin").stdout == f"{other}\n"
+        assert served.run("list", "-q", "--owner", "user2").stdout == ""
+        one_sentence(served.run("list", "--everyone"), "only an admin")
+        second = [status.SerializeToString() for status in listed(served)]  # an ended job is answered from memory
+        assert second[0] == listed(served)[0].SerializeToString()
+
+
+def test_list_fits_the_terminal(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("echo", "x" * 1000)
+        end_of_stream(served, job)
+        master, terminal = pty.openpty()
+        with contextlib.closing(os.fdopen(master, "rb", buffering=0)) as screen:
+            fcntl.ioctl(terminal, jobworker.termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
+            served.popen("list", stdout=terminal).wait(PATIENCE)
+            os.close(terminal)
+            lines = screen.read(4096).decode().split("\r\n")
+        assert lines[0].split()[:3] == ["ID", "NAME", "OWNER"]
+        assert lines[1].startswith(job[:8])
+        assert max(map(len, lines)) <= 90
+
+
+def test_a_job_is_named_by_its_id_its_beginning_its_name_or_as_the_last(state, certs):
+    with serving(state, certs) as served:
+        one = served.start("--id", "11110319-e37d-420b-ac43-7316f6b032e5", "--name", "twin", "true")
+        two = served.start("--id", "11120319-e37d-420b-ac43-7316f6b032e5", "--name", "twin", "sh", "-c", "exit 2")
+        served.start("--id", "22220319-e37d-420b-ac43-7316f6b032e5", "--name", "1112", "true", role="user2")
+        for words in ((one,), ("1111",), ("-j", "1111")):
+            assert f"jobID: {one}" in served.run("status", *words).stdout
+        assert f"jobID: {two}" in served.run("status", "--last").stdout
+        one_sentence(served.run("status", "twin"), "names 2 jobs", one, two)
+        one_sentence(served.run("status", "111"), "there is no job '111'")
+        one_sentence(served.run("status", "2222"), "there is no job '2222'")  # it is another owner's
+        assert served.run("wait", "1112").returncode == 2
+        assert served.run("rm", one, two).stdout == f"removed Job: {one}\nremoved Job: {two}\n"
+        one_sentence(served.run("status", "--last"), "you have no job")
+
+
+def test_wait_answers_at_the_end_with_the_code_of_the_last_job(state, certs):
+    with serving(state, certs) as served:
+        gate = served.start("sh", "-c", "mkfifo gate; echo ready; read line <gate; exit 4")
+        ended = served.start("sh", "-c", "exit 5")
+        with served.popen("wait", ended, gate, stderr=subprocess.PIPE) as waiting:
+            served.run("run", "sh", "-c", "until [ -p gate ]; do sleep 0.05; done; echo go >gate")
+            assert waiting.communicate(timeout=PATIENCE) == (b"", b"")
+        assert waiting.returncode == 4
+        assert served.run("wait", gate, ended).returncode == 5
+
+
+@pytest.mark.parametrize(
+    ("script", "grace", "how"),
+    [
+        ("trap 'echo clean; exit 0' TERM; echo ready; while :; do sleep 0.05; done", 60, ("STOPPED", 0, "")),
+        ("echo ready; exec sleep 1000", 60, ("STOPPED", 143, "")),
+        (IGNORES, 0.2, ("STOPPED", 137, "")),
+        ("(trap '' TERM; exec sleep 1000) & trap 'exit 3' TERM; echo ready; wait", 60, ("STOPPED", 3, "")),
+    ],
+    ids=str,
+)
+@in_loop
+async def test_a_graceful_stop_sends_its_signal_and_kills_after_its_grace(state, script, grace, how):
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(script))
+        await said(worker, job, b"ready")
+        await worker.stop(worker.job(job), by="bob", signal_number=signal.SIGTERM, grace=grace)
+        assert ending(worker, job) == how
+        assert worker.status(worker.job(job)).stopped_by == "bob"
+
+
+@in_loop
+async def test_a_kill_shortens_a_grace(state):
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(IGNORES))
+        await said(worker, job, b"ready")
+        graceful = asyncio.ensure_future(
+            worker.stop(worker.job(job), by="alice", signal_number=signal.SIGTERM, grace=1000)
+        )
+        await asyncio.sleep(0)
+        await worker.stop(worker.job(job), by="bob")
+        await graceful
+        assert ending(worker, job) == ("STOPPED", 137, "")
+        assert worker.status(worker.job(job)).stopped_by == "alice"
+
+
+@in_loop
+async def test_a_stop_with_a_signal_that_comes_after_the_end_changes_nothing(state):
+    async with worker_on(state) as worker:
+        for _ in range(20):
+            job = await start_id(worker, shell("exit 3"))
+            await worker.stop(worker.job(job), signal_number=signal.SIGTERM, grace=60)
+            assert ending(worker, job) in {("FINISHED", 3, ""), ("STOPPED", 143, ""), ("STOPPED", 3, "")}
+
+
+def test_a_grace_is_carried_out_while_no_server_lives(state):
+    body = f"""
+        job = await worker.start(JobRequest("sh", ("-c", {IGNORES!r}), owner="alice", id={ID!r}))
+        async for chunk in worker.stream(job):
+            break
+        asyncio.ensure_future(worker.stop(job, signal_number=signal.SIGTERM, grace=0.5))
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    in_server(state, body, status=-9)
+
+    @in_loop
+    async def look():
+        async with worker_on(state) as worker:
+            await output(worker, ID)
+            assert ending(worker, ID) == ("STOPPED", 137, "")
+
+    look()
+
+
+def test_signal_reaches_the_main_process(state, certs):
+    with serving(state, certs) as served:
+        script = "trap 'echo reloaded' HUP; echo ready; while :; do sleep 0.05; done"
+        job = served.start("--name", "service", "sh", "-c", script)
+        with served.popen("stream", job) as stream:
+            assert stream.stdout.readline() == b"ready\n"
+            assert served.run("signal", "service", "HUP").returncode == 0
+            assert stream.stdout.readline() == b"reloaded\n"
+        one_sentence(served.run("signal", job, "NOSUCH"), "there is no signal 'NOSUCH'")
+        one_sentence(served.run("signal", job, "HUP", role="user2"), "there is no job")
+
+
+def test_variables_reach_the_job_and_no_answer_shows_their_values(state, certs, tmp_path):
+    (tmp_path / "file").write_text("# a comment\nFROM_FILE=file value\nBOTH=file\n\n")
+    with serving(state, certs) as served:
+        words = ("--env-file", str(tmp_path / "file"), "--env", "BOTH=option", "--env", "SECRET=xyzzy", "--env", "HERE")
+        environment = {
+            **os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(certs), "HERE": "here value",
+        }  # fmt: skip
+        script = 'echo "$FROM_FILE|$BOTH|$SECRET|$HERE|$HOME"'
+        done = served.run("run", *words, "--name", "vars", "sh", "-c", script, env=environment)
+        assert done.stdout.startswith("file value|option|xyzzy|here value|/")
+        for verb in ("status --json vars", "status -v vars", "list --json"):
+            assert "xyzzy" not in served.run(*verb.split()).stdout
+        one_sentence(served.run("run", "--env", "=xyzzy", "true"), "cannot be a variable", status=255)
+        assert "xyzzy" not in served.run("run", "--env", "=xyzzy", "true").stderr
+        assert served.run("run", "--env", "PATH=/nowhere", "ls").returncode == 127
+
+
+@given(st.lists(st.sampled_from([b"a", b"\n", b"bc\n", b""]), max_size=30), st.integers(1, 8), st.integers(1, 5))
+def test_the_last_lines_are_found_whatever_the_blocks(parts, lines, size):
+    text = b"".join(parts)
+    search, end, offset = jobworker.LineSearch(lines), len(text), 0
+    while end > 0:
+        begin = max(0, end - size)
+        if (found := search.find(text[begin:end])) is not None:
+            offset = begin + found
+            break
+        end = begin
+    assert text[offset:] == b"".join(text.splitlines(keepends=True)[-lines:])
+
+
+def test_stream_begins_with_the_last_lines_and_does_not_wait_where_asked(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("sh", "-c", "seq 100000; exec sleep 1000")
+        until(lambda: (state / "jobs" / job / "output").read_bytes().endswith(b"\n100000\n"))
+        assert served.run("stream", job, "--no-follow", "--tail", "2").stdout == "99999\n100000\n"
+        assert served.run("stream", job, "--no-follow", "--tail", "0").stdout == ""
+        assert served.run("stream", job, "--no-follow").stdout == "".join(f"{n}\n" for n in range(1, 100_001))
+        with served.popen("stream", job, "--tail", "1") as stream:
+            assert stream.stdout.readline() == b"100000\n"
+            served.run("stop", job)
+            assert stream.stdout.read() == b""
+
+
+def test_a_server_that_does_not_know_a_call_is_said_to_be_older(certs):
+    files = [(certs / name).read_bytes() for name in ("server.key", "server.pem", "client-ca.pem")]
+    credentials = grpc.ssl_server_credentials([tuple(files[:2])], files[2], require_client_auth=True)
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        one_sentence(Served(None, port, certs).run("list"), "is older and does not know this call")
+    finally:
+        server.stop(None).wait(PATIENCE)
 
 
 # --- The .pyz -------------------------------------------------------------------------------------------
