@@ -4402,8 +4402,12 @@ class ForegroundJob:
         self._interrupts += 1
         name = signal.Signals(number).name if self._interrupts == 1 else ""
         request = pb.StopJobRequest(id=self._request.id, signal=name, grace=INTERRUPT_GRACE if name else 0)
-        with contextlib.suppress(NoAnswerError, Interrupted):
+        try:
             self._client.call("StopJob", request, pb.StopJobResponse, timeout=STOP_REQUEST_SECONDS)
+        except NoAnswerError:
+            return
+        except Interrupted as again:
+            self._stop(again.number)
 
 
 def exit_code_of(status: pb.GetStatusResponse) -> int:
