@@ -63,6 +63,7 @@ TYPE_CHECKING = False  # `typing` is not imported: every fork of the launcher wo
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import concurrent.futures as concurrent
     import ctypes
     import datetime
     import ipaddress
@@ -121,6 +122,7 @@ __all__ = [
 
 DEFERRED = {  # each of these names is a module that is imported at its first use
     "argparse": "argparse",
+    "concurrent": "concurrent.futures",
     "asyncio": "asyncio",
     "ctypes": "ctypes",
     "datetime": "datetime",
@@ -4140,6 +4142,8 @@ KEEPING_OPTIONS: list[Row] = [
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.fromfile_prefix_chars = "@"
+    parser.epilog = "@FILE stands for the options in that file, in lines as a shell splits them; # begins a comment."
     add_certs_arguments(parser)
     place = parser.add_argument_group("addresses and folders")
     add_rows(place, PLACE_OPTIONS)
@@ -4343,8 +4347,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     add_job_options(parser)
     parser.epilog = (
-        "Ctrl-C sends the job INT, and kills it after 10 s; a second Ctrl-C kills it at once. If the terminal is "
-        "closed, the job goes on. Exit code: the job's own; 255 where it is unknown, or where this client failed."
+        "Ctrl-C sends the job INT, and kills it after 10 s. A second Ctrl-C kills it at once.\n"
+        "If the terminal is closed, the job goes on. The exit code is the job's own, and 255\n"
+        "where that is unknown or where this client failed."
     )
 
 
@@ -4519,35 +4524,60 @@ def run_list(options: argparse.Namespace) -> int:
         owner=utf8_text(options.owner), everyone=options.everyone, running=options.running, limit=options.limit
     )
     with client_of(options) as client:
+        if not options.watch:
+            print_list(client.list(request), options)
+            return 0
+        before: dict[str, tuple[float, float, int]] = {}
         while True:
             found = client.list(request)
-            if options.watch:
-                print("\033[H\033[J" if os.isatty(1) else "", end="")
-            print_list(found, options)
-            if not options.watch:
-                return 0
+            print("\033[H\033[J" if os.isatty(1) else "", end="")
+            print_list(found, options, before)
             sys.stdout.flush()
+            now = time.monotonic()
+            before = {status.id: (now, status.cpu_seconds, status.output_bytes) for status in found}
             time.sleep(WATCH_SECONDS)
 
 
-def print_list(found: Sequence[pb.GetStatusResponse], options: argparse.Namespace) -> None:
-    """A table that fits the terminal, or, where standard output is no terminal, whole values between tabs."""
+def print_list(
+    found: Sequence[pb.GetStatusResponse],
+    options: argparse.Namespace,
+    before: Mapping[str, tuple[float, float, int]] | None = None,
+) -> None:
+    """A table that fits the terminal, or, where standard output is no terminal, whole values between tabs.
+
+    With `--watch`, `before` has the time, CPU seconds and output of each job at the last list: then the columns CPU and
+    OUTPUT are rates.
+    """
     if options.quiet:
         lines = [status.id for status in found]
     elif options.json:
         lines = [json.dumps(status_facts(status.id, status), ensure_ascii=False) for status in found]
     elif os.isatty(1):
-        rows = [LIST_COLUMNS, *(list_row(status, status.id[:8]) for status in found)]
+        rows = [LIST_COLUMNS, *(list_row(status, status.id[:8], before) for status in found)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(LIST_COLUMNS))]
         width = shutil.get_terminal_size().columns
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip()[:width] for row in rows]
     else:
-        lines = ["\t".join(list_row(status, status.id)) for status in found]
+        lines = ["\t".join(list_row(status, status.id, before)) for status in found]
     print("".join(f"{line}\n" for line in lines), end="")
 
 
-def list_row(status: pb.GetStatusResponse, job_id: str) -> tuple[str, ...]:
+def rates(status: pb.GetStatusResponse, before: Mapping[str, tuple[float, float, int]]) -> tuple[str, str]:
+    """The share of a CPU and the bytes of output a second since the last list; `-` where there is no last one."""
+    if status.id not in before or status.status != pb.RUNNING:
+        return "-", "-"
+    moment, cpu_seconds, output_bytes = before[status.id]
+    seconds = max(0.001, time.monotonic() - moment)
+    cpu = max(0.0, status.cpu_seconds - cpu_seconds) / seconds
+    return f"{cpu:.0%}", f"{size_text(int((status.output_bytes - output_bytes) / seconds))}/s"
+
+
+def list_row(
+    status: pb.GetStatusResponse, job_id: str, before: Mapping[str, tuple[float, float, int]] | None
+) -> tuple[str, ...]:
     """The columns of LIST_COLUMNS, as people read them."""
+    totals = f"{status.cpu_seconds:.1f}s", size_text(status.output_bytes)
+    cpu, output = totals if before is None else rates(status, before)
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
     state = pb.Status.Name(status.status) + (f" ({status.reason})" if status.reason else "")
@@ -4560,9 +4590,9 @@ def list_row(status: pb.GetStatusResponse, job_id: str) -> tuple[str, ...]:
         "-" if running else str(status.exitcode),
         duration_text(now - status.created_ms),
         duration_text((now if running else status.ended_ms) - status.started_ms) if status.started_ms else "-",
-        f"{status.cpu_seconds:.1f}s",
+        cpu,
         size_text(memory),
-        size_text(status.output_bytes),
+        output,
         printable(shlex.join([status.cmd, *status.args])),
     )
 
@@ -4636,7 +4666,7 @@ def iso_time(milliseconds: int) -> str | None:
 
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    add_job_arguments(parser)
+    add_job_arguments(parser, "*")
     parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip this many bytes")
     parser.add_argument("--tail", type=as_count, metavar="N", help="begin with the last N lines")
     parser.add_argument("--no-follow", action="store_true", help="do not wait for more output")
@@ -4644,10 +4674,44 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_stream(options: argparse.Namespace) -> int:
     with client_of(options) as client:
-        job_id = chosen_job(client, options)
-        sink = Sink(write_out, options.offset)
-        client.stream(job_id, sink, tail=options.tail, follow=not options.no_follow)
+        jobs = chosen_jobs(client, options)
+        if len(jobs) == 1:
+            sink = Sink(write_out, options.offset)
+            client.stream(jobs[0], sink, tail=options.tail, follow=not options.no_follow)
+            return 0
+    return stream_several(jobs, options)
+
+
+def stream_several(jobs: Sequence[str], options: argparse.Namespace) -> int:
+    """Write the outputs of several jobs, each line after the first characters of its job's id."""
+
+    def follow(job_id: str) -> None:
+        lines = LineSink(f"{job_id[:8]} | ".encode(), options.offset)
+        with client_of(options) as client:
+            client.stream(job_id, lines, tail=options.tail, follow=not options.no_follow)
+        lines.finish()
+
+    with concurrent.ThreadPoolExecutor(len(jobs)) as pool:
+        for done in concurrent.as_completed([pool.submit(follow, job_id) for job_id in jobs]):
+            done.result()
     return 0
+
+
+class LineSink(Sink):
+    """Standard output, whole lines at a time, with a prefix. Each write is one call, so lines are never mixed."""
+
+    def __init__(self, prefix: bytes, offset: int) -> None:
+        super().__init__(self._write_lines, offset)
+        self._prefix = prefix
+        self._rest = b""
+
+    def _write_lines(self, chunk: bytes) -> None:
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        write_out(b"".join(b"%s%s\n" % (self._prefix, line) for line in lines))
+
+    def finish(self) -> None:
+        if self._rest:
+            self._write_lines(b"\n")
 
 
 def add_rm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -4746,19 +4810,79 @@ def run_unit(options: argparse.Namespace) -> int:
     return 0
 
 
-VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
-    "serve": (add_serve_arguments, run_serve, "run the server on this machine"),
-    "run": (add_run_arguments, run_run, "run a command on the server's machine: its output, its exit code"),
-    "start": (add_start_arguments, run_start, "start a command on the server's machine and print its job's id"),
-    "stop": (add_stop_arguments, run_stop, "kill a job, all its processes at once"),
-    "status": (add_status_arguments, run_status, "print whether a job runs, and how it ended"),
-    "stream": (add_stream_arguments, run_stream, "write a job's output, from its first byte, until the job ends"),
-    "list": (add_list_arguments, run_list, "list jobs, newest last"),
-    "wait": (add_wait_arguments, run_wait, "wait until jobs have ended; exit with the code of the last one"),
-    "signal": (add_signal_arguments, run_signal, "send a signal to the main process of a job"),
-    "rm": (add_rm_arguments, run_rm, "delete ended jobs and their output"),
-    "identity": (add_identity_arguments, run_identity, "make a certificate for one more client"),
-    "unit": (add_unit_arguments, run_unit, "print a systemd unit that runs the server"),
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One verb: the function that declares its options, the one that runs it, a line of help, and examples."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    summary: str
+    examples: tuple[str, ...]
+
+
+VERBS = {
+    "serve": Verb(
+        add_serve_arguments,
+        run_serve,
+        "run the server on this machine",
+        ("serve", "serve --without auto --max-cpu 4 --max-memory 8G", "serve @/etc/jobworker/options"),
+    ),
+    "run": Verb(
+        add_run_arguments,
+        run_run,
+        "run a command on the server's machine, write its output and exit with its code",
+        ("run make -j4", "run --timeout 5m --env CC=clang make test", "run sh -c 'grep error *.log | sort | uniq -c'"),
+    ),
+    "start": Verb(
+        add_start_arguments,
+        run_start,
+        "start a command on the server's machine and print its job's id",
+        ("start --name web --memory 2G python3 -m http.server", "start sh -c 'make && make test'"),
+    ),
+    "stop": Verb(
+        add_stop_arguments,
+        run_stop,
+        "kill jobs, all their processes at once",
+        ("stop web", "stop --signal TERM --grace 10s web", "stop --last"),
+    ),
+    "status": Verb(
+        add_status_arguments,
+        run_status,
+        "print whether a job runs, and how it ended",
+        ("status web", "status -v --last", "status --json 5d8b"),
+    ),
+    "stream": Verb(
+        add_stream_arguments,
+        run_stream,
+        "write a job's output, from its first byte, until the job ends",
+        ("stream web", "stream --tail 20 --no-follow web", "stream web worker"),
+    ),
+    "list": Verb(
+        add_list_arguments,
+        run_list,
+        "list jobs, newest last",
+        ("list", "list --running --watch", "list --json | jq .exitCode", "stop $(jobworker.pyz list -q --running)"),
+    ),
+    "wait": Verb(
+        add_wait_arguments,
+        run_wait,
+        "wait until jobs have ended; exit with the code of the last one",
+        ("wait --last", "wait build test"),
+    ),
+    "signal": Verb(add_signal_arguments, run_signal, "send a signal to the main process of a job", ("signal web HUP",)),
+    "rm": Verb(add_rm_arguments, run_rm, "delete ended jobs and their output", ("rm 5d8b", "rm --last")),
+    "identity": Verb(
+        add_identity_arguments,
+        run_identity,
+        "make a certificate for one more client",
+        ("identity alice", "identity boss --admin"),
+    ),
+    "unit": Verb(
+        add_unit_arguments,
+        run_unit,
+        "print a systemd unit that runs the server",
+        ("unit >/etc/systemd/system/jobworker.service", "unit -- --max-cpu 4"),
+    ),
 }
 
 
@@ -4771,7 +4895,7 @@ def make_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str
     Only that verb gets its options, since those of all verbs cost a client 5 ms. Only help asks for the width of the
     terminal, which costs 3 ms.
     """
-    formatter: Any = argparse.HelpFormatter
+    formatter: Any = argparse.RawDescriptionHelpFormatter
     if words and not {"-h", "--help"} & set(words):
         formatter = functools.partial(formatter, width=80)
     value_flags: list[str] = []
@@ -4785,16 +4909,21 @@ def make_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str
             value_flags.extend(action.option_strings if action.nargs != 0 else ())
             return action
 
+        def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+            return shlex.split(arg_line, comments=True)
+
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
     parser = Parser(prog=PROGRAM, description=SUMMARY)
     parser.add_argument("--version", action="version", version=f"jobworker {VERSION}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    for verb, (add_arguments, _, summary) in VERBS.items():
-        own = verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if verb in words[:1]:
-            add_arguments(own)
+    for name, verb in VERBS.items():
+        own = verbs.add_parser(name, help=verb.summary, description=f"{verb.summary[0].upper()}{verb.summary[1:]}.")
+        if name in words[:1]:
+            verb.add_arguments(own)
+            lines = [f"  {line if PROGRAM in line else f'{PROGRAM} {line}'}" for line in verb.examples]
+            own.epilog = "\n".join([*([own.epilog, ""] if own.epilog else []), "examples:", *lines])
     return parser, value_flags
 
 
@@ -4829,7 +4958,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         fill_standard_descriptors()
         options = parse(words)
-        code = VERBS[options.verb][1](options)
+        code = VERBS[options.verb].run(options)
         sys.stdout.flush()
     except UsageError as error:
         say(f"{error} (see `{' '.join([PROGRAM, *(word for word in words[:1] if word in VERBS)])} --help`)")

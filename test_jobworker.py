@@ -4491,6 +4491,31 @@ def test_stream_begins_with_the_last_lines_and_does_not_wait_where_asked(state, 
             assert stream.stdout.read() == b""
 
 
+def test_several_streams_are_written_line_by_line(state, certs):
+    with serving(state, certs) as served:
+        one = served.start("--name", "one", "sh", "-c", "echo 1a; sleep 0.1; echo 1b")
+        two = served.start("--name", "two", "sh", "-c", "echo 2a; sleep 0.1; printf 2b")
+        lines = served.run("stream", "one", "two").stdout.splitlines()
+        assert [line for line in lines if line.startswith(one[:8])] == [f"{one[:8]} | 1a", f"{one[:8]} | 1b"]
+        assert [line for line in lines if line.startswith(two[:8])] == [f"{two[:8]} | 2a", f"{two[:8]} | 2b"]
+
+
+def test_a_watched_list_shows_rates(state, certs):
+    with serving(state, certs) as served:
+        served.start("yes")
+        with served.popen("list", "--watch") as client:
+            rows = [client.stdout.readline().split(b"\t") for _ in range(2)]
+        assert (rows[0][7], rows[0][9]) == (b"-", b"-")
+        assert rows[1][9].endswith(b"/s")
+
+
+def test_serve_reads_options_from_a_file(state, certs, tmp_path):
+    (tmp_path / "options").write_text("# limits\n--max-memory '3G' --timeout 7s\n")
+    with serving(state, certs, f"@{tmp_path / 'options'}") as served:
+        facts = json.loads(served.run("status", "--json", served.start("--memory", "2G", "true")).stdout)
+        assert facts["limits"]["timeout"] == 7.0
+
+
 def test_a_server_that_does_not_know_a_call_is_said_to_be_older(certs):
     files = [(certs / name).read_bytes() for name in ("server.key", "server.pem", "client-ca.pem")]
     credentials = grpc.ssl_server_credentials([tuple(files[:2])], files[2], require_client_auth=True)
