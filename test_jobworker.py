@@ -4538,6 +4538,112 @@ def run_pyz(*words, program=LIKE_PYZ, pyz=PYZ, wrapper=(), **environment):
                           text=True, timeout=PATIENCE, check=False)  # fmt: skip
 
 
+def module_at(path):
+    spec = importlib.util.spec_from_file_location(path.stem.strip("_") + "_of_the_pyz", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bootstrap = module_at(HERE / "pyz" / "__main__.py")
+BUILT_FOR = ("CPython 3.11", "Linux x86_64", "glibc 2.17")
+
+
+@pytest.mark.parametrize(
+    ("running", "said"),
+    [
+        (("CPython 3.11", "Linux x86_64", "glibc 2.17"), None),
+        (("CPython 3.11", "Linux x86_64", "glibc 2.36"), None),
+        (("CPython 3.11", "Linux x86_64", "glibc 2.5"), "is for .* with glibc 2.17 or newer, but this is .* with glibc 2.5"),
+        (("CPython 3.11", "Linux x86_64", "musl"), "but this is .* with musl: make one with ./build.sh on a machine like this"),
+        (("CPython 3.12", "Linux x86_64", "glibc 2.36"), "but this is CPython 3.12 .*: run it with python3.11, or make one"),
+        (("CPython 3.11t", "Linux x86_64", "glibc 2.36"), "but this is CPython 3.11t "),
+        (("PyPy 3.11", "Linux x86_64", "glibc 2.36"), "but this is PyPy 3.11 "),
+        (("CPython 3.11", "Linux aarch64", "glibc 2.36"), "but this is CPython 3.11 on Linux aarch64 .*: make one"),
+        (("CPython 3.11", "Linux x86_64 (32 bits)", "glibc 2.36"), "but this is .* on Linux x86_64 .32 bits. "),
+        (("CPython 3.11", "Darwin arm64", "unknown libc"), "but this is .* on Darwin arm64 with unknown libc: make one"),
+    ],
+)  # fmt: skip
+def test_a_pyz_names_what_it_was_built_for_and_what_this_machine_is(running, said):
+    with pytest.raises(SystemExit, match=f"^jobworker: .*{said}") if said else contextlib.nullcontext():
+        bootstrap.check_platform(running, BUILT_FOR)
+
+
+def test_this_platform_is_the_one_that_runs_the_tests():
+    python, machine, libc = bootstrap.this_platform()
+    assert python == f"CPython {sys.version_info[0]}.{sys.version_info[1]}"
+    assert machine == f"{os.uname().sysname} {os.uname().machine}"
+    assert re.fullmatch(r"glibc \d+\.\d+|musl", libc)
+
+
+def test_the_cache_folder_is_the_user_s_before_a_shared_one(monkeypatch, tmp_path):
+    uid = os.geteuid()
+    monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
+    for home, expected in ((str(tmp_path), f"{tmp_path}/.cache"), ("/nowhere", "")):
+        monkeypatch.setenv("XDG_CACHE_HOME", "/chosen")
+        monkeypatch.setenv("HOME", home)
+        folders = bootstrap.cache_folders()
+        assert folders == ("/chosen", "", expected, f"/var/tmp/jobworker-{uid}", f"/tmp/jobworker-{uid}")
+    monkeypatch.setenv("CACHE_DIRECTORY", "/of/the/service:/second")
+    assert bootstrap.cache_folders()[1] == "/of/the/service"
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "said"),
+    [
+        (None, 0o755, None),
+        (None, 0o700, None),
+        (None, 0o1777, None),  # as /tmp: others cannot rename what they do not own
+        (None, 0o777, "other users can write to it"),
+        (None, 0o770, "other users can write to it"),
+        (12345, 0o755, "belongs to another user"),
+        (12345, 0o1777, "belongs to another user"),
+    ],
+)
+def test_a_parent_folder_that_another_user_controls_is_refused(tmp_path, owner, mode, said):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    parent.chmod(mode)
+    if owner is not None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root, to give a folder away")
+        os.chown(parent, owner, owner)
+    with pytest.raises(OSError, match=said) if said else contextlib.nullcontext():
+        assert bootstrap.private_folder(str(parent / "a" / "b")) == str(parent / "a" / "b")
+        assert (parent / "a" / "b").stat().st_mode & 0o777 == 0o700
+    assert (parent / "a").exists() == (said is None)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o1777])
+def test_the_cache_folder_itself_is_this_user_s_alone(tmp_path, mode):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    with pytest.raises(OSError, match=r"other users can write|does not belong to this user alone"):
+        bootstrap.private_folder(str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "change", ["none", "a file less", "a byte less", "a file more", "a link to it", "nothing there"]
+)
+def test_an_unpacked_folder_is_complete_or_made_anew(tmp_path, change):
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "one").write_bytes(b"1")
+    (folder / "below" / "two").write_bytes(b"22")
+    if change == "a file less":
+        (folder / "below" / "two").unlink()
+    elif change == "a byte less":
+        (folder / "below" / "two").write_bytes(b"2")
+    elif change == "a file more":
+        (folder / "below" / "three").touch()
+    elif change == "a link to it":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to("elsewhere")
+    elif change == "nothing there":
+        shutil.rmtree(folder)
+    assert bootstrap.is_complete(str(folder), (2, 3)) == (change == "none")
+
+
 def unpacked(cache):
     return [folder for folder in (cache / "jobworker").iterdir() if folder.is_dir()]
 
@@ -5056,6 +5162,7 @@ def test_a_newer_pyz_takes_over_from_the_old_under_running_jobs(state, certs, tm
         "gen",
         "jobworker.py",
         "pyproject.toml",
+        "pyz",
         "requirements.txt",
         "workerservice.proto",
         "LICENSE",
