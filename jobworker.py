@@ -280,6 +280,10 @@ class KernelError(JobWorkerError):
         self.errno = error.errno
 
 
+class OldServerError(JobWorkerError):
+    """The server does not know a call that the client's verb needs."""
+
+
 class UsageError(JobWorkerError):
     """The command line is wrong."""
 
@@ -3796,7 +3800,7 @@ class Client:
                 metadata = dict(chunks.initial_metadata())
                 if OFFSET_KEY not in metadata:
                     next(chunks, None)  # raises the error of the call, if there is one
-                    raise JobWorkerError("`--tail` needs a newer server")
+                    raise OldServerError(f"the one at {self._options.address} does not know `--tail`")
                 tail, sink.offset = None, int(metadata[OFFSET_KEY])
             for chunk in chunks:
                 self._reached = True
@@ -3843,7 +3847,7 @@ class Client:
         if status == "DEADLINE_EXCEEDED":
             return NoAnswerError(f"{self._options.address} did not answer in time")
         if status == "UNIMPLEMENTED":
-            return JobWorkerError(f"the server at {self._options.address} is older and does not know this call")
+            return OldServerError(f"the one at {self._options.address} does not know this call")
         if code := dict(error.trailing_metadata() or ()).get(SHELL_CODE_KEY):
             return CannotRunError(details, int(code))
         return JobWorkerError(details or status)
@@ -4500,7 +4504,7 @@ def run_wait(options: argparse.Namespace) -> int:
             request = pb.GetStatusRequest(id=job_id, wait=True)
             status = client.call("GetJobStatus", request, pb.GetStatusResponse, timeout=None)
             if status.status == pb.RUNNING:
-                raise JobWorkerError("`wait` needs a newer server: this one answered before the job had ended")
+                raise OldServerError("this one answered before the job had ended")
             code = exit_code_of(status)
     return code
 
@@ -4962,6 +4966,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except UsageError as error:
         say(f"{error} (see `{' '.join([PROGRAM, *(word for word in words[:1] if word in VERBS)])} --help`)")
+        return error.exit_code
+    except OldServerError as error:
+        say(f"`{words[0]}` needs a newer server: {error}")
         return error.exit_code
     except JobWorkerError as error:
         say(str(error))

@@ -4523,7 +4523,7 @@ def test_a_server_that_does_not_know_a_call_is_said_to_be_older(certs):
     port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
     try:
-        one_sentence(Served(None, port, certs).run("list"), "is older and does not know this call")
+        one_sentence(Served(None, port, certs).run("list"), "`list` needs a newer server")
     finally:
         server.stop(None).wait(PATIENCE)
 
