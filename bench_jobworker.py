@@ -825,6 +825,7 @@ async def bench_calls(setup: Setup) -> list[Row]:
         processes: dict[str, Callable[[], float]] = {
             "status": lambda: timed_process(*client, "status", job, **variables),
             "start": lambda: timed_process(*client, "start", "--", "true", **variables),
+            "run": lambda: timed_process(*client, "run", "true", **variables),
             "pass": lambda: timed_process(sys.executable, "-c", "pass"),
             "import": lambda: timed_process(sys.executable, "-c", "import grpc"),
         }
@@ -842,6 +843,13 @@ async def bench_calls(setup: Setup) -> list[Row]:
             "`start` as a process, from the .pyz",
             "ms",
             times["start"],
+            "ssh true" if ssh else "no sshd here",
+            times.get("ssh", []),
+        ),
+        Row(
+            "`run true` as a process, from the .pyz",
+            "ms",
+            times["run"],
             "ssh true" if ssh else "no sshd here",
             times.get("ssh", []),
         ),
@@ -883,6 +891,26 @@ def restart_seconds(setup: Setup, folder: Path, *, keep_jobs: bool = False) -> f
     return took
 
 
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The seconds of each `list` as a process, and the p99 in ms of the status calls beside them."""
+
+    seconds: list[float]
+    beside: float
+
+
+async def list_figures(setup: Setup, server: Server, channel: Any, job: str) -> Listing:
+    variables = {"JOBWORKER_SERVER": f"localhost:{server.port}", "JOBWORKER_CERTS": str(server.certs)}
+    client = [sys.executable, str(setup.program)]
+    seconds, statuses = [], []
+    for _ in range(5):
+        listing = asyncio.create_task(asyncio.to_thread(lambda: timed_process(*client, "list", **variables)))
+        while not listing.done():
+            statuses.append(1e3 / await status_rate(channel, job, 1, at_once=1))
+        seconds.append(await listing)
+    return Listing(seconds, quantile(statuses, 0.99))
+
+
 async def bench_scale(setup: Setup) -> list[Row]:
     jobs, ended, seconds = (100, 1000, 3) if setup.quick else (1000, 10_000, 10)
     empty = setup.folder / "empty"
@@ -904,6 +932,8 @@ async def bench_scale(setup: Setup) -> list[Row]:
         await asyncio.sleep(1)
         idle = await idle_cpu(server, seconds)
         bare_idle = await idle_cpu(baseline, seconds)
+        async with server.channel() as channel:
+            listing = await list_figures(setup, server, channel, ids[0])
         server.process.kill()
     restarts = [restart_seconds(setup, setup.folder, keep_jobs=number < 2) for number in range(3)]
     what = f"{jobs} running, {ended} ended"
@@ -914,6 +944,8 @@ async def bench_scale(setup: Setup) -> list[Row]:
         Row(f"status, p99, {what}", "ms", [quantile(statuses, 0.99)]),
         Row(f"restart to listening, {what}", "s", restarts, "with no jobs", empty_restarts),
         Row(f"StartJob with {jobs} running", "ms", loaded, "with none running", alone),
+        Row(f"`list` as a process, {what}", "s", listing.seconds),
+        Row("status, p99, beside `list`", "ms", [listing.beside], "alone", [quantile(statuses, 0.99)]),
     ]
 
 
