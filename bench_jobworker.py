@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
-"""Measure Job worker, each figure beside a peer or floor that is measured in the same run.
+"""Measure Job worker, and something to compare each figure with, in the same run.
 
-    ./build.sh bench [--quick] [--json] [ITEM...]        ITEM: stream latency speed starts calls scale growth
+    ./build.sh bench [--quick] [--json FILE] [ITEM...]    measure; keep all rounds in FILE
+    ./build.sh bench --against OTHER.pyz [ITEM...]        measure two versions in turns
+    ./build.sh bench --table FILE                         print the Markdown table of a run
+    ./build.sh bench --plot FILE SVG                      draw the main figures of a run
 
-Real servers, real mTLS, loopback only. A figure is the median of its rounds, with the smallest and the largest;
-trust ratios before figures, since both sides of one were measured on the same machine in the same minute.
+The items are stream, latency, speed, starts, calls, scale and growth. The servers and the mTLS are real. All traffic
+stays on loopback. A figure is the median of its rounds, with the smallest and the largest round. Compare ratios
+rather than figures: both sides of a ratio were measured on the same machine within the same minutes.
 
-Contents: 1. rows and the table, 2. servers, clients, processes, 3. streams and latency, 4. a job's own speed,
-5. starts and calls, 6. scale and growth, 7. command line.
+Contents: 1. rows, table and JSON, 2. plot, 3. servers, clients and processes, 4. streams and latency, 5. the speed of
+a job, 6. starts and calls, 7. scale and growth, 8. command line.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import socket
@@ -28,26 +33,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jobworker
-from jobworker import CLIENT_OPTIONS, MIB, count_of, grpc, pb
+from jobworker import CLIENT_OPTIONS, MIB, count_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+
+    import grpc
+
+    import gen.workerservice_pb2 as pb
+else:  # jobworker imports them at their first use, after it has set what gRPC reads from the environment
+    from jobworker import grpc, pb
 
 HERE = Path(__file__).resolve().parent
 PYZ = HERE / "jobworker.pyz"
-OURS, FLOOR = jobworker.SERVICE_NAME, "floor"
+JOB_WORKER, BASELINE = jobworker.SERVICE_NAME, "baseline"  # the names of the two gRPC services
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable
 
-# --- 1. Rows and the table ------------------------------------------------------------------------------
+# --- 1. Rows, table and JSON ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure: its rounds, and those of its peer or floor."""
+    """One figure: the values of its rounds, and the rounds of what it is compared with."""
 
     what: str
     unit: str
@@ -59,33 +71,216 @@ class Row:
         return statistics.median(self.rounds) / statistics.median(self.peer_rounds) if self.peer_rounds else None
 
 
-def spread(rounds: list[float]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All rows of one run, and where and when it was made."""
+
+    machine: str
+    version: str
+    date: str
+    quick: bool
+    rows: list[Row]
+
+    def heading(self) -> str:
+        kind = "A quick run" if self.quick else "A whole run"
+        return f"{kind} of {self.version} on {self.date}: {self.machine}."
+
+    def write(self, file: Path) -> None:
+        """Write JSON with one row a line, so that two runs can be compared line by line."""
+        facts = {name: value for name, value in vars(self).items() if name != "rows"}
+        rows = ",\n".join("  " + json.dumps(rounded(row), ensure_ascii=False) for row in self.rows)
+        facts_text = json.dumps(facts, ensure_ascii=False, indent=1).removesuffix("\n}")
+        file.write_text(f'{facts_text},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> Run:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        return cls(**{**facts, "rows": [Row(**row) for row in facts["rows"]]})
+
+
+def rounded(row: Row) -> dict[str, Any]:
+    """Return a row with four significant digits, which are more than a round is exact to."""
+
+    def digits(rounds: list[float]) -> list[float]:
+        return [float(f"{value:.4g}") for value in rounds]
+
+    return {**vars(row), "rounds": digits(row.rounds), "peer_rounds": digits(row.peer_rounds)}
+
+
+def figure(value: float) -> str:
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def spread(rounds: list[float], unit: str) -> str:
+    """Return the median, and the smallest and the largest round where there are several."""
     if not rounds:
         return ""
-    middle = statistics.median(rounds)
-    digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
-    text = f"{middle:.{digits}f}"
-    return text if len(rounds) == 1 else f"{text} ({min(rounds):.{digits}f} to {max(rounds):.{digits}f})"
+    text = f"{figure(statistics.median(rounds))} {unit}"
+    return text if len(rounds) == 1 else f"{text} ({figure(min(rounds))} to {figure(max(rounds))})"
 
 
-def print_table(rows: list[Row]) -> None:
-    print(f"{machine()}\n\n| what | figure | peer or floor | ratio |\n|---|---|---|---|")
-    for row in rows:
+def print_table(run: Run) -> None:
+    print(f"{run.heading()}\n\n| what | figure | compared with | ratio |\n|---|---|---|---|")
+    for row in run.rows:
         ratio = "" if row.ratio() is None else f"{row.ratio():.2f}"
-        print(f"| {row.what} | {spread(row.rounds)} {row.unit} | {row.peer} {spread(row.peer_rounds)} | {ratio} |")
+        peer = ": ".join(filter(None, (row.peer, spread(row.peer_rounds, row.unit))))
+        print(f"| {row.what} | {spread(row.rounds, row.unit)} | {peer} | {ratio} |")
 
 
 def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    versions = f"Python {platform.python_version()}, grpcio {grpc.__version__}, jobworker {jobworker.VERSION}"
+    versions = f"Python {platform.python_version()}, grpcio {grpc.__version__}"
     return f"{os.cpu_count()} cores, {memory:.0f} GiB, Linux {os.uname().release}, {versions}"
+
+
+def version() -> str:
+    """Return the version, and the commit where this is a git work tree; `+` says that files were changed since."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return f"jobworker {jobworker.VERSION}" + (f" ({commit})" if commit else "")
+    return f"jobworker {jobworker.VERSION}"
 
 
 def quantile(values: list[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * part))]
 
 
-# --- 2. Servers, clients, processes ---------------------------------------------------------------------
+# --- 2. Plot --------------------------------------------------------------------------------------------
+# The plot is SVG written by hand. Its colours are mid-tones on no background, because a page that is switched to dark
+# does not tell an embedded picture so: each colour has a contrast of at least 3.7 on white and on #0d1117.
+
+
+class Bar(NamedTuple):
+    """One bar: its label, and the row it shows. With `peer` it shows what the row is compared with."""
+
+    label: str
+    what: str  # the beginning of the row's name
+    peer: str = ""
+
+
+class Panel(NamedTuple):
+    title: str
+    bars: tuple[Bar, ...]
+
+
+PANELS = (
+    Panel(
+        "One client streams a large output: MB/s, more is better",
+        (
+            Bar("Job worker", "1 stream of"),
+            Bar("bare gRPC", "1 stream of", "bare grpc.aio"),
+            Bar("ssh cat", "1 stream of", "ssh cat"),
+        ),
+    ),
+    Panel(
+        "From a program's write() to the client: ms, less is better",
+        (
+            Bar("Job worker", "1 follower: write() to client, p50"),
+            Bar("bare gRPC, no program", "1 follower: write() to client, p50", "bare grpc.aio"),
+            Bar("ssh", "1 follower: write() to client, p50", "ssh"),
+        ),
+    ),
+    Panel(
+        "One start over an open connection: ms, less is better",
+        (
+            Bar("Job worker, until it runs", "StartJob, one after the other"),
+            Bar("Job worker, until its end is known", "start to end known"),
+            Bar("gRPC call, folder, 2 forks, exec", "StartJob, one after", "gRPC call, folder, two forks, exec"),
+            Bar("systemd-run, until its end is known", "start to end known", "systemd-run"),
+        ),
+    ),
+    Panel(
+        "A client as a whole process: ms, less is better",
+        (
+            Bar("jobworker.pyz status", "`status` as a process"),
+            Bar("jobworker.pyz start -- true", "`start` as a process"),
+            Bar("python -c 'import grpc'", "`status` as a process", "python -c 'import grpc'"),
+            Bar("ssh true", "`start` as a process", "ssh true"),
+        ),
+    ),
+    Panel(
+        "A program prints 500,000 lines: s, less is better",
+        (
+            Bar("Job worker, nobody follows", "dd writes 500,000 lines, 0"),
+            Bar("Job worker, one client follows", "dd writes 500,000 lines, 1"),
+            Bar("into a pipe that cat reads", "dd writes 500,000 lines, 0", "a pipe to cat"),
+            Bar("through ssh", "dd writes 500,000 lines, 1", "ssh"),
+        ),
+    ),
+)
+STYLE = """
+text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: #768390; }
+.title { font-weight: 600; }
+.mine { fill: #2f81f7; }
+.peer { fill: #8b949e; }
+"""
+WIDTH, BAR_LEFT, BAR_WIDTH, BAR_STEP, TITLE_STEP, PANEL_GAP = 720, 250, 400, 22, 28, 16
+
+
+def values_of(panel: Panel, rows: list[Row]) -> list[tuple[Bar, float]]:
+    """Return a panel's bars and their medians; a bar that this run has no row for is left out."""
+    found = []
+    for bar in panel.bars:
+        fits = (row for row in rows if row.what.startswith(bar.what) and bar.peer in ("", row.peer))
+        row = next(fits, None)
+        rounds = [] if row is None else row.peer_rounds if bar.peer else row.rounds
+        if rounds:
+            found.append((bar, statistics.median(rounds)))
+    return found
+
+
+def draw_panel(panel: Panel, rows: list[Row], top: int) -> tuple[list[str], int]:
+    """Return the SVG elements of a panel and the y at which the next one begins."""
+    values = values_of(panel, rows)
+    if not values:
+        return [], top
+    largest = max(value for _, value in values)
+    lines = [f'<text class="title" x="0" y="{top + 16}">{escape(panel.title)}</text>']
+    for number, (bar, value) in enumerate(values):
+        y = top + TITLE_STEP + number * BAR_STEP
+        kind, width = "peer" if bar.peer else "mine", max(1, round(BAR_WIDTH * value / largest))
+        lines += [
+            f'<text x="{BAR_LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(bar.label)}</text>',
+            f'<rect class="{kind}" x="{BAR_LEFT}" y="{y}" width="{width}" height="16" rx="2"/>',
+            f'<text x="{BAR_LEFT + width + 6}" y="{y + 12}">{figure(value)}</text>',
+        ]
+    return lines, top + TITLE_STEP + len(values) * BAR_STEP + PANEL_GAP
+
+
+def draw(run: Run) -> str:
+    top, lines = 0, []
+    for panel in PANELS:
+        more, top = draw_panel(panel, run.rows, top)
+        lines += more
+    label = escape(f"Bars of the main figures. {run.heading()}")
+    size = f'width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{label}">'
+    return "\n".join([head, f"<style>{STYLE}</style>", *lines, "</svg>", ""])
+
+
+# --- 3. Servers, clients and processes ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What an item measures: the .pyz that serves, in a folder that holds certificates and the state folder."""
+
+    folder: Path
+    program: Path
+    quick: bool
+
+    def serving(self, folder: Path | None = None) -> contextlib.AbstractContextManager[Server]:
+        """Run Job worker's server."""
+        folder = folder or self.folder
+        options = f"--listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
+        words = [str(self.program), "serve", *options.split(), "--certs", f"{folder}/certs"]
+        return running(words, folder / "certs")
+
+    def baseline(self) -> contextlib.AbstractContextManager[Server]:
+        """Run the bare grpc.aio server."""
+        certs = self.folder / "certs"
+        return running([__file__, "--baseline", str(certs)], certs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +289,20 @@ class Server:
     port: int
     certs: Path
 
-    def channel(self) -> Any:
+    def channel(self) -> grpc.aio.Channel:
         files = [(self.certs / name).read_bytes() for name in ("server-ca.pem", "user.key", "user.pem")]
-        options = [*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
         credentials = grpc.ssl_channel_credentials(*files)
+        options = [*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # each channel has its own connection
         return grpc.aio.secure_channel(f"localhost:{self.port}", credentials, options)
 
     def cpu(self) -> float:
-        """Seconds of CPU that its threads have used, by the scheduler's own count."""
+        """Return the seconds of CPU that its threads have used, as the scheduler counts them."""
         tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
         return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
     def memory(self) -> float:
-        return kilobytes(f"/proc/{self.process.pid}/status", "VmRSS") / 1e3  # resident MB
+        """Return its resident memory in MB."""
+        return kilobytes(f"/proc/{self.process.pid}/status", "VmRSS") / 1e3
 
 
 def kilobytes(file: str, *keys: str) -> float:
@@ -116,85 +312,91 @@ def kilobytes(file: str, *keys: str) -> float:
 
 @contextlib.contextmanager
 def running(words: list[str], certs: Path) -> Iterator[Server]:
-    """A server that has said that it listens, ended by its pid."""
-    words, log = [sys.executable, *words], certs.parent / "log"
+    """Run a server; it is yielded when it has said that it listens, and ended afterwards."""
+    log = certs.parent / "log"
     with log.open("w") as errors:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if "serving on" not in line:
-            raise SystemExit(f"bench: the server did not start: {log.read_text()}")
+            raise SystemExit(f"bench: {words[0]} did not start: {log.read_text()}")
         yield Server(process, int(line.split(",")[0].rsplit(":", 1)[1]), certs)
     finally:
         process.terminate()
         process.wait()
 
 
-def serving(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    words = f"serve --listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
-    return running([str(PYZ), *words.split(), "--certs", f"{folder}/certs"], folder / "certs")
+class Baseline:
+    """A bare grpc.aio server that runs no program.
 
+    A stream sends `offset` zero bytes, or without end a line with the time, every `id` seconds. A status is constant.
+    """
 
-def floor(folder: Path) -> contextlib.AbstractContextManager[Server]:
-    return running([__file__, "--floor", f"{folder}/certs"], folder / "certs")
+    def __init__(self) -> None:
+        self._chunk = bytes(jobworker.READ_BYTES)
+        self._bell = jobworker.Bell()
+        self._line = b""
+        self._clock: asyncio.Task[None] | None = None
 
-
-async def serve_floor(certs: Path) -> None:
-    """A bare grpc.aio server with no job behind it: `offset` zeros, or ticks, so many seconds apart as the id says; a status."""
-    chunk, bell, stamp, ticker = bytes(jobworker.READ_BYTES), jobworker.Bell(), b"", None
-
-    async def tick(pause: float) -> None:
-        nonlocal stamp
+    async def _tick(self, pause: float) -> None:
         while True:
             await asyncio.sleep(pause)
-            stamp = b"%020d\n" % time.monotonic_ns()
-            bell.ring()
+            self._line = b"%020d\n" % time.monotonic_ns()
+            self._bell.ring()
 
-    async def stream(message: Any, context: Any) -> None:
-        nonlocal ticker
-        for _ in range(message.offset // len(chunk)):
-            await context.write(chunk)
-        if message.id:
-            ticker = ticker or asyncio.create_task(tick(float(message.id)))
-        while message.id:
-            await bell.wait()
-            await context.write(stamp)
+    async def stream(self, request: pb.GetStreamRequest, context: Any) -> None:
+        for _ in range(request.offset // len(self._chunk)):
+            await context.write(self._chunk)
+        if request.id:
+            self._clock = self._clock or asyncio.create_task(self._tick(float(request.id)))
+        while request.id:
+            await self._bell.wait()
+            await context.write(self._line)
 
-    async def status(_message: Any, _context: Any) -> Any:
+    async def status(self, _request: pb.GetStatusRequest, _context: Any) -> pb.GetStatusResponse:
         return pb.GetStatusResponse(status=pb.RUNNING)
 
+
+async def serve_baseline(certs: Path) -> None:
+    baseline = Baseline()
     key, pem, authorities = ((certs / name).read_bytes() for name in ("server.key", "server.pem", "client-ca.pem"))
     server = grpc.aio.server(options=jobworker.SERVER_OPTIONS)
-    reads, writes = pb.GetStreamRequest.FromString, pb.GetStatusResponse.SerializeToString
     handlers: dict[str, Any] = {
-        "GetOutputStream": grpc.unary_stream_rpc_method_handler(stream, reads, jobworker.frame_result),
-        "GetJobStatus": grpc.unary_unary_rpc_method_handler(status, reads, writes),
+        "GetOutputStream": grpc.unary_stream_rpc_method_handler(
+            baseline.stream, pb.GetStreamRequest.FromString, jobworker.frame_result
+        ),
+        "GetJobStatus": grpc.unary_unary_rpc_method_handler(
+            baseline.status, pb.GetStatusRequest.FromString, pb.GetStatusResponse.SerializeToString
+        ),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(FLOOR, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(BASELINE, handlers),))
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, pem)], authorities, True))
     await server.start()
     print(f"serving on 127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 
 
-async def call(channel: Any, method: str, request: Any, reply: Any, service: str = OURS) -> Any:
+async def call(channel: grpc.aio.Channel, method: str, request: Any, reply: Any, service: str = JOB_WORKER) -> Any:
     path = f"/{service}/{method}"
     return await channel.unary_unary(path, type(request).SerializeToString, reply.FromString)(request)
 
 
-async def start(channel: Any, *words: str) -> str:
+async def start(channel: grpc.aio.Channel, *words: str) -> str:
     request = pb.StartJobRequest(cmd=words[0], args=words[1:])
     return str((await call(channel, "StartJob", request, pb.StartJobResponse)).ID)
 
 
-def stream(channel: Any, job: str, offset: int = 0, service: str = OURS) -> AsyncIterator[bytes]:
+def stream(channel: grpc.aio.Channel, job: str, offset: int = 0, service: str = JOB_WORKER) -> AsyncIterable[bytes]:
     path = f"/{service}/GetOutputStream"
-    ask = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, jobworker.result_of)
-    return ask(pb.GetStreamRequest(id=job, offset=offset))  # type: ignore[no-any-return]
+    method = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, jobworker.result_of)
+    return method(pb.GetStreamRequest(id=job, offset=offset))
 
 
-async def drain(channel: Any, job: str, offset: int = 0, service: str = OURS) -> int:
+async def drain(channel: grpc.aio.Channel, job: str, offset: int = 0, service: str = JOB_WORKER) -> int:
+    """Read a stream to its end and return the number of its bytes."""
     return sum([len(chunk) async for chunk in stream(channel, job, offset, service)])
 
 
@@ -212,16 +414,16 @@ def timed_process(*words: str, **more: str) -> float:
 
 @contextlib.contextmanager
 def sshd(folder: Path) -> Iterator[list[str]]:
-    """The words of an ssh to a server of our own on loopback; none where no sshd is installed, or starts."""
+    """Run an ssh server on loopback and yield the words of an ssh to it; none where sshd is missing or fails."""
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None or shutil.which("ssh") is None:
         yield []
         return
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    for name in ("host", "me"):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for name in ("host", "client"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    files = (f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/me.pub", f"PidFile={folder}/pid")
+    files = (f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/client.pub", f"PidFile={folder}/pid")
     fixed = ("StrictModes=no", "UsePAM=no", "ListenAddress=127.0.0.1")
     os.makedirs("/run/sshd", exist_ok=True)
     words = [program, "-D", "-e", "-f", "/dev/null", "-p", str(port), *(f"-o{o}" for o in (*files, *fixed))]
@@ -229,43 +431,46 @@ def sshd(folder: Path) -> Iterator[list[str]]:
     try:
         assert process.stderr is not None
         quiet = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "IdentitiesOnly=yes")
-        ssh = ["ssh", "-p", str(port), "-i", f"{folder}/me", *(f"-o{o}" for o in quiet), "127.0.0.1"]
+        ssh = ["ssh", "-p", str(port), "-i", f"{folder}/client", *(f"-o{o}" for o in quiet), "127.0.0.1"]
         yield ssh if b"listening" in process.stderr.readline() else []
     finally:
         process.terminate()
         process.communicate()
+        for name in ("host", "host.pub", "client", "client.pub"):
+            (folder / name).unlink(missing_ok=True)
 
 
-# --- 3. Streams and latency -----------------------------------------------------------------------------
+# --- 4. Streams and latency -----------------------------------------------------------------------------
 
 
-async def stream_rate(many: int, size: int, *stream: Any) -> float:
-    """So many streams of `size` bytes at once, in MB/s."""
-    return many * size / 1e6 / await timed(asyncio.gather(*(drain(*stream) for _ in range(many))))
+async def stream_rate(count: int, size: int, *arguments: Any) -> float:
+    """Return the MB/s of `count` streams of `size` bytes at the same time."""
+    return count * size / 1e6 / await timed(asyncio.gather(*(drain(*arguments) for _ in range(count))))
 
 
-async def bench_stream(folder: Path, quick: bool) -> list[Row]:
-    size, rounds = (48 if quick else 512) * MIB, 3 if quick else 5
-    ours: dict[int, list[float]] = {1: [], 8: []}
+async def bench_stream(setup: Setup) -> list[Row]:
+    size, rounds = (48 if setup.quick else 512) * MIB, 3 if setup.quick else 5
+    rates: dict[int, list[float]] = {1: [], 8: []}
     bare: dict[int, list[float]] = {1: [], 8: []}
-    by_ssh = []
-    with serving(folder) as server, floor(folder) as other, sshd(folder) as ssh:
-        async with server.channel() as one, other.channel() as two:
-            job = await start(one, "head", "-c", str(size), "/dev/zero")
-            assert await drain(one, job) == size
+    ssh_rates = []
+    with setup.serving() as server, setup.baseline() as baseline, sshd(setup.folder) as ssh:
+        async with server.channel() as channel, baseline.channel() as bare_channel:
+            job = await start(channel, "head", "-c", str(size), "/dev/zero")
+            assert await drain(channel, job) == size
             for _ in range(rounds):
-                for many, rates in ours.items():
-                    rates.append(await stream_rate(many, size, one, job))
-                    bare[many].append(await stream_rate(many, size, two, "", size, FLOOR))
+                for count, values in rates.items():
+                    values.append(await stream_rate(count, size, channel, job))
+                    bare[count].append(await stream_rate(count, size, bare_channel, "", size, BASELINE))
                 if ssh:
-                    by_ssh.append(size / 1e6 / timed_process(*ssh, "cat", f"{folder}/state/jobs/{job}/output"))
+                    output = f"{setup.folder}/state/jobs/{job}/output"
+                    ssh_rates.append(size / 1e6 / timed_process(*ssh, "cat", output))
     what = f"of {size // MIB} MiB"
     rows = [
-        Row(f"{count_of(many, 'stream', 'streams')} {what}", "MB/s", rates, "bare grpc.aio", bare[many])
-        for many, rates in ours.items()
+        Row(f"{count_of(count, 'stream', 'streams')} {what}", "MB/s", rates[count], "bare grpc.aio", bare[count])
+        for count in rates
     ]
     peer = "ssh cat" if ssh else "no sshd here"
-    return [*rows, Row(f"1 stream {what}", "MB/s", ours[1], peer, by_ssh)]
+    return [*rows, Row(f"1 stream {what}", "MB/s", rates[1], peer, ssh_rates)]
 
 
 TICKS = """
@@ -278,33 +483,39 @@ while True:
 
 @dataclasses.dataclass
 class Ticks:
-    """What all followers of one job have seen of its ticks since `settled` (ns): how late (ms), in how many messages."""
+    """The lines with the time (ticks) that all followers of one program have seen after `settled` (ns)."""
 
     settled: float = math.inf
-    arrived: int = 0
+    followers: int = 0  # that have seen a line
     messages: int = 0
-    late: list[float] = dataclasses.field(default_factory=list)
+    delays: list[float] = dataclasses.field(default_factory=list)  # ms
 
-    async def follow(self, chunks: AsyncIterator[bytes]) -> None:
-        new = True
+    async def follow(self, chunks: AsyncIterable[bytes]) -> None:
+        first = True
         async for chunk in chunks:
             now = time.monotonic_ns()
-            self.arrived, new = self.arrived + new, False
+            self.followers, first = self.followers + first, False
             ticks = [int(line) for line in chunk.split()]
-            self.late.extend((now - tick) / 1e6 for tick in ticks if tick > self.settled)
+            self.delays.extend((now - tick) / 1e6 for tick in ticks if tick > self.settled)
             self.messages += ticks[-1] > self.settled
 
+    async def measure(self, seconds: float) -> None:
+        """Let everything settle for a second, then count for so many seconds."""
+        await asyncio.sleep(1)
+        self.settled = time.monotonic_ns()
+        await asyncio.sleep(seconds)
 
-async def latency_of(server: Server, many: int, seconds: float, service: str = OURS) -> list[float]:
-    """p50 and p99 of the lateness of all ticks at all followers (ms), server CPU a message (µs), its memory (MB)."""
-    seen, pause = Ticks(), str(max(0.05, many * 4e-4))  # so rare that a core is half idle
+
+async def latency_of(server: Server, followers: int, seconds: float, service: str = JOB_WORKER) -> list[float]:
+    """Return p50 and p99 of the delay of a line (ms), the server's CPU time a message (µs) and its memory (MB)."""
+    seen, pause = Ticks(), str(max(0.05, followers * 4e-4))  # slow enough to leave half of a core idle
     async with contextlib.AsyncExitStack() as stack:
-        channels = [await stack.enter_async_context(server.channel()) for _ in range(many)]
-        for channel in channels:  # one by one: a crowd of handshakes is not what is measured
+        channels = [await stack.enter_async_context(server.channel()) for _ in range(followers)]
+        for channel in channels:  # one after the other, because the handshakes are not measured
             await channel.channel_ready()
-        job = await start(channels[0], PYTHON, "-c", TICKS, pause) if service == OURS else pause
+        job = await start(channels[0], PYTHON, "-c", TICKS, pause) if service == JOB_WORKER else pause
         tasks = [asyncio.create_task(seen.follow(stream(channel, job, 0, service))) for channel in channels]
-        while seen.arrived < many and not any(task.done() for task in tasks):
+        while seen.followers < followers and not any(task.done() for task in tasks):
             await asyncio.sleep(0.1)
         await asyncio.sleep(1)
         seen.settled, before = time.monotonic_ns(), server.cpu()
@@ -313,134 +524,183 @@ async def latency_of(server: Server, many: int, seconds: float, service: str = O
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        if service == OURS:
+        if service == JOB_WORKER:
             await call(channels[0], "StopJob", pb.StopJobRequest(id=job), pb.StopJobResponse)
-    return [quantile(seen.late, 0.5), quantile(seen.late, 0.99), used / seen.messages * 1e6, memory]
+    return [quantile(seen.delays, 0.5), quantile(seen.delays, 0.99), used / seen.messages * 1e6, memory]
 
 
-async def latency_without_grpc(state: Path, seconds: float) -> list[float]:
-    """How late the ticks of a job are in a `Worker` (ms): what job, shim and follower take, with no gRPC behind them."""
+async def latency_without_grpc(state: Path, seconds: float) -> float:
+    """Return p50 of the delay of a line in a `Worker` (ms): the share of job, shim and follower."""
     seen, options = Ticks(), jobworker.WorkerOptions(state, without=frozenset({"auto"}), reserve=0)
     async with jobworker.Worker(options) as worker:
         job = await worker.start(jobworker.JobRequest(PYTHON, ("-c", TICKS, "0.05"), owner="bench"))
         task = asyncio.create_task(seen.follow(worker.stream(job)))
-        await asyncio.sleep(1)
-        seen.settled = time.monotonic_ns()
-        await asyncio.sleep(seconds)
+        await seen.measure(seconds)
         await worker.stop(job)
         await task
-    return seen.late
+    return quantile(seen.delays, 0.5)
 
 
-async def bench_latency(folder: Path, quick: bool) -> list[Row]:
-    rows, rounds, seconds = [], 2 if quick else 3, 2 if quick else 10
-    alone = [quantile(await latency_without_grpc(folder / "alone", seconds), 0.5) for _ in range(rounds)]
+async def latency_of_ssh(ssh: list[str], seconds: float) -> float:
+    """Return p50 of the delay of a line of a program that ssh runs (ms)."""
+    seen, command = Ticks(), shlex.join([PYTHON, "-c", TICKS, "0.05"])
+    process = await asyncio.create_subprocess_exec(
+        *ssh, command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    task = asyncio.create_task(seen.follow(process.stdout))
+    await seen.measure(seconds)
+    process.terminate()
+    await process.wait()
+    await task
+    return quantile(seen.delays, 0.5)
+
+
+async def latency_rows(setup: Setup, followers: int, rounds: int, seconds: float) -> list[Row]:
+    values, bare = [], []
+    for _ in range(rounds):
+        with setup.serving() as server:
+            values.append(await latency_of(server, followers, seconds))
+        with setup.baseline() as baseline:
+            bare.append(await latency_of(baseline, followers, seconds, BASELINE))
     names = {"write() to client, p50": "ms", "write() to client, p99": "ms", "server CPU a message": "µs", "RSS": "MB"}
-    for many in (1, 100, *(() if quick else (1000,))):
-        ours, bare = [], []
-        for _ in range(rounds):
-            with serving(folder) as server:
-                ours.append(await latency_of(server, many, seconds))
-            with floor(folder) as other:
-                bare.append(await latency_of(other, many, seconds, FLOOR))
-        sides = zip(names.items(), zip(*ours, strict=True), zip(*bare, strict=True), strict=True)
-        rows += [
-            Row(f"{count_of(many, 'follower', 'followers')}: {name}", unit, list(mine), "bare grpc.aio", list(its))
-            for (name, unit), mine, its in sides
-        ]
-    both = [ours + bare for ours, bare in zip(alone, rows[0].peer_rounds, strict=True)]
-    rows.insert(1, dataclasses.replace(rows[0], peer="bare grpc.aio + all but gRPC", peer_rounds=both))
-    return rows
+    who = count_of(followers, "follower", "followers")
+    return [
+        Row(f"{who}: {name}", unit, list(one), "bare grpc.aio", list(other))
+        for (name, unit), one, other in zip(
+            names.items(), zip(*values, strict=True), zip(*bare, strict=True), strict=True
+        )
+    ]
 
 
-# --- 4. A job's own speed -------------------------------------------------------------------------------
+async def bench_latency(setup: Setup) -> list[Row]:
+    rounds, seconds = (2, 2) if setup.quick else (3, 10)
+    alone = [await latency_without_grpc(setup.folder / "library", seconds) for _ in range(rounds)]
+    with sshd(setup.folder) as ssh:
+        by_ssh = [await latency_of_ssh(ssh, seconds) for _ in range(rounds)] if ssh else []
+    rows: list[Row] = []
+    for followers in (1, 100, *(() if setup.quick else (1000,))):
+        rows += await latency_rows(setup, followers, rounds, seconds)
+    both = [one + other for one, other in zip(alone, rows[0].peer_rounds, strict=True)]
+    peer = "bare grpc.aio + Worker without gRPC"
+    return [
+        rows[0],
+        dataclasses.replace(rows[0], peer=peer, peer_rounds=both),
+        dataclasses.replace(rows[0], peer="ssh" if ssh else "no sshd here", peer_rounds=by_ssh),
+        *rows[1:],
+    ]
 
 
-async def until_ended(channel: Any, job: str) -> int:
-    """Wait without following; the bytes of its output."""
+# --- 5. The speed of a job ------------------------------------------------------------------------------
+
+
+async def until_ended(channel: grpc.aio.Channel, job: str) -> int:
+    """Wait for a job's end without following it, and return the bytes of its output."""
     request, reply = pb.GetStatusRequest(id=job), pb.GetStatusResponse
     while (status := await call(channel, "GetJobStatus", request, reply)).status == pb.RUNNING:
         await asyncio.sleep(0.02)
     return int(status.output_bytes)
 
 
-def seconds_told(text: bytes) -> float:
-    """How long a `dd` says, at the end of what it prints, that it took."""
+def dd_seconds(text: bytes) -> float:
+    """Return the time that `dd` took, from the summary at the end of its output."""
     return float(text.rsplit(b"copied, ", 1)[1].split()[0])
 
 
-async def speed_of(server: Server, followers: int, *words: str) -> float:
-    """Seconds that a `dd` says it took, as a job with so many followers."""
+async def dd_as_job(server: Server, followers: int, *words: str) -> float:
     async with server.channel() as channel:
         job = await start(channel, "dd", "if=/dev/zero", *words)
         await asyncio.gather(*(drain(channel, job) for _ in range(followers)))
         size = await until_ended(channel, job)
         last = b"".join([chunk async for chunk in stream(channel, job, max(0, size - 100))])
         await call(channel, "RemoveJob", pb.RemoveJobRequest(id=job), pb.RemoveJobResponse)
-        return seconds_told(last)
+        return dd_seconds(last)
 
 
-def piped(*words: str) -> float:
-    """Seconds that a `dd` says it took into a pipe that `cat` empties: what any pipe costs a job."""
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as cat:
-        told = subprocess.run(
-            ["dd", "if=/dev/zero", *words], stdout=cat.stdin, stderr=subprocess.PIPE, check=True, env={"LC_ALL": "C"}
-        )
-    return seconds_told(told.stderr)
-
-
-async def forget_own_file(server: Server) -> None:
+async def dd_to_file(server: Server, *words: str) -> float:
+    """Return the time of a job's `dd` into a file. The file is removed, or its write-back would slow the next round."""
+    seconds = await dd_as_job(server, 0, *words, "of=dd-file")
     async with server.channel() as channel:
-        await drain(channel, await start(channel, "rm", "own-file"))
+        await drain(channel, await start(channel, "rm", "dd-file"))
+    return seconds
 
 
-async def bench_speed(folder: Path, quick: bool) -> list[Row]:
-    rows, rounds, blocks = [], 3 if quick else 5, 256 if quick else 1024
-    shapes = {"500,000 lines": ("bs=80", "count=500000"), f"{blocks} MiB": ("bs=1M", f"count={blocks}")}
-    crowds = (0, 1) if quick else (0, 1, 20)
-    with serving(folder) as server:
-        for what, words in shapes.items():
-            took: dict[int, list[float]] = {crowd: [] for crowd in crowds}
-            own, pipe = [], []
-            for _ in range(rounds):
-                pipe.append(piped(*words))
-                own.append(await speed_of(server, 0, *words, "of=own-file"))
-                await forget_own_file(server)  # else the next writes beside its write-back
-                for crowd, seconds in took.items():
-                    seconds.append(await speed_of(server, crowd, *words))
-            rows += [
-                Row(f"dd writes {what}, {count_of(crowd, 'follower', 'followers')}", "s", seconds, "own file", own)
-                for crowd, seconds in took.items()
-            ]
-            rows.append(Row(f"dd writes {what}, 0 followers", "s", took[0], "a pipe to cat", pipe))
-    return rows
+def dd_to_cat(*words: str) -> float:
+    """Return the time of a `dd` into a pipe that `cat` reads, which is the cost of any pipe."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as cat:
+        command = ["dd", "if=/dev/zero", *words]
+        done = subprocess.run(command, stdout=cat.stdin, stderr=subprocess.PIPE, check=True, env={"LC_ALL": "C"})
+    return dd_seconds(done.stderr)
 
 
-# --- 5. Starts and calls --------------------------------------------------------------------------------
+def dd_by_ssh(ssh: list[str], *words: str) -> float:
+    command = [*ssh, "LC_ALL=C", "dd", "if=/dev/zero", *words]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True
+    )
+    return dd_seconds(done.stderr)
 
 
-async def start_rate(channel: Any, count: int, at_once: int) -> float:
-    """Starts a second, so many at a time."""
+async def speed_rows(setup: Setup, what: str, words: tuple[str, ...]) -> list[Row]:
+    rounds, counts = (3, (0, 1)) if setup.quick else (5, (0, 1, 20))
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    to_file, to_cat, by_ssh = [], [], []
+    with setup.serving() as server, sshd(setup.folder) as ssh:
+        for _ in range(rounds):
+            to_cat.append(dd_to_cat(*words))
+            to_file.append(await dd_to_file(server, *words))
+            if ssh:
+                by_ssh.append(dd_by_ssh(ssh, *words))
+            for count in counts:
+                seconds[count].append(await dd_as_job(server, count, *words))
+    return [
+        *(
+            Row(
+                f"dd writes {what}, {count_of(count, 'follower', 'followers')}",
+                "s",
+                seconds[count],
+                "dd into a file",
+                to_file,
+            )
+            for count in counts
+        ),
+        Row(f"dd writes {what}, 0 followers", "s", seconds[0], "a pipe to cat", to_cat),
+        Row(f"dd writes {what}, 1 follower", "s", seconds[1], "ssh" if ssh else "no sshd here", by_ssh),
+    ]
+
+
+async def bench_speed(setup: Setup) -> list[Row]:
+    blocks = 256 if setup.quick else 1024
+    lines = await speed_rows(setup, "500,000 lines", ("bs=80", "count=500000"))
+    return lines + await speed_rows(setup, f"{blocks} MiB", ("bs=1M", f"count={blocks}"))
+
+
+# --- 6. Starts and calls --------------------------------------------------------------------------------
+
+
+async def start_rate(channel: grpc.aio.Channel, count: int, at_once: int) -> float:
+    """Return the starts a second with so many at a time."""
     left = iter(range(count))
 
-    async def some() -> None:
+    async def start_some() -> None:
         for _ in left:
             await start(channel, "true")
 
-    return count / await timed(asyncio.gather(*(some() for _ in range(at_once))))
+    return count / await timed(asyncio.gather(*(start_some() for _ in range(at_once))))
 
 
-async def start_to_end(channel: Any) -> None:
+async def start_to_end(channel: grpc.aio.Channel) -> None:
     await drain(channel, await start(channel, "true"))
 
 
-async def stop_to_dead(channel: Any) -> float:
+async def stop_time(channel: grpc.aio.Channel) -> float:
+    """Return the time from a stop to its answer, which comes when the job is dead, in ms."""
     request = pb.StopJobRequest(id=await start(channel, "sleep", "1000"))
     return 1e3 * await timed(call(channel, "StopJob", request, pb.StopJobResponse))
 
 
-def folder_made(place: Path, number: int) -> float:
-    """What a job's folder alone costs on this file system: its FIFO and three files, in ms."""
+def folder_time(place: Path, number: int) -> float:
+    """Return the time to make a job's folder, its FIFO and its three files on this file system, in ms."""
     began, folder = time.perf_counter(), place / str(number)
     folder.mkdir()
     os.mkfifo(folder / "control")
@@ -469,233 +729,291 @@ while os.read(0, 1):
 
 
 @contextlib.contextmanager
-def forks() -> Iterator[Callable[[], float]]:
-    """A process like the launcher, which tells at each call what the shim's fork, the job's fork and its exec cost alone, in ms."""
+def fork_timer() -> Iterator[Callable[[], float]]:
+    """Run a process like the launcher, and yield a function that measures in it two forks and an exec, in ms."""
     words = [sys.executable, "-I", "-S", "-c", FORKS, str(HERE)]
     with subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        asked, told = process.stdin, process.stdout
-        assert asked is not None
-        assert told is not None
-        yield lambda: float(told.readline() if asked.write(b"x") else "nan")
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
+        yield lambda: float(answers.readline() if requests.write(b"x") else "nan")
 
 
-def systemd_run() -> list[float]:
-    """The same by systemd-run, its end read from `systemctl show`, in ms; nothing where there is no systemd."""
+def systemd_run_times(count: int) -> list[float]:
+    """Return the time from systemd-run to the known end of its unit, in ms; none where there is no systemd."""
     if Path("/proc/1/comm").read_text().strip() != "systemd":
         return []
-    took = []
-    for number in range(10):
+    times = []
+    for number in range(count):
         unit = f"bench-{os.getpid()}-{number}"
         began = time.perf_counter()
         subprocess.run(["systemd-run", "--quiet", "--remain-after-exit", f"--unit={unit}", "true"], check=True)
         while b"exited" not in subprocess.check_output(["systemctl", "show", unit, "-pSubState"]):
             pass
-        took.append(1e3 * (time.perf_counter() - began))
+        times.append(1e3 * (time.perf_counter() - began))
         subprocess.run(["systemctl", "stop", unit], check=True)
-    return took
+    return times
 
 
-async def bench_starts(folder: Path, quick: bool) -> list[Row]:
-    count = 60 if quick else 200
-    one_by_one, parts, plain, made = [], [], [], []
-    with serving(folder) as server, floor(folder) as other, forks() as fork:
-        async with server.channel() as channel, other.channel() as its:
+async def bench_starts(setup: Setup) -> list[Row]:
+    count = 60 if setup.quick else 200
+    starts, parts, plain, folders = [], [], [], []
+    with setup.serving() as server, setup.baseline() as baseline, fork_timer() as fork_time:
+        async with server.channel() as channel, baseline.channel() as bare_channel:
             await start_rate(channel, 20, 1)
-            for number in range(count):  # in turns of ten: a shared machine may be half as fast a second later
+            for number in range(count):  # in turns of ten, because a shared machine's speed changes within seconds
                 if number % 10 == 0:
-                    one_by_one += [1e3 * await timed(start(channel, "true")) for _ in range(10)]
-                made.append(folder_made(folder, number))
-                parts.append(made[-1] + fork() + 1e3 / await status_rate(its, "", 1, FLOOR, 1))
+                    starts += [1e3 * await timed(start(channel, "true")) for _ in range(10)]
+                folders.append(folder_time(setup.folder, number))
+                call_time = 1e3 / await status_rate(bare_channel, "", 1, BASELINE, 1)
+                parts.append(folders[-1] + fork_time() + call_time)
                 plain.append(1e3 * timed_process("true"))
             sparse = [await asyncio.sleep(0.15, 1e3) * await timed(start(channel, "true")) for _ in range(count // 4)]
             rates = [await start_rate(channel, 2 * count, 16) for _ in range(3)]
             whole = [1e3 * await timed(start_to_end(channel)) for _ in range(count // 2)]
-            stops = [await stop_to_dead(channel) for _ in range(count // 4)]
-    by_systemd = systemd_run()
+            stops = [await stop_time(channel) for _ in range(count // 4)]
+    by_systemd = systemd_run_times(10)
     return [
-        Row("StartJob, one after the other", "ms", one_by_one, "a call, a folder, two forks, an exec", parts),
-        Row("StartJob, one after the other", "ms", one_by_one, "subprocess.run true", plain),
-        Row("StartJob, one each 150 ms", "ms", sparse, "its folder alone", made),
+        Row("StartJob, one after the other", "ms", starts, "gRPC call, folder, two forks, exec", parts),
+        Row("StartJob, one after the other", "ms", starts, "subprocess.run true", plain),
+        Row("StartJob, one each 150 ms", "ms", sparse, "the job's folder alone", folders),
         Row("StartJob, 16 at a time", "/s", rates),
         Row("start to end known", "ms", whole, "systemd-run" if by_systemd else "no systemd here", by_systemd),
         Row("stop to dead", "ms", stops),
     ]
 
 
-async def status_rate(channel: Any, job: str, count: int, service: str = OURS, at_once: int = 16) -> float:
-    """Calls a second."""
+async def status_rate(
+    channel: grpc.aio.Channel, job: str, count: int, service: str = JOB_WORKER, at_once: int = 16
+) -> float:
+    """Return the status calls a second with so many at a time."""
 
-    async def some() -> None:
+    async def ask_some() -> None:
         for _ in range(count // at_once):
             await call(channel, "GetJobStatus", pb.GetStatusRequest(id=job), pb.GetStatusResponse, service)
 
-    return count / await timed(asyncio.gather(*(some() for _ in range(at_once))))
+    return count / await timed(asyncio.gather(*(ask_some() for _ in range(at_once))))
 
 
-async def bench_calls(folder: Path, quick: bool) -> list[Row]:
-    rounds = 7 if quick else 15
-    program = [sys.executable, str(PYZ)]
-    with serving(folder) as server, floor(folder) as other, sshd(folder) as ssh:
-        async with server.channel() as channel, other.channel() as its:
-            job = await start(channel, "true")
-            rates, bare = [], []
-            for _ in range(3):
-                rates.append(await status_rate(channel, job, 1600))
-                bare.append(await status_rate(its, job, 1600, FLOOR))
-        where = {"JOBWORKER_SERVER": f"localhost:{server.port}", "JOBWORKER_CERTS": str(server.certs)}
+async def call_rates(server: Server, baseline: Server) -> tuple[str, list[float], list[float]]:
+    """Return the id of an ended job, and the status calls a second for it and for the bare server."""
+    rates, bare = [], []
+    async with server.channel() as channel, baseline.channel() as bare_channel:
+        job = await start(channel, "true")
+        for _ in range(3):
+            rates.append(await status_rate(channel, job, 1600))
+            bare.append(await status_rate(bare_channel, job, 1600, BASELINE))
+    return job, rates, bare
+
+
+async def bench_calls(setup: Setup) -> list[Row]:
+    rounds, client = 7 if setup.quick else 15, [sys.executable, str(setup.program)]
+    with setup.serving() as server, setup.baseline() as baseline, sshd(setup.folder) as ssh:
+        job, rates, bare = await call_rates(server, baseline)
+        variables = {"JOBWORKER_SERVER": f"localhost:{server.port}", "JOBWORKER_CERTS": str(server.certs)}
         processes: dict[str, Callable[[], float]] = {
-            "status": lambda: timed_process(*program, "status", job, **where),
-            "start": lambda: timed_process(*program, "start", "--", "true", **where),
+            "status": lambda: timed_process(*client, "status", job, **variables),
+            "start": lambda: timed_process(*client, "start", "--", "true", **variables),
             "pass": lambda: timed_process(sys.executable, "-c", "pass"),
             "import": lambda: timed_process(sys.executable, "-c", "import grpc"),
-            "ssh": lambda: timed_process(*ssh, "true") if ssh else 0.0,
         }
-        took: dict[str, list[float]] = {name: [] for name in processes}
+        if ssh:
+            processes["ssh"] = lambda: timed_process(*ssh, "true")
+        times: dict[str, list[float]] = {name: [] for name in processes}
         for _ in range(rounds):
-            for name, measure in processes.items():
-                took[name].append(1e3 * measure())
-    by_ssh = ("ssh true", took["ssh"]) if ssh else ("no sshd here",)
+            for name, measure_process in processes.items():
+                times[name].append(1e3 * measure_process())
     return [
         Row("status calls, 16 at a time", "/s", rates, "bare grpc.aio", bare),
-        Row("`status` as a process, from the .pyz", "ms", took["status"], "python -c 'import grpc'", took["import"]),
-        Row("`status` as a process, from the .pyz", "ms", took["status"], "python -c pass", took["pass"]),
-        Row("`start` as a process, from the .pyz", "ms", took["start"], *by_ssh),
+        Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c 'import grpc'", times["import"]),
+        Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c pass", times["pass"]),
+        Row(
+            "`start` as a process, from the .pyz",
+            "ms",
+            times["start"],
+            "ssh true" if ssh else "no sshd here",
+            times.get("ssh", []),
+        ),
     ]
 
 
-# --- 6. Scale and growth --------------------------------------------------------------------------------
+# --- 7. Scale and growth --------------------------------------------------------------------------------
 
 
-def make_ended(folder: Path, count: int) -> None:
-    """So many ended jobs: copies of one, each under an id of its own."""
-    jobs = folder / "state" / "jobs"
-    model = next(path for path in jobs.iterdir() if b"done" in (path / "events").read_bytes())
+def copy_ended_job(setup: Setup, count: int) -> None:
+    """Copy the one ended job of the state folder so many times, each under an id of its own."""
+    jobs = setup.folder / "state" / "jobs"
+    (model,) = jobs.iterdir()
     for _ in range(count):
         shutil.copytree(model, jobs / jobworker.new_job_id(), ignore=shutil.ignore_patterns("control"))
 
 
 def shim_memory(server: Server) -> list[float]:
-    """Private memory of some shims, in MB."""
-    launcher = next(iter(Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()))
+    """Return the private memory of twenty shims, in MB."""
+    launcher = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()[0]
     shims = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [kilobytes(f"/proc/{shim}/smaps_rollup", "Private_Clean", "Private_Dirty") / 1e3 for shim in shims[:20]]
 
 
 async def idle_cpu(server: Server, seconds: float) -> float:
-    """Milliseconds of CPU that a server uses in so many seconds."""
-    first = server.cpu()
+    """Return the milliseconds of CPU that a server uses in so many seconds without a call."""
+    before = server.cpu()
     await asyncio.sleep(seconds)
-    return (server.cpu() - first) * 1e3
+    return (server.cpu() - before) * 1e3
 
 
-def restart_seconds(folder: Path, *, leave: bool = False) -> float:
-    """Until it listens; its jobs then go on, or are stopped."""
+def restart_seconds(setup: Setup, folder: Path, *, keep_jobs: bool = False) -> float:
+    """Return the seconds until a server listens. It is killed with `keep_jobs`, otherwise it stops its jobs."""
     began = time.perf_counter()
-    with serving(folder) as server:
+    with setup.serving(folder) as server:
         took = time.perf_counter() - began
-        if leave:
+        if keep_jobs:
             server.process.kill()
     return took
 
 
-async def bench_scale(folder: Path, quick: bool) -> list[Row]:
-    jobs, ended, seconds = (100, 1000, 3) if quick else (1000, 10_000, 10)
-    empty = folder / "empty"
-    shutil.copytree(folder / "certs", empty / "certs")
-    bare_restarts = [restart_seconds(empty) for _ in range(3)]
-    with serving(folder) as server:
+async def bench_scale(setup: Setup) -> list[Row]:
+    jobs, ended, seconds = (100, 1000, 3) if setup.quick else (1000, 10_000, 10)
+    empty = setup.folder / "empty"
+    shutil.copytree(setup.folder / "certs", empty / "certs")
+    empty_restarts = [restart_seconds(setup, empty) for _ in range(3)]
+    with setup.serving() as server:
         async with server.channel() as channel:
-            await drain(channel, await start(channel, "true"))
-    make_ended(folder, ended)
-    with serving(folder) as server, floor(folder) as other:
-        async with server.channel() as channel, other.channel() as its:
+            await start_to_end(channel)
+    copy_ended_job(setup, ended)
+    with setup.serving() as server, setup.baseline() as baseline:
+        async with server.channel() as channel, baseline.channel() as bare_channel:
             alone = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
             ids = [await start(channel, "sleep", "1000") for _ in range(jobs)]
             loaded = [1e3 * await timed(start(channel, "true")) for _ in range(50)]
             statuses = [1e3 / await status_rate(channel, job, 1, at_once=1) for job in ids]
             memory, shims = server.memory(), shim_memory(server)
-            await status_rate(its, "", jobs, FLOOR, 1)  # gRPC keeps the threads of busier times: as many calls for both
+            # gRPC keeps the threads of busier times, so both servers get the same number of calls.
+            await status_rate(bare_channel, "", jobs, BASELINE, 1)
         await asyncio.sleep(1)
         idle = await idle_cpu(server, seconds)
-        bare_idle = await idle_cpu(other, seconds)
+        bare_idle = await idle_cpu(baseline, seconds)
         server.process.kill()
-    restarts = [restart_seconds(folder, leave=number < 2) for number in range(3)]
+    restarts = [restart_seconds(setup, setup.folder, keep_jobs=number < 2) for number in range(3)]
     what = f"{jobs} running, {ended} ended"
     return [
         Row(f"server RSS, {what}", "MB", [memory]),
         Row("private memory of a shim", "MB", shims),
         Row(f"idle CPU in {seconds} s, {what}", "ms", [idle], "bare grpc.aio", [bare_idle]),
         Row(f"status, p99, {what}", "ms", [quantile(statuses, 0.99)]),
-        Row(f"restart to listening, {what}", "s", restarts, "with no jobs", bare_restarts),
+        Row(f"restart to listening, {what}", "s", restarts, "with no jobs", empty_restarts),
         Row(f"StartJob with {jobs} running", "ms", loaded, "with none running", alone),
     ]
 
 
 def exponent(small: float, large: float) -> float:
-    return math.log10(large / small)  # for ten times as much
+    """Return the power of growth between two figures, the second for ten times as much as the first."""
+    return math.log10(large / small)
 
 
-async def bench_growth(folder: Path, quick: bool) -> list[Row]:
-    few, many = (10, 100) if quick else (100, 1000)
-    with serving(folder) as server:
+async def bench_growth(setup: Setup) -> list[Row]:
+    few, many = (10, 100) if setup.quick else (100, 1000)
+    with setup.serving() as server:
         async with server.channel() as channel:
-            sizes = [await start(channel, "head", "-c", str(size * MIB), "/dev/zero") for size in (25, 250)]
-            for job in sizes:
+            jobs = [await start(channel, "head", "-c", str(size * MIB), "/dev/zero") for size in (25, 250)]
+            for job in jobs:
                 await drain(channel, job)
-            seconds = [statistics.median([await timed(drain(channel, job)) for _ in range(3)]) for job in sizes]
-            cpus = [(await latency_of(server, crowd, 3))[2] for crowd in (few // 10, few)]
+            seconds = [statistics.median([await timed(drain(channel, job)) for _ in range(3)]) for job in jobs]
+            cpus = [(await latency_of(server, followers, 3))[2] for followers in (few // 10, few)]
             starts = []
             for more in (few, many - few):
                 for _ in range(more):
                     await start(channel, "sleep", "1000")
                 starts.append(statistics.median([await timed(start(channel, "true")) for _ in range(40)]))
     return [
-        Row("time of a stream, 25 to 250 MiB", "exponent", [exponent(*seconds)]),
-        Row(f"server CPU of a tick, {few // 10} to {few} followers", "exponent", [1 + exponent(*cpus)]),
-        Row(f"time of a start, {few} to {many} running jobs", "exponent", [exponent(*starts)]),
+        Row("growth of a stream's time, 25 to 250 MiB", "exponent", [exponent(*seconds)]),
+        Row(f"growth of server CPU a line, {few // 10} to {few} followers", "exponent", [1 + exponent(*cpus)]),
+        Row(f"growth of a start's time, {few} to {many} running jobs", "exponent", [exponent(*starts)]),
     ]
 
 
-# --- 7. Command line ------------------------------------------------------------------------------------
+# --- 8. Command line ------------------------------------------------------------------------------------
 
 BENCHES = (bench_stream, bench_latency, bench_speed, bench_starts, bench_calls, bench_scale, bench_growth)
 ITEMS = {bench.__name__.partition("_")[2]: bench for bench in BENCHES}
 
 
-def measure(item: str, quick: bool) -> list[Row]:
-    """One item on servers, certificates and a state folder of its own."""
-    print(f"{time.strftime('%T')} measuring {item} ...", file=sys.stderr)
+def measure(item: str, program: Path, *, quick: bool) -> list[Row]:
+    """Measure one item with servers, certificates and a state folder of its own."""
+    print(f"{time.strftime('%T')} measuring {item} of {program} ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="jobworker-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        folder.chmod(0o711)  # on the way to the homes of jobs
+        folder.chmod(0o711)  # jobs pass through it to their homes
         jobworker.prepare_folder(folder / "certs", [])
-        return asyncio.run(ITEMS[item](folder, quick))
+        return asyncio.run(ITEMS[item](Setup(folder, program, quick)))
+
+
+def measure_both(item: str, program: Path, other: Path, *, quick: bool, turns: int = 3) -> list[Row]:
+    """Measure one item of two versions in turns; each row compares the first version with the second."""
+    rows: dict[str, Row] = {}
+    for _ in range(turns):
+        sides = [{row.what: row for row in measure(item, each, quick=quick)} for each in (program, other)]
+        for what, row in sides[0].items():
+            pair = rows.setdefault(what, Row(what, row.unit, [], other.name, []))
+            pair.rounds.append(statistics.median(row.rounds))
+            pair.peer_rounds.append(statistics.median(sides[1][what].rounds))
+    return list(rows.values())
+
+
+def make_parser() -> argparse.ArgumentParser:
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="./build.sh bench", description=description)
+    parser.add_argument("items", nargs="*", metavar="ITEM", help=f"of {' '.join(ITEMS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller sizes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rounds to this file")
+    parser.add_argument(
+        "--program", type=Path, metavar="PYZ", default=PYZ, help="the .pyz to measure (default: %(default)s)"
+    )
+    parser.add_argument("--against", type=Path, metavar="PYZ", help="compare with this .pyz, in three turns of both")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing; print the table of a file of --json"
+    )
+    parser.add_argument(
+        "--plot", type=Path, nargs=2, metavar=("FILE", "SVG"), help="measure nothing; draw a file of --json as SVG"
+    )
+    parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def measure_all(options: argparse.Namespace) -> Run:
+    jobworker.raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are then ended, as after a Ctrl-C
+    rows: list[Row] = []
+    for item in options.items or ITEMS:
+        if options.against:
+            rows += measure_both(item, options.program, options.against, quick=options.quick)
+        else:
+            rows += measure(item, options.program, quick=options.quick)
+    return Run(machine(), version(), time.strftime("%Y-%m-%d"), options.quick, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("items", nargs="*", metavar="ITEM", help=f"of {' '.join(ITEMS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller sizes")
-    parser.add_argument("--json", action="store_true", help="the rounds of all figures")
-    parser.add_argument("--floor", type=Path, help=argparse.SUPPRESS)
+    parser = make_parser()
     options = parser.parse_args()
-    jobworker.prepare_grpc()
-    if options.floor:
-        asyncio.run(serve_floor(options.floor))
+    if options.table:
+        print_table(Run.read(options.table))
         return
-    jobworker.raise_file_limit()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a Ctrl-C: what was started is ended
+    if options.plot:
+        options.plot[1].write_text(draw(Run.read(options.plot[0])), encoding="utf-8")
+        return
+    jobworker.prepare_grpc()
+    if options.baseline:
+        asyncio.run(serve_baseline(options.baseline))
+        return
     if unknown := set(options.items) - set(ITEMS):
         parser.error(f"there is no item {', '.join(unknown)}")
-    if not PYZ.exists():
-        parser.error(f"there is no {PYZ} to measure; `./build.sh pyz` makes it")
-    rows = [row for item in options.items or ITEMS for row in measure(item, options.quick)]
+    for program in filter(None, (options.program, options.against)):
+        if not program.exists():
+            parser.error(f"there is no {program} to measure; `./build.sh pyz` makes it")
+    run = measure_all(options)
     if options.json:
-        print(
-            json.dumps({"machine": machine(), "rows": [{**vars(row), "ratio": row.ratio()} for row in rows]}, indent=2)
-        )
-    else:
-        print_table(rows)
+        run.write(options.json)
+    print_table(run)
 
 
 if __name__ == "__main__":
