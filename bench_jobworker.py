@@ -4,6 +4,7 @@
     ./build.sh bench [--quick] [--json FILE] [ITEM...]    measure; keep all rounds in FILE
     ./build.sh bench --against OTHER.pyz [ITEM...]        measure two versions in turns
     ./build.sh bench --table FILE                         print the Markdown table of a run
+    ./build.sh bench --summary FILE                       print the main figures of a run
     ./build.sh bench --plot FILE SVG                      draw the main figures of a run
 
 The items are stream, latency, speed, starts, calls, scale and growth. The servers and the mTLS are real. All traffic
@@ -148,7 +149,7 @@ def quantile(values: list[float], part: float) -> float:
 
 # --- 2. Plot --------------------------------------------------------------------------------------------
 # The plot is SVG written by hand. Its colours are mid-tones on no background, because a page that is switched to dark
-# does not tell an embedded picture so: each colour has a contrast of at least 3.7 on white and on #0d1117.
+# does not tell an embedded picture so: each colour has a contrast of at least 3.7 on white and on a dark page.
 
 
 class Bar(NamedTuple):
@@ -170,7 +171,7 @@ PANELS = (
         (
             Bar("Job worker", "1 stream of"),
             Bar("bare gRPC", "1 stream of", "bare grpc.aio"),
-            Bar("ssh cat", "1 stream of", "ssh cat"),
+            Bar("ssh cat, with its connection", "1 stream of", "ssh cat"),
         ),
     ),
     Panel(
@@ -210,10 +211,10 @@ PANELS = (
     ),
 )
 STYLE = """
-text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: #768390; }
+text { font: 13px system-ui, "Segoe UI", "DejaVu Sans", sans-serif; fill: #747f8a; }
 .title { font-weight: 600; }
 .mine { fill: #2f81f7; }
-.peer { fill: #8b949e; }
+.peer { fill: #7d8590; }
 """
 WIDTH, BAR_LEFT, BAR_WIDTH, BAR_STEP, TITLE_STEP, PANEL_GAP = 720, 250, 400, 22, 28, 16
 
@@ -246,6 +247,16 @@ def draw_panel(panel: Panel, rows: list[Row], top: int) -> tuple[list[str], int]
             f'<text x="{BAR_LEFT + width + 6}" y="{y + 12}">{figure(value)}</text>',
         ]
     return lines, top + TITLE_STEP + len(values) * BAR_STEP + PANEL_GAP
+
+
+def print_summary(run: Run) -> None:
+    """Print the figures of the plot as a Markdown table with one line a panel."""
+    print(f"{run.heading()}\n\n| what | Job worker | compared with |\n|---|---|---|")
+    for panel in PANELS:
+        values = values_of(panel, run.rows)
+        mine = "; ".join(f"{figure(value)} ({bar.label})" for bar, value in values if not bar.peer)
+        peers = "; ".join(f"{figure(value)} ({bar.label})" for bar, value in values if bar.peer)
+        print(f"| {panel.title} | {mine.replace(' (Job worker)', '').replace('(Job worker, ', '(')} | {peers} |")
 
 
 def draw(run: Run) -> str:
@@ -974,6 +985,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--table", type=Path, metavar="FILE", help="measure nothing; print the table of a file of --json"
     )
     parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="measure nothing; print the main figures of a file of --json"
+    )
+    parser.add_argument(
         "--plot", type=Path, nargs=2, metavar=("FILE", "SVG"), help="measure nothing; draw a file of --json as SVG"
     )
     parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)
@@ -997,6 +1011,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         print_table(Run.read(options.table))
+        return
+    if options.summary:
+        print_summary(Run.read(options.summary))
         return
     if options.plot:
         options.plot[1].write_text(draw(Run.read(options.plot[0])), encoding="utf-8")
