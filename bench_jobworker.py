@@ -994,12 +994,13 @@ def measure(item: str, program: Path, *, quick: bool) -> list[Row]:
 def measure_both(item: str, program: Path, other: Path, *, quick: bool, turns: int = 3) -> list[Row]:
     """Measure one item of two versions in turns; each row compares the first version with the second."""
     rows: dict[str, Row] = {}
-    for _ in range(turns):
-        sides = [{row.what: row for row in measure(item, each, quick=quick)} for each in (program, other)]
-        for what, row in sides[0].items():
-            pair = rows.setdefault(what, Row(what, row.unit, [], other.name, []))
+    for turn in range(turns):
+        order = (program, other) if turn % 2 == 0 else (other, program)  # neither is always the first
+        sides = {each: {row.what: row for row in measure(item, each, quick=quick)} for each in order}
+        for what, row in sides[program].items():
+            pair = rows.setdefault(what, Row(what, row.unit, [], str(other), []))
             pair.rounds.append(statistics.median(row.rounds))
-            pair.peer_rounds.append(statistics.median(sides[1][what].rounds))
+            pair.peer_rounds.append(statistics.median(sides[other][what].rounds))
     return list(rows.values())
 
 
@@ -1059,6 +1060,8 @@ def main() -> None:
     for program in filter(None, (options.program, options.against)):
         if not program.exists():
             parser.error(f"there is no {program} to measure; `./build.sh pyz` makes it")
+    if options.against and options.against.samefile(options.program):
+        parser.error(f"{options.against} is the program to measure itself")
     run = measure_all(options)
     if options.json:
         run.write(options.json)
