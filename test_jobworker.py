@@ -808,12 +808,12 @@ def test_a_request_may_lower_a_limit_or_raise_it_up_to_the_cap(tmp_path, request
         assert jobworker.limits_of(JobRequest("true", **request_), options).memory == memory
 
 
-# --- 4. Output log and inotify follower ---------------------------------------------------------------
-# Every follower gets every byte, whatever the others do.
+# --- Output and inotify -------------------------------------------------------------------------------
+# Every follower receives every byte. No follower disturbs another one.
 
 
 @in_loop
-async def test_fifty_followers_at_different_times_each_receive_the_identical_bytes(state):
+async def test_fifty_followers_that_begin_at_different_times_receive_the_same_bytes(state):
     size, followers = 50 * MIB, []
     expected = memoryview(random.Random(7).randbytes(size))
 
@@ -834,13 +834,13 @@ async def test_fifty_followers_at_different_times_each_receive_the_identical_byt
         assert received == size
         assert len(followers) == 50
         assert await asyncio.gather(*followers) == [size] * 50
-        assert await follow(worker, job, 0) == size  # and once it has ended
+        assert await follow(worker, job, 0) == size  # and after the job has ended
         assert await output(worker, job, size + 1) == b""
         assert worker.status(worker.job(job)).output_bytes == size
 
 
 @in_loop
-async def test_a_follower_that_is_slow_or_vanishes_disturbs_nobody(state):
+async def test_a_slow_or_vanished_follower_does_not_disturb_the_others(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, python(WRITES_BYTES, str(8 * MIB)))
         slow = worker.stream(worker.job(job))
@@ -859,27 +859,27 @@ async def test_a_follower_that_is_slow_or_vanishes_disturbs_nobody(state):
 
 @as_root
 @in_loop
-async def test_a_stream_is_live(state):
+async def test_a_follower_receives_each_line_while_the_job_runs(state):
     async with worker_on(state) as worker:
-        # A gate each: at one that is shared, the second read may meet the end of what the first was given.
+        # Two FIFOs: with one, the second `read` might meet the end of file of the first write.
         job = await start_id(
             worker, shell("mkfifo a b; echo one; read line < a; echo $line; read line < b; echo $line")
         )
         home = Path(worker.status(worker.job(job)).spec.home)
-        heard = b""
+        text = b""
         async with contextlib.aclosing(worker.stream(worker.job(job))) as chunks:
             async for chunk in chunks:
-                heard += chunk
-                if heard in (b"one\n", b"one\ntwo\n"):
+                text += chunk
+                if text in (b"one\n", b"one\ntwo\n"):
                     assert ending(worker, job)[0] == "RUNNING"
-                    gate, word = ("a", b"two\n") if heard == b"one\n" else ("b", b"three\n")
+                    gate, word = ("a", b"two\n") if text == b"one\n" else ("b", b"three\n")
                     (home / gate).write_bytes(word)
-        assert heard == b"one\ntwo\nthree\n"
+        assert text == b"one\ntwo\nthree\n"
 
 
 @as_root
 @in_loop
-async def test_an_overflow_of_inotify_loses_nothing(state):
+async def test_an_overflow_of_inotify_loses_no_byte_and_no_end(state):
     queue = Path("/proc/sys/fs/inotify/max_queued_events")
     usual = queue.read_text()
     queue.write_text("8")
@@ -888,8 +888,8 @@ async def test_an_overflow_of_inotify_loses_nothing(state):
         await worker.__aenter__()
     finally:
         queue.write_text(usual)
-    overflows, look = [], worker._inotify._overflowed
-    worker._inotify._overflowed = lambda: (overflows.append(1), look())
+    overflows, handle_overflow = [], worker._inotify._overflowed
+    worker._inotify._overflowed = lambda: (overflows.append(1), handle_overflow())
     try:
         script = "echo $PPID; read line < gate; for i in 1 2 3 4 5 6 7 8; do echo $i; done; exit 5"
         (state / "home").chmod(0o755)
@@ -901,7 +901,7 @@ async def test_an_overflow_of_inotify_loses_nothing(state):
         await asyncio.sleep(0)
         for job in jobs:
             (Path(worker.status(worker.job(job)).spec.home) / "gate").write_text("go\n")
-        assert not survivors(shims)  # the loop is not run meanwhile: that is what overflows
+        assert not survivors(shims)  # this blocks the event loop, so the queue overflows
         outputs = await asyncio.gather(*followers)
         assert overflows
         for job, shim, text in zip(jobs, shims, outputs, strict=True):
@@ -913,7 +913,7 @@ async def test_an_overflow_of_inotify_loses_nothing(state):
 
 
 @in_loop
-async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state):
+async def test_a_stream_fails_with_unavailable_when_the_server_ends_and_the_job_goes_on(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(WAITS))
         follower = asyncio.create_task(output(worker, job))
@@ -926,10 +926,10 @@ async def test_when_the_server_ends_its_streams_say_so_and_the_job_goes_on(state
         await worker.stop(worker.job(job))
 
 
-# --- 5. Launcher and shim -----------------------------------------------------------------------------
-# The record; what a job is given; that all of it dies; that the small processes may die.
+# --- Job folder, launcher and shim --------------------------------------------------------------------
+# The events file; a job's environment; the kill of all its processes; the death of a launcher or a shim.
 
-RECORD = [
+EVENTS = [
     ("born", {}),
     ("started", {}),
     ("exited", {"status": "STOPPED", "code": 137, "signal": 9, "reason": "", "by": "al%69."}),
@@ -937,7 +937,7 @@ RECORD = [
 ]
 
 
-def a_spec(**changes):
+def make_spec(**changes):
     account = jobworker.Account.of_server()
     return dataclasses.replace(jobworker.Spec(
         id=ID, owner="alice", command="sh", args=("-c", "exit 7"), uid=account.uid, gid=account.gid, groups=(),
@@ -956,31 +956,31 @@ def write_events(folder, lines, cut=None):
     return size
 
 
-@pytest.mark.parametrize(("waiting", "shared"), [(80, True), (8192, False)])
-def test_only_what_leaves_room_in_the_pipe_waits_for_more(tmp_path, waiting, shared):
-    """A small pipe that is full holds its writer up: many users' jobs have small ones (pipe(7))."""
+@pytest.mark.parametrize(("waiting", "small"), [(80, True), (8192, False)])
+def test_a_pump_waits_for_more_bytes_only_while_the_pipe_has_room(tmp_path, waiting, small):
+    """A full pipe blocks its writer. Pipes are small for a user whose jobs have many of them (pipe(7))."""
     pipe, writer = os.pipe()
     output = os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT)
     try:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
-        pump = jobworker.Pump(pipe, output, a_spec(max_output=MIB))
+        pump = jobworker.Pump(pipe, output, make_spec(max_output=MIB))
         os.write(writer, bytes(waiting))
         assert pump.move() is None
-        assert pump.small_batch == shared
+        assert pump.small_batch == small
     finally:
         for descriptor in (pipe, writer, output):
             os.close(descriptor)
 
 
-def test_a_record_may_grow_by_finishers_that_fail(tmp_path):
-    write_events(tmp_path, RECORD[:-1])
+def test_events_are_read_after_many_failed_finishers_wrote_to_them(tmp_path):
+    write_events(tmp_path, EVENTS[:-1])
     with (tmp_path / "events").open("ab") as file:
         file.write(b"crashed KernelError cannot remove it\n" * 2000)
         file.write(b"done at=2.0 reason= cpu_seconds=None memory_peak=None read_bytes=None written_bytes=None .\n")
     assert jobworker.JobFolder(str(tmp_path)).read_events().phase == "done"
 
 
-def test_a_wish_that_comes_as_the_shim_ends_is_no_error(tmp_path, monkeypatch):
+def test_a_stop_request_to_a_shim_that_ends_meanwhile_is_no_error(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "control")
     reader = os.open(tmp_path / "control", os.O_RDONLY | os.O_NONBLOCK)
     monkeypatch.setattr(
@@ -989,16 +989,16 @@ def test_a_wish_that_comes_as_the_shim_ends_is_no_error(tmp_path, monkeypatch):
     assert jobworker.JobFolder(str(tmp_path)).send_stop(jobworker.StopRequest(by="name")) is False
 
 
-def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
-    size = write_events(tmp_path, RECORD)
+def test_events_cut_at_any_byte_count_up_to_their_last_complete_line(tmp_path):
+    size = write_events(tmp_path, EVENTS)
     text = (tmp_path / "events").read_bytes()
     for cut in range(size + 1):
         (tmp_path / "events").write_bytes(text[:cut])
         events = jobworker.JobFolder(str(tmp_path)).read_events()
-        # A line without its line end is whole too: its dot is its last word.
-        whole = len(re.findall(rb" \.(\n|$)", text[:cut]))
-        assert events.phase == ["", "born", "started", "exited", "done"][whole]
-        assert (events.ending is not None) == (whole >= 3)
+        # A line is complete with its dot, also without its line end.
+        complete = len(re.findall(rb" \.(\n|$)", text[:cut]))
+        assert events.phase == ["", "born", "started", "exited", "done"][complete]
+        assert (events.ending is not None) == (complete >= 3)
     assert events.ending == jobworker.Ending("STOPPED", 137, 9, "", "al%69.")
     assert events.usage == jobworker.Usage(0.25, None, 0, 7)
 
@@ -1007,31 +1007,31 @@ def test_a_record_cut_anywhere_is_the_record_of_its_whole_lines(tmp_path):
 @given(
     st.integers(0, 255), st.sampled_from(["", "OOM", "TIMEOUT"]), st.text(), st.integers(0, 200), st.binary(max_size=40)
 )
-def test_what_is_torn_in_a_record_never_counts(code, reason, by, kept, rubbish):
+def test_an_incomplete_line_of_events_never_counts(code, reason, by, kept, rubbish):
     with tempfile.TemporaryDirectory() as folder:
         exited = {"status": "FINISHED", "code": code, "signal": 0, "reason": reason, "by": jobworker.encode_name(by)}
         write_events(Path(folder), [("born", {}), ("started", {}), ("exited", exited)])
         with open(f"{folder}/events", "r+b") as file:
-            whole = file.read()
-            kept = min(kept, len(whole))
+            text = file.read()
+            kept = min(kept, len(text))
             file.truncate(kept)
             file.seek(kept)
             file.write(b"\n" + rubbish.replace(b".", b"") + b"\n")
         events = jobworker.JobFolder(str(folder)).read_events()
-        lines = whole[:kept].count(b" .\n") + (whole[kept - 2 : kept] == b" .")
+        lines = text[:kept].count(b" .\n") + (text[kept - 2 : kept] == b" .")
         assert events.phase == ["", "born", "started", "exited"][lines]
         if events.phase == "exited":
             assert events.ending == jobworker.Ending("FINISHED", code, 0, reason, jobworker.encode_name(by).strip("-"))
 
 
 @given(st.text())
-def test_a_name_of_any_characters_is_one_word_and_comes_back(name):
+def test_any_name_encodes_to_one_word_and_decodes_to_itself(name):
     word = jobworker.encode_name(name)
     assert jobworker.decode_name(word) == name
     assert re.fullmatch(r"[0-9A-Za-z%.]*", word)
 
 
-RECORD_LINES = [  # lines, and the phase that they make
+EVENT_LINES = [  # the lines of an events file; the phase that they give
     ("", ""),
     ("born at=1 .\n", "born"),
     ("started at=1 .\n", ""),
@@ -1048,14 +1048,14 @@ RECORD_LINES = [  # lines, and the phase that they make
 ]
 
 
-@pytest.mark.parametrize(("text", "phase"), RECORD_LINES)
-def test_only_what_may_follow_counts_in_a_record(tmp_path, text, phase):
+@pytest.mark.parametrize(("text", "phase"), EVENT_LINES)
+def test_an_event_counts_only_where_it_may_follow_the_one_before(tmp_path, text, phase):
     (tmp_path / "events").write_text(text, "latin-1")
     assert jobworker.JobFolder(str(tmp_path)).read_events().phase == phase
 
 
 @in_loop
-async def test_a_job_that_forks_twice_at_once_and_exits_leaves_no_process(state, mark):
+async def test_a_job_that_forks_twice_and_exits_leaves_no_process(state, mark):
     async with worker_on(state) as worker:
         for _ in range(10):
             _, status = await result(worker, python(FORKS_TWICE, mark))
@@ -1065,7 +1065,7 @@ async def test_a_job_that_forks_twice_at_once_and_exits_leaves_no_process(state,
 
 
 @in_loop
-async def test_stop_kills_grandchildren_that_ignore_signals_and_changed_session(state, mark):
+async def test_a_stop_kills_grandchildren_that_ignore_signals_and_have_their_own_session(state, mark):
     async with worker_on(state) as worker:
         job = await start_id(worker, python(HIDDEN_GRANDCHILDREN, mark))
         await wait_for_output(worker, job, b"deep")
@@ -1077,7 +1077,7 @@ async def test_stop_kills_grandchildren_that_ignore_signals_and_changed_session(
 
 
 @in_loop
-async def test_a_fork_storm_cannot_outrun_the_kill(state, mark):
+async def test_no_process_of_a_fork_storm_escapes_the_kill(state, mark):
     async with worker_on(state) as worker:
         job = await start_id(worker, python(FORK_STORM, mark))
         await wait_for_output(worker, job, b"storm")
@@ -1086,7 +1086,7 @@ async def test_a_fork_storm_cannot_outrun_the_kill(state, mark):
         assert not jobs_cgroups(state)
 
 
-OUTPUTS = [  # a command, and all that must arrive
+OUTPUTS = [  # a command; its whole output
     ("printf 'last words'", b"last words"),
     ("exec 3>&1; (echo child >&3; (echo grandchild >&3) &) | cat", b"child\ngrandchild\n"),  # cat waits for both
     ("echo x >/dev/stderr", b"x\n"),
@@ -1110,8 +1110,8 @@ async def test_everything_that_a_job_prints_arrives_in_order(state, script, expe
 
 @as_root
 @in_loop
-async def test_what_a_child_wrote_after_its_parent_s_end_is_kept(state):
-    # The child says each number before it notes it in a file; so whatever is noted must have arrived.
+async def test_the_output_of_a_child_that_outlives_its_parent_is_kept(state):
+    # The child prints each number before it writes it to a file. So each number in the file must have arrived.
     program = (
         "import os, time\nif os.fork(): os.read(os.open('ready', os.O_RDONLY), 1), os._exit(0)\n"
         "notes = os.open('notes', os.O_WRONLY | os.O_CREAT)\nn = 0\ngate = None\n"
@@ -1130,7 +1130,7 @@ async def test_what_a_child_wrote_after_its_parent_s_end_is_kept(state):
 
 @as_root
 @in_loop
-async def test_no_job_can_touch_its_own_record_output_or_shim(state):
+async def test_a_job_cannot_change_its_own_events_output_or_shim(state):
     tries = [
         "kill -9 $PPID", "kill -STOP $PPID", "cat $STATE/jobs/$ID/job.json", "ls $STATE/jobs", "ls $STATE",
         ": > $STATE/jobs/$ID/output", "rm -f $STATE/jobs/$ID/output && [ ! -d $STATE/jobs/$ID ]",
@@ -1147,12 +1147,12 @@ async def test_no_job_can_touch_its_own_record_output_or_shim(state):
 
 
 @in_loop
-async def test_a_job_holds_descriptors_0_1_and_2_and_no_other(state):
+async def test_a_job_starts_with_descriptors_0_1_and_2_and_no_other(state):
     program = "import os\nfor n in range(3000):\n  try: os.fstat(n); print(n, os.readlink(f'/proc/self/fd/{n}'))\n  except OSError: 0"
     async with worker_on(state) as worker:
         jobs = await asyncio.gather(
             *(start_id(worker, python(program)) for _ in range(16))
-        )  # many on their way at once
+        )  # many starts at the same time
         for job in jobs:
             lines = [line.split(" ") for line in (await output(worker, job)).decode().splitlines()]
             assert [number for number, _ in lines] == ["0", "1", "2"]
@@ -1162,7 +1162,7 @@ async def test_a_job_holds_descriptors_0_1_and_2_and_no_other(state):
 
 
 @in_loop
-async def test_a_job_s_environment_is_a_small_one_of_its_own(state, monkeypatch):
+async def test_a_job_s_environment_is_not_the_server_s(state, monkeypatch):
     monkeypatch.setenv("SECRET", "the server's")
     async with worker_on(state) as worker:
         text, status = await result(worker, JobRequest("env", owner="alice"))
@@ -1173,7 +1173,7 @@ async def test_a_job_s_environment_is_a_small_one_of_its_own(state, monkeypatch)
         }  # fmt: skip
 
 
-def test_a_job_s_signals_limits_and_session_are_the_defaults_whatever_the_server_s(state):
+def test_a_job_s_signals_limits_and_session_do_not_depend_on_the_server_s(state):
     body = """
         import resource
         job = await start_id(worker, JobRequest("sh", ("-c", "ulimit -Sn; umask"), owner="alice"))
@@ -1189,7 +1189,7 @@ def test_a_job_s_signals_limits_and_session_are_the_defaults_whatever_the_server
         print("own session", process == group == session != parent)
     """
 
-    def spoil():
+    def change_process():
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD):
             signal.signal(number, signal.SIG_IGN)
@@ -1197,17 +1197,17 @@ def test_a_job_s_signals_limits_and_session_are_the_defaults_whatever_the_server
         os.umask(0o077)
         Path("/proc/self/oom_score_adj").write_text("500")
 
-    told = in_server(state, body, preexec_fn=spoil)
-    assert "b'256\\n0022\\n'" in told
+    printed = in_server(state, body, preexec_fn=change_process)
+    assert "b'256\\n0022\\n'" in printed
     zeros = "0" * 16
     expected = f"256\n0022\n0\nSigBlk:\t{zeros}\nSigIgn:\t{zeros}\n"
-    assert expected in told
-    assert "own session True" in told
+    assert expected in printed
+    assert "own session True" in printed
 
 
 @as_root
 @in_loop
-async def test_a_killed_launcher_is_replaced_and_the_next_start_works(state):
+async def test_the_start_after_a_killed_launcher_works(state):
     async with worker_on(state) as worker:
         before = await start_id(worker, shell(WAITS))
         for _ in range(2):
@@ -1218,7 +1218,7 @@ async def test_a_killed_launcher_is_replaced_and_the_next_start_works(state):
 
 
 @in_loop
-async def test_a_launcher_killed_with_starts_in_hand_costs_no_job(state):
+async def test_no_start_is_lost_when_the_launcher_is_killed_with_requests_in_its_queue(state):
     async with worker_on(state) as worker:
         os.kill(worker._launcher.process, signal.SIGSTOP)
         starts = [asyncio.create_task(start_id(worker, shell(f"echo {number}"))) for number in range(5)]
@@ -1230,7 +1230,7 @@ async def test_a_launcher_killed_with_starts_in_hand_costs_no_job(state):
 
 
 @in_loop
-async def test_a_killed_shim_is_one_lost_job_and_nothing_else(state, mark, capfd):
+async def test_a_killed_shim_loses_its_own_job_only(state, mark, capfd):
     async with worker_on(state) as worker:
         jobs = [await start_id(worker, shell(f"echo $PPID; sh -c 'sleep 1000; : {mark}' & wait")) for _ in range(3)]
         shims = [int(await wait_for_output(worker, job, b"\n")) for job in jobs]
@@ -1250,13 +1250,13 @@ async def test_a_killed_shim_is_one_lost_job_and_nothing_else(state, mark, capfd
 
 @as_root
 @in_loop
-async def test_a_hundred_starts_at_once_all_start(state):
+async def test_a_hundred_concurrent_starts_all_succeed(state):
     async with worker_on(state) as worker:
         jobs = await asyncio.gather(*(start_id(worker, shell(f"echo {number}")) for number in range(100)))
         assert [await output(worker, job) for job in jobs] == [b"%d\n" % number for number in range(100)]
 
 
-ENDED_BY = [  # options, request, script; how it ends; bytes of output (None: whatever)
+LIMIT_ENDINGS = [  # options; request; script; the job's ending; bytes of output (None: any number)
     ({}, {"timeout": 0.2}, WAITS, ("STOPPED", 137, "TIMEOUT"), None),
     ({"timeout": 0.2}, {}, WAITS, ("STOPPED", 137, "TIMEOUT"), None),
     ({"timeout": 0.2}, {"timeout": 0.0}, "sleep 0.4; exit 3", ("FINISHED", 3, ""), 0),
@@ -1269,20 +1269,22 @@ ENDED_BY = [  # options, request, script; how it ends; bytes of output (None: wh
 ]
 
 
-@pytest.mark.parametrize(("options", "request_", "script", "how", "size"), ENDED_BY)
+@pytest.mark.parametrize(("options", "request_", "script", "expected", "size"), LIMIT_ENDINGS)
 @in_loop
-async def test_limits_of_time_and_output_end_a_job_exactly_there(state, options, request_, script, how, size):
+async def test_a_job_ends_at_its_timeout_or_at_exactly_its_output_limit(
+    state, options, request_, script, expected, size
+):
     async with worker_on(state, **options) as worker:
         job = await start_id(worker, shell(script, **request_))
         text = await output(worker, job)
-        assert ending(worker, job) == how
+        assert ending(worker, job) == expected
         assert size is None or len(text) == size == worker.status(worker.job(job)).output_bytes
         assert not jobs_cgroups(state)
 
 
 @in_loop
-async def test_a_job_that_ends_by_itself_with_more_than_its_cap_in_the_pipe_is_finished(state):
-    # The shim is stopped while the job writes and ends: so all of it is in the pipe when the shim looks.
+async def test_a_job_that_exits_with_more_than_its_output_limit_in_the_pipe_is_finished(state):
+    # The shim is stopped while the job writes and ends. So the pipe holds everything when the shim reads it.
     script = "echo $PPID; kill -STOP $$; head -c 60000 /dev/zero; exit 6"
     async with worker_on(state, max_output=50_000) as worker:
         job = await start_id(worker, shell(script))
@@ -1298,27 +1300,27 @@ async def test_a_job_that_ends_by_itself_with_more_than_its_cap_in_the_pipe_is_f
         assert len(text) == 50_000
 
 
-def test_limits_hold_while_no_server_lives(state):
+def test_limits_end_jobs_while_no_server_runs(state):
     body = f"""
         await start_id(worker, JobRequest("yes", owner="alice", id={ID!r}, max_output=2_000_001))
         await start_id(worker, JobRequest("sleep", ("1000",), owner="alice", id={ID2!r}, timeout=1.0))
         os.kill(os.getpid(), 9)
     """
     in_server(state, body, status=-9)
-    wait_for_orphans()  # the shims: nobody else is there to end the jobs
+    wait_for_orphans()  # the shims, which end the jobs
 
     @in_loop
-    async def look():
+    async def check():
         async with worker_on(state) as worker:
             assert ending(worker, ID) == ("STOPPED", 137, "OUTPUT_LIMIT")
             assert worker.status(worker.job(ID)).output_bytes == 2_000_001
             assert ending(worker, ID2) == ("STOPPED", 137, "TIMEOUT")
 
-    look()
+    check()
 
 
-# --- 6. Job and job table -----------------------------------------------------------------------------
-# The public face of the library; what survives what.
+# --- Job and job table --------------------------------------------------------------------------------
+# The calls of the library; what a restart, a kill at any step and a full disk leave.
 
 
 def test_the_example_in_the_worker_s_docstring_runs():
@@ -1335,7 +1337,7 @@ def left_in(state):
 
 @pytest.fixture
 def programs():
-    """A folder of things that are not quite programs, which every user can reach."""
+    """A folder of files that cannot be run or have odd names. Every user can read it."""
     with tempfile.TemporaryDirectory(prefix="jobworker-programs-") as folder:
         os.chmod(folder, 0o755)
         for name, mode, text in (
@@ -1354,7 +1356,7 @@ def programs():
         yield folder
 
 
-REFUSED = [  # command ({}: the folder of programs), arguments, what the sentence says
+REFUSED_COMMANDS = [  # command ({}: the folder of programs); arguments; part of the error
     ("", (), "the command is empty"),
     ("no-such-command", (), "'no-such-command' is not found on PATH, which is /usr/local/sbin:/usr/local/bin"),
     ("{}/missing", (), "missing' is not found"),
@@ -1381,9 +1383,13 @@ REFUSED = [  # command ({}: the folder of programs), arguments, what the sentenc
 ]
 
 
-@pytest.mark.parametrize(("command", "args", "sentence"), REFUSED, ids=[repr(c)[:20] + s[:20] for c, _, s in REFUSED])
+@pytest.mark.parametrize(
+    ("command", "args", "sentence"), REFUSED_COMMANDS, ids=[repr(c)[:20] + s[:20] for c, _, s in REFUSED_COMMANDS]
+)
 @in_loop
-async def test_what_cannot_run_is_refused_in_a_sentence_and_leaves_nothing(state, programs, command, args, sentence):
+async def test_a_command_that_cannot_run_is_refused_in_one_sentence_and_leaves_nothing(
+    state, programs, command, args, sentence
+):
     async with worker_on(state) as worker:
         with pytest.raises(BadRequestError, match=sentence) as refused:
             await start_id(worker, JobRequest(command.format(programs), args, owner="alice"))
@@ -1393,7 +1399,7 @@ async def test_what_cannot_run_is_refused_in_a_sentence_and_leaves_nothing(state
         assert worker.running == len(worker._table) == len(worker._inotify) == 0
 
 
-RUN = [  # command, arguments, output
+ODD_WORDS = [  # command; arguments; output
     ("true", ("x",) * 100_000, b""),
     (
         "printf",
@@ -1407,13 +1413,13 @@ RUN = [  # command, arguments, output
 ]
 
 
-@pytest.mark.parametrize(("command", "args", "expected"), RUN, ids=[repr(row[0])[:20] for row in RUN])
+@pytest.mark.parametrize(("command", "args", "expected"), ODD_WORDS, ids=[repr(row[0])[:20] for row in ODD_WORDS])
 @in_loop
-async def test_odd_words_reach_the_command_as_they_are(state, programs, command, args, expected):
+async def test_odd_words_reach_the_command_unchanged(state, programs, command, args, expected):
     async with worker_on(state) as worker:
         text, status = await result(worker, JobRequest(command.format(programs), args, owner="alice"))
         assert (text, status.exit_code) == (expected.replace(b"{}", programs.encode()), 0)
-    async with worker_on(state) as worker:  # and they are remembered
+    async with worker_on(state) as worker:  # job.json holds them unchanged too
         assert worker.status(worker.job(status.spec.id)).spec == status.spec
 
 
@@ -1421,7 +1427,7 @@ async def test_odd_words_reach_the_command_as_they_are(state, programs, command,
     "job_id", ["x", ID.upper(), ID.replace("-", ""), ID + "\n", "../" + ID, ID.replace("-4", "-1")]
 )
 @in_loop
-async def test_an_id_that_is_no_lower_case_random_uuid_is_refused(state, job_id):
+async def test_an_id_that_is_not_a_random_uuid_in_lower_case_is_refused(state, job_id):
     async with worker_on(state) as worker:
         with pytest.raises(BadRequestError, match="not a job id"):
             await start_id(worker, shell("true", id=job_id))
@@ -1429,7 +1435,7 @@ async def test_an_id_that_is_no_lower_case_random_uuid_is_refused(state, job_id)
 
 
 @in_loop
-async def test_asking_twice_with_one_id_is_asking_once(state):
+async def test_starts_with_the_same_id_start_one_job(state):
     async with worker_on(state) as worker:
         requests = [shell("echo hello; exec sleep 1000", id=ID)] * 3
         assert await asyncio.gather(*(start_id(worker, request) for request in requests)) == [ID] * 3
@@ -1446,11 +1452,11 @@ async def test_asking_twice_with_one_id_is_asking_once(state):
         assert ending(worker, ID)[0] == "STOPPED"
         with pytest.raises(BadRequestError):
             await start_id(worker, JobRequest("no-such-command", owner="alice", id=ID2))
-        assert await start_id(worker, shell("true", id=ID2)) == ID2  # what never ran does not take an id
+        assert await start_id(worker, shell("true", id=ID2)) == ID2  # the refused command does not use up the id
 
 
 @in_loop
-async def test_an_id_that_was_forgotten_is_free_for_another_owner_and_command(state):
+async def test_the_id_of_a_removed_job_is_free_for_another_owner_and_command(state):
     async with worker_on(state) as worker:
         for owner, word in (("alice", "hers"), ("bob", "his")):
             assert await start_id(worker, shell(f"echo {word}", id=ID, owner=owner)) == ID
@@ -1461,7 +1467,7 @@ async def test_an_id_that_was_forgotten_is_free_for_another_owner_and_command(st
 
 
 @in_loop
-async def test_an_unknown_job_is_no_such_job_to_every_call(state):
+async def test_every_call_raises_no_such_job_for_an_unknown_id(state):
     async with worker_on(state) as worker:
         with pytest.raises(NoSuchJobError, match=ID):
             worker.job(ID)
@@ -1472,7 +1478,7 @@ async def test_an_unknown_job_is_no_such_job_to_every_call(state):
 
 
 @in_loop
-async def test_stopping_twice_or_what_has_ended_changes_nothing(state):
+async def test_a_second_stop_and_a_stop_after_the_end_change_nothing(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(WAITS))
         await asyncio.gather(*(worker.stop(worker.job(job), by=f"user {n}") for n in range(5)))
@@ -1488,7 +1494,7 @@ async def test_stopping_twice_or_what_has_ended_changes_nothing(state):
 
 
 @in_loop
-async def test_a_stop_that_races_the_end_leaves_one_of_the_two_and_for_good(state):
+async def test_a_stop_at_the_same_time_as_the_end_gives_one_lasting_result(state):
     async with worker_on(state) as worker:
         jobs = []
         for _ in range(20):
@@ -1501,7 +1507,7 @@ async def test_a_stop_that_races_the_end_leaves_one_of_the_two_and_for_good(stat
 
 
 @in_loop
-async def test_a_job_that_ends_itself_by_the_kill_signal_before_a_stop_is_finished(state):
+async def test_a_job_that_kills_itself_before_a_stop_is_finished_and_not_stopped(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell("kill -9 $$"))
         await output(worker, job)
@@ -1512,19 +1518,19 @@ async def test_a_job_that_ends_itself_by_the_kill_signal_before_a_stop_is_finish
 
 @as_root
 @in_loop
-async def test_each_owner_has_a_uid_and_a_private_home_for_good(state):
-    look = "id -u; id -G; pwd; stat -c %a .; touch mine"
+async def test_each_owner_keeps_the_same_uid_and_private_home(state):
+    script = "id -u; id -G; pwd; stat -c %a .; touch mine"
     homes = {}
     for _ in range(2):
         async with worker_on(state) as worker:
             for owner in ("alice", "bob", "../eve", "", "ünï\r\ncödé", "ünï\ncödé"):
-                text, status = await result(worker, shell(look, owner=owner))
-                uid, groups, place, mode = text.decode().splitlines()
+                text, status = await result(worker, shell(script, owner=owner))
+                uid, groups, home, mode = text.decode().splitlines()
                 assert uid == groups == str(status.spec.uid)
                 assert int(uid) >= 1000
-                assert place == status.spec.home == str(state / "home" / uid)
+                assert home == status.spec.home == str(state / "home" / uid)
                 assert mode == "700"
-                assert homes.setdefault(owner, place) == place
+                assert homes.setdefault(owner, home) == home
             text, status = await result(worker, shell(f"ls {homes['alice']} 2>/dev/null || echo private", owner="bob"))
             assert text == b"private\n"
     assert len(set(homes.values())) == 6
@@ -1541,7 +1547,7 @@ async def test_a_job_can_run_as_an_account_of_the_machine(state):
 
 
 @in_loop
-async def test_more_jobs_than_allowed_are_refused_until_one_ends(state):
+async def test_a_start_beyond_max_jobs_is_refused_until_a_job_ends(state):
     async with worker_on(state, max_jobs=1) as worker:
         job = await start_id(worker, shell(WAITS))
         with pytest.raises(ExhaustedError, match="1 jobs are running"):
@@ -1551,7 +1557,7 @@ async def test_more_jobs_than_allowed_are_refused_until_one_ends(state):
 
 
 @in_loop
-async def test_an_ended_job_can_be_removed_and_a_running_one_not(state):
+async def test_an_ended_job_can_be_removed_and_a_running_job_cannot(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(WAITS))
         with pytest.raises(StillRunningError):
@@ -1568,7 +1574,7 @@ async def test_an_ended_job_can_be_removed_and_a_running_one_not(state):
 
 
 @in_loop
-async def test_the_oldest_are_forgotten_when_there_is_no_room_but_an_open_stream_completes(state):
+async def test_the_oldest_jobs_are_forgotten_beyond_keep_bytes_and_an_open_stream_still_completes(state):
     async with worker_on(state, keep_bytes=2 * MIB) as worker:
         jobs = []
         for number in range(3):
@@ -1583,11 +1589,11 @@ async def test_the_oldest_are_forgotten_when_there_is_no_room_but_an_open_stream
         worker.remove(worker.job(jobs[2]))
         jobs.append(await start_id(worker, python(WRITES_BYTES, str(900 * KIB))))
         await output(worker, jobs[-1])
-        assert left_in(state) == sorted([jobs[1], jobs[3]])  # there was room
+        assert left_in(state) == sorted([jobs[1], jobs[3]])  # these two fit
 
 
 @in_loop
-async def test_ended_jobs_are_forgotten_after_their_time_also_by_a_later_server(state):
+async def test_ended_jobs_are_forgotten_after_keep_seconds_by_a_later_server_too(state):
     async with worker_on(state) as worker:
         running = await start_id(worker, shell(WAITS))
         for _ in range(3):
@@ -1603,27 +1609,27 @@ async def test_ended_jobs_are_forgotten_after_their_time_also_by_a_later_server(
 
 
 @in_loop
-async def test_two_hundred_jobs_leave_nothing_behind_in_the_server(state):
-    def held(worker):
+async def test_two_hundred_jobs_leave_no_descriptor_watch_thread_or_cgroup_in_the_server(state):
+    def resources_of(worker):
         assert not survivors(children(worker._launcher.process))
         assert children() - CHILDREN_BEFORE == {worker._launcher.process}
         return len(os.listdir("/proc/self/fd")), len(worker._inotify), threading.active_count(), jobs_cgroups(state)
 
     async with worker_on(state) as worker:
         await result(worker, shell("true"))
-        before = held(worker)
+        before = resources_of(worker)
         for _ in range(10):
             results = await asyncio.gather(*(result(worker, shell("echo hello; exit 9")) for _ in range(20)))
             assert {(text, status.exit_code) for text, status in results} == {(b"hello\n", 9)}
-        assert held(worker) == before
+        assert resources_of(worker) == before
         assert before[1:] == (0, 1, [])
 
 
-# What a restart keeps
+# What a restart keeps.
 
 
 @in_loop
-async def test_a_server_that_starts_again_takes_everything_up(state):
+async def test_a_server_that_starts_again_knows_every_job(state):
     gate = state / "gate"
     os.mkfifo(gate)
     gate.chmod(0o666)
@@ -1658,7 +1664,7 @@ def test_jobs_survive_the_kill_of_their_server(state, mark):
     in_server(state, body, status=-9)
 
     @in_loop
-    async def look():
+    async def check():
         async with worker_on(state) as worker:
             for job in (ID, ID2):
                 await wait_for_output(worker, job, b"ready")
@@ -1668,11 +1674,11 @@ def test_jobs_survive_the_kill_of_their_server(state, mark):
             assert [ending(worker, job) for job in (ID, ID2)] == [("STOPPED", 137, "")] * 2
             assert not processes_with(mark)
 
-    look()
+    check()
 
 
 @in_loop
-async def test_a_second_server_on_one_state_folder_is_refused_by_the_first_s_pid(state):
+async def test_a_second_server_on_a_state_folder_is_refused_and_the_error_names_the_pid_of_the_first(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(WAITS))
         with pytest.raises(JobWorkerError, match=f"in use by the server with pid {os.getpid()}"):
@@ -1684,26 +1690,26 @@ async def test_a_second_server_on_one_state_folder_is_refused_by_the_first_s_pid
         pass
 
 
-def fabricate(state, job_id, record, spec="whole"):
-    """A job's folder as a crash might have left it."""
+def make_crashed_job(state, job_id, events, spec="complete"):
+    """Make a job's folder as a crash may leave it: the bytes of its events file (None: no file), and its job.json."""
     folder = state / "jobs" / job_id
     folder.mkdir(parents=True)
-    if record is None:
+    if events is None:
         return folder
     with contextlib.ExitStack() as handed:
         jobworker.JobFolder(str(folder)).create_files(handed)
-    (folder / "events").write_bytes(record)
-    (folder / "output").write_text("said\n")
-    jobworker.JobFolder(str(folder)).write_spec(a_spec(id=job_id).to_json())
+    (folder / "events").write_bytes(events)
+    (folder / "output").write_text("hello\n")
+    jobworker.JobFolder(str(folder)).write_spec(make_spec(id=job_id).to_json())
     text = (folder / "job.json").read_text()
-    if spec == "torn":
+    if spec == "half":
         (folder / "job.json").write_text(text[: len(text) // 2])
     elif spec == "none":
         (folder / "job.json").unlink()
     elif spec == "newer":
         newer = {**json.loads(text), "colour": "red", "limits": {**json.loads(text)["limits"], "gpu": 1}}
         (folder / "job.json").write_text(json.dumps(newer))
-    elif spec == "strange":
+    elif spec == "wrong type":
         (folder / "job.json").write_text(json.dumps({**json.loads(text), "limits": 7}))
     return folder
 
@@ -1713,50 +1719,50 @@ STARTED = BORN + b"started at=2.0 .\n"
 ENDED = STARTED + b"exited at=3.0 status=FINISHED code=7 signal=0 reason=- by=- .\n"
 DONE = ENDED + b"done at=4.0 reason=- cpu_seconds=1.5 memory_peak=None read_bytes=0 written_bytes=0 .\n"
 GONE, QUARANTINE = "gone", "quarantine"
-AFTER_A_CRASH = [  # record, job.json; what becomes of the job when its shim is gone
+AFTER_A_CRASH = [  # events; job.json; the job's ending, or where its folder is (GONE, QUARANTINE)
     (None, "none", GONE),
     (b"", "none", GONE),
-    (b"", "torn", GONE),
-    (b"", "whole", GONE),
-    (b"bo", "whole", GONE),
-    (BORN + b"failed at=1.0 errno=2 .\n", "whole", GONE),
+    (b"", "half", GONE),
+    (b"", "complete", GONE),
+    (b"bo", "complete", GONE),
+    (BORN + b"failed at=1.0 errno=2 .\n", "complete", GONE),
     (BORN, "none", QUARANTINE),
-    (STARTED, "torn", QUARANTINE),
-    (ENDED, "strange", QUARANTINE),
-    (BORN, "whole", ("FINISHED", 255, "LOST")),
-    (STARTED, "whole", ("FINISHED", 255, "LOST")),
-    (ENDED[:-2], "whole", ("FINISHED", 255, "LOST")),
-    (STARTED + bytes(100), "whole", ("FINISHED", 255, "LOST")),
-    (ENDED, "whole", ("FINISHED", 7, "")),
-    (DONE[:-10], "whole", ("FINISHED", 7, "")),
-    (DONE, "whole", ("FINISHED", 7, "")),
-    (DONE, "newer", ("FINISHED", 7, "")),  # a later version wrote it, and this one took over again
+    (STARTED, "half", QUARANTINE),
+    (ENDED, "wrong type", QUARANTINE),
+    (BORN, "complete", ("FINISHED", 255, "LOST")),
+    (STARTED, "complete", ("FINISHED", 255, "LOST")),
+    (ENDED[:-2], "complete", ("FINISHED", 255, "LOST")),
+    (STARTED + bytes(100), "complete", ("FINISHED", 255, "LOST")),
+    (ENDED, "complete", ("FINISHED", 7, "")),
+    (DONE[:-10], "complete", ("FINISHED", 7, "")),
+    (DONE, "complete", ("FINISHED", 7, "")),
+    (DONE, "newer", ("FINISHED", 7, "")),  # a later version wrote job.json
     (STARTED, "newer", ("FINISHED", 255, "LOST")),
 ]
 
 
 @pytest.mark.parametrize(
-    ("record", "spec", "fate"), AFTER_A_CRASH, ids=[f"{(r or b'')[-9:]}-{o}-{f}" for r, o, f in AFTER_A_CRASH]
+    ("events", "spec", "expected"), AFTER_A_CRASH, ids=[f"{(e or b'')[-9:]}-{s}-{x}" for e, s, x in AFTER_A_CRASH]
 )
 @in_loop
-async def test_what_a_crash_left_of_a_job_has_its_fate(state, capfd, record, spec, fate):
-    folder = fabricate(state, ID, record, spec)
-    for _ in range(2):  # and a second server finds the same
+async def test_a_job_that_a_crash_left_is_finished_deleted_or_quarantined(state, capfd, events, spec, expected):
+    folder = make_crashed_job(state, ID, events, spec)
+    for _ in range(2):  # the second server finds the same
         async with worker_on(state, keep=0.0) as worker:
-            if isinstance(fate, str):
+            if isinstance(expected, str):
                 await wait_until_forgotten(worker, ID)
                 assert not folder.exists()
-                assert len(list(state.glob("quarantine/*"))) == (fate == QUARANTINE)
+                assert len(list(state.glob("quarantine/*"))) == (expected == QUARANTINE)
             else:
-                assert await output(worker, ID) == b"said\n"
-                assert ending(worker, ID) == fate
+                assert await output(worker, ID) == b"hello\n"
+                assert ending(worker, ID) == expected
             assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
-    # One line for what is set aside or lost without an ending, and silence for the rest.
-    assert len(capfd.readouterr().err.splitlines()) == (fate == QUARANTINE or fate[-1] == "LOST")
+    # A quarantined job and a job that is lost without an ending are one line in the log. The others are none.
+    assert len(capfd.readouterr().err.splitlines()) == (expected == QUARANTINE or expected[-1] == "LOST")
 
 
 @in_loop
-async def test_strangers_in_the_folder_of_jobs_are_set_aside(state):
+async def test_files_that_are_no_jobs_are_quarantined(state):
     (state / "jobs" / "lost+found").mkdir(parents=True)
     (state / "jobs" / "notes.txt").write_text("hello")
     (state / "jobs" / ID).write_text("not a folder")
@@ -1766,42 +1772,42 @@ async def test_strangers_in_the_folder_of_jobs_are_set_aside(state):
 
 
 @in_loop
-async def test_hundreds_of_lost_jobs_are_all_finished(state):
+async def test_two_hundred_lost_jobs_are_all_finished(state):
     ids = [jobworker.new_job_id() for _ in range(200)]
     for job in ids:
-        fabricate(state, job, STARTED)
+        make_crashed_job(state, job, STARTED)
     async with worker_on(state) as worker:
         assert (await result(worker, shell("echo hello")))[0] == b"hello\n"
-        assert await asyncio.gather(*(output(worker, job) for job in ids)) == [b"said\n"] * 200
+        assert await asyncio.gather(*(output(worker, job) for job in ids)) == [b"hello\n"] * 200
         assert {ending(worker, job) for job in ids} == {("FINISHED", 255, "LOST")}
 
 
-# What dies at each step
+# A kill at each step.
 
-FIRST = "echo said; exit 7" if os.geteuid() else "[ -w . ] && echo said; exit 7"  # served by root, its home is its own
-SERVER_DEATHS = [  # the statement before which the server dies; last words; whether the job is there afterwards
+FIRST = "echo hello; exit 7" if os.geteuid() else "[ -w . ] && echo hello; exit 7"  # root gives a job a writable home
+SERVER_DEATHS = [  # the statement before which the server dies; what it does first; whether the job exists afterwards
     ("new.rename(self._owners / str(uid))", "pass", False),
-    ("self._uids[owner] = uid", "pass", False),  # the owner has a uid
-    ("if os.stat(home).st_uid != uid:", "pass", False),  # and a home, which is still the server's
-    ("undo.callback(self._delete, job)", "pass", False),  # the folder is made
+    ("self._uids[owner] = uid", "pass", False),  # the owner's uid is on disk
+    ("if os.stat(home).st_uid != uid:", "pass", False),  # the owner's home exists and belongs to root
+    ("undo.callback(self._delete, job)", "pass", False),  # the job's folder exists
     ('os.mkfifo(f"{self.path}/control", 0o600)', "pass", False),
-    ('for name in ("output", "events"):', "pass", False),  # and control
-    ('os.close(os.open(f"{self.path}/{name}"', "pass", False),  # and output
-    ("allocate(descriptors[1], EVENTS_BYTES)", "pass", False),  # and exit
+    ('for name in ("output", "events"):', "pass", False),  # control exists
+    ('os.close(os.open(f"{self.path}/{name}"', "pass", False),  # output exists
+    ("allocate(descriptors[1], EVENTS_BYTES)", "pass", False),  # events exists
     ("job.folder.write_spec(text)", "pass", False),
     ("file.write(text)", "file.write(b'{'); file.flush()", False),
-    ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is whole
+    ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is complete
     ("owner.create()", "pass", False),
     ("cgroup.create()\n        cgroup.limit", "pass", False),
-    ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup is made
+    ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup exists
     ('self._launcher.send("start", job.folder, text, descriptors)', "pass", False),
     ("socket.send_fds(self._channel, [packet], list(descriptors))", "pass", False),
-    ("undo.pop_all()", "pass", True),  # the launcher has it
+    ("undo.pop_all()", "pass", True),  # the launcher has the request
     ("await self._until(job, lambda: job.events.phase not in", "pass", True),
     ('return job.events.phase != ""', "pass", True),
 ]
-FAILED_START_DEATHS = [  # the same, for a command that is not there
-    ('write_event(self._events, "failed"', "pass", None),  # in the shim: the server starts it once more
+FAILED_START_DEATHS = [  # the same for a command that does not exist
+    ('write_event(self._events, "failed"', "pass", None),  # in the shim: the server starts the job once more
     ("spec.processes().remove()", "pass", False),
     ("job.folder.delete()", "pass", False),
     ("for name in self.FILES:", "pass", False),
@@ -1810,56 +1816,62 @@ FAILED_START_DEATHS = [  # the same, for a command that is not there
 ]
 
 
-def server_dies(state, tmp_path, place, last_words, command, args=()):
-    _, armed = dying_copy(tmp_path, place, last_words)
+def run_dying_server(state, tmp_path, statement, before_death, command, args=()):
+    _, armed = dying_copy(tmp_path, statement, before_death)
     body = f"await start_id(worker, JobRequest({command!r}, {args!r}, owner='alice', id={ID!r}))"
     in_server(state, body, module=tmp_path, status=-9)
     assert not armed.exists()
 
 
-@pytest.mark.parametrize(("place", "last_words", "there"), SERVER_DEATHS, ids=[row[0][:40] for row in SERVER_DEATHS])
-def test_a_server_killed_at_any_step_of_a_start_leaves_the_job_or_nothing(state, tmp_path, place, last_words, there):
-    if os.geteuid() != 0 and re.search("owner|home|cgroup", place):
+@pytest.mark.parametrize(
+    ("statement", "before_death", "exists"), SERVER_DEATHS, ids=[row[0][:40] for row in SERVER_DEATHS]
+)
+def test_a_server_killed_at_any_step_of_a_start_leaves_the_job_or_nothing(
+    state, tmp_path, statement, before_death, exists
+):
+    if os.geteuid() != 0 and re.search("owner|home|cgroup", statement):
         pytest.skip("needs root: uids of owners, and a cgroup")
-    server_dies(state, tmp_path, place, last_words, "sh", ("-c", FIRST))
+    run_dying_server(state, tmp_path, statement, before_death, "sh", ("-c", FIRST))
 
     @in_loop
-    async def look():
+    async def check():
         async with worker_on(state) as worker:
-            if there:
-                assert await output(worker, ID) == b"said\n"
+            if exists:
+                assert await output(worker, ID) == b"hello\n"
                 assert ending(worker, ID) == ("FINISHED", 7, "")
             else:
                 assert left_in(state) == []
                 assert not jobs_cgroups(state)
                 assert not (state / "quarantine").exists()
             job = await start_id(worker, shell(FIRST, id=ID))  # the caller tries again
-            assert await output(worker, job) == b"said\n"
+            assert await output(worker, job) == b"hello\n"
             assert ending(worker, job) == ("FINISHED", 7, "")
 
-    look()
+    check()
 
 
-@pytest.mark.parametrize(("place", "last_words", "there"), FAILED_START_DEATHS[1:], ids=lambda value: str(value)[:40])
-def test_a_server_killed_at_any_step_of_a_failed_start_leaves_nothing(state, tmp_path, place, last_words, there):
-    server_dies(state, tmp_path, place, last_words, "no-such-command")
+@pytest.mark.parametrize(
+    ("statement", "before_death", "exists"), FAILED_START_DEATHS[1:], ids=lambda value: str(value)[:40]
+)
+def test_a_server_killed_at_any_step_of_a_failed_start_leaves_nothing(state, tmp_path, statement, before_death, exists):
+    run_dying_server(state, tmp_path, statement, before_death, "no-such-command")
 
     @in_loop
-    async def look():
+    async def check():
         async with worker_on(state):
             assert left_in(state) == []
             assert not jobs_cgroups(state)
             assert not (state / "quarantine").exists()
 
-    look()
+    check()
 
 
-LOST, SEVEN = ("FINISHED", 255, "LOST"), ("FINISHED", 7, "")
-SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the job then ended
-    ('write_event(self._events, "born")', "pass", SEVEN),  # it is started once more
-    ('write_event(self._events, "born")', "os.write(self._events, b'bor')", SEVEN),
+LOST, EXITED_7 = ("FINISHED", 255, "LOST"), ("FINISHED", 7, "")
+SHIM_DEATHS = [  # the statement before which the shim dies; what it does first; the job's ending
+    ('write_event(self._events, "born")', "pass", EXITED_7),  # the server starts it once more
+    ('write_event(self._events, "born")', "os.write(self._events, b'bor')", EXITED_7),
     ("output = self._folder.open_output()", "pass", LOST),
-    ("os.close(stdout)\n        if not self._spec.cgroup", "pass", LOST),  # the job runs
+    ("os.close(stdout)\n        if not self._spec.cgroup", "pass", LOST),  # the job's command runs
     ('write_event(self._events, "started")', "pass", LOST),
     ("pump = Pump(pipe, output, self._spec)", "pass", LOST),
     ("reported = {descriptor for descriptor, _ in", "pass", LOST),
@@ -1872,41 +1884,44 @@ SHIM_DEATHS = [  # the statement before which the shim dies; last words; how the
         "os.write(self._events, b'exited at=1.0 status=FIN')",
         LOST,
     ),
-    ("processes.kill_all()", "pass", SEVEN),
-    ("rest = pump.drain() if pump else None", "pass", SEVEN),
-    ("usage = processes.usage()", "pass", SEVEN),
-    ("processes.remove()\n    reason", "pass", SEVEN),
-    ("reason = ending.reason or", "pass", SEVEN),
-    ('write_event(events, "done"', "pass", SEVEN),
-    ('write_event(events, "done"', "os.write(events, b'done at=1.0 reason=-')", SEVEN),
-    ("os.fsync(events)", "pass", SEVEN),
+    ("processes.kill_all()", "pass", EXITED_7),
+    ("rest = pump.drain() if pump else None", "pass", EXITED_7),
+    ("usage = processes.usage()", "pass", EXITED_7),
+    ("processes.remove()\n    reason", "pass", EXITED_7),
+    ("reason = ending.reason or", "pass", EXITED_7),
+    ('write_event(events, "done"', "pass", EXITED_7),
+    ('write_event(events, "done"', "os.write(events, b'done at=1.0 reason=-')", EXITED_7),
+    ("os.fsync(events)", "pass", EXITED_7),
 ]
 
 
-@pytest.mark.parametrize(("place", "last_words", "how"), SHIM_DEATHS, ids=[row[0][:40] for row in SHIM_DEATHS])
+@pytest.mark.parametrize(
+    ("statement", "before_death", "expected"), SHIM_DEATHS, ids=[row[0][:40] for row in SHIM_DEATHS]
+)
 @in_loop
-async def test_a_shim_killed_at_any_step_is_made_good(state, tmp_path, mark, place, last_words, how):
-    dying, armed = dying_copy(tmp_path, place, last_words)
+async def test_a_job_whose_shim_is_killed_at_any_step_still_gets_its_ending(
+    state, tmp_path, mark, statement, before_death, expected
+):
+    dying, armed = dying_copy(tmp_path, statement, before_death)
     async with worker_on(state, dying) as worker:
-        request = dying.JobRequest(
-            "sh", ("-c", f"sleep 1000 {mark} & echo said; exit 7".replace(f" {mark}", "")), owner="alice"
-        )
-        job = await start_id(worker, request)
+        script = f"sh -c 'sleep 1000; : {mark}' & echo hello; exit 7"
+        job = await start_id(worker, dying.JobRequest("sh", ("-c", script), owner="alice"))
         text = await output(worker, job)
         assert not armed.exists()
-        assert ending(worker, job) == how
-        assert text == b"said\n" or how == LOST
+        assert ending(worker, job) == expected
+        assert text == b"hello\n" or expected == LOST
+        assert not processes_with(mark)
         before = worker.status(worker.job(job))
         assert not jobs_cgroups(state)
     wait_for_orphans()
     async with worker_on(state) as worker:
-        assert ending(worker, job) == how
+        assert ending(worker, job) == expected
         assert worker.status(worker.job(job)).ended == before.ended
         assert await output(worker, job) == text
 
 
 @in_loop
-async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(state, tmp_path):
+async def test_a_job_whose_shim_is_killed_before_it_reports_a_failed_exec_is_lost(state, tmp_path):
     dying, armed = dying_copy(tmp_path, *FAILED_START_DEATHS[0][:2])
     async with worker_on(state, dying) as worker:
         job = await start_id(worker, dying.JobRequest("no-such-command", owner="alice"))
@@ -1915,33 +1930,33 @@ async def test_a_shim_killed_before_it_says_that_a_start_failed_is_made_good(sta
         assert ending(worker, job) == LOST  # `born`: the command may have run
 
 
-WITHOUT_PYTHON = [  # a job; what is done to it; how it ends
-    ("echo said; exec sleep 1000", {}, "stop", ("STOPPED", 137, "")),
-    ("echo said; exec sleep 1000", {}, "lose", LOST),
-    ("echo said; exec yes", {"max_output": 100_000}, "", ("STOPPED", 137, "OUTPUT_LIMIT")),
-    ("echo said; exec sleep 1000", {"timeout": 0.2}, "", ("STOPPED", 137, "TIMEOUT")),
-    ("echo said; sleep 1000 & exit 3", {}, "", ("FINISHED", 3, "")),
+WITHOUT_PYTHON = [  # a job; its limits; what the test does to it; its ending
+    ("echo hello; exec sleep 1000", {}, "stop", ("STOPPED", 137, "")),
+    ("echo hello; exec sleep 1000", {}, "kill the shim", LOST),
+    ("echo hello; exec yes", {"max_output": 100_000}, "", ("STOPPED", 137, "OUTPUT_LIMIT")),
+    ("echo hello; exec sleep 1000", {"timeout": 0.2}, "", ("STOPPED", 137, "TIMEOUT")),
+    ("echo hello; sleep 1000 & exit 3", {}, "", ("FINISHED", 3, "")),
 ]
 
 
 @pytest.mark.parametrize("cgroup", [True, False], ids=["cgroup", "no cgroup"])
-@pytest.mark.parametrize(("script", "limits", "deed", "how"), WITHOUT_PYTHON)
+@pytest.mark.parametrize(("script", "limits", "action", "expected"), WITHOUT_PYTHON)
 @in_loop
-async def test_a_python_that_was_removed_meanwhile_keeps_no_job_from_its_end(
-    state, tmp_path, monkeypatch, cgroup, script, limits, deed, how
+async def test_jobs_are_ended_and_finished_after_python_s_own_files_were_removed(
+    state, tmp_path, monkeypatch, cgroup, script, limits, action, expected
 ):
     bare = altered_copy(tmp_path, "gc.freeze()  # a collection", "sys.path.clear(); sys.meta_path.clear()")
     if not cgroup:
         monkeypatch.setattr(bare.CgroupMount, "find", classmethod(lambda _class: None))
     async with worker_on(state, bare) as worker:
         job = await start_id(worker, bare.JobRequest("sh", ("-c", f"echo $PPID; {script}"), owner="alice", **limits))
-        shim = int((await wait_for_output(worker, job, b"said")).split()[0])
-        if deed == "lose":
+        shim = int((await wait_for_output(worker, job, b"hello")).split()[0])
+        if action == "kill the shim":
             os.kill(shim, signal.SIGKILL)
-        if deed == "stop":
+        if action == "stop":
             await worker.stop(worker.job(job))
         await output(worker, job)
-        assert ending(worker, job) == how
+        assert ending(worker, job) == expected
 
 
 @in_loop
@@ -1960,7 +1975,7 @@ async def test_a_launcher_of_another_version_starts_and_finishes_jobs(state, mon
 
 
 @in_loop
-async def test_many_stops_of_a_lost_job_send_one_finisher(state, capfd):
+async def test_many_stops_of_a_lost_job_start_one_finisher(state, capfd):
     async with worker_on(state) as worker:
         jobs = [await start_id(worker, shell("echo $PPID; exec sleep 1000")) for _ in range(20)]
         shims = [int(await wait_for_output(worker, job, b"\n")) for job in jobs]
@@ -1971,7 +1986,7 @@ async def test_many_stops_of_a_lost_job_send_one_finisher(state, capfd):
     assert "cannot be finished" not in capfd.readouterr().err
 
 
-UNRUNNABLE = [  # what stands at the places where a command is looked for; what is said of it
+UNRUNNABLE = [  # the paths that are tried one after the other; the error
     (("nothing", "nothing"), errno.ENOENT),
     (("nothing", "text", "nothing"), errno.EACCES),
     (("text/below", "text"), errno.EACCES),
@@ -1981,13 +1996,13 @@ UNRUNNABLE = [  # what stands at the places where a command is looked for; what 
 ]
 
 
-@pytest.mark.parametrize(("places", "said_"), UNRUNNABLE)
-def test_a_command_that_cannot_run_fails_for_the_first_place_where_it_is(tmp_path, places, said_):
+@pytest.mark.parametrize(("paths", "number"), UNRUNNABLE)
+def test_a_command_that_cannot_run_fails_with_the_error_of_the_first_path_that_exists(tmp_path, paths, number):
     (tmp_path / "text").write_text("hello")
     (tmp_path / "garbage").write_bytes(b"\x00\x01")
     (tmp_path / "garbage").chmod(0o755)
-    with pytest.raises(OSError, match=rf"\[Errno {said_}\]"):
-        jobworker.exec_first([str(tmp_path / place) for place in places], ["x"], {})
+    with pytest.raises(OSError, match=rf"\[Errno {number}\]"):
+        jobworker.exec_first([str(tmp_path / path) for path in paths], ["x"], {})
 
 
 LEASES = """
@@ -2004,32 +2019,32 @@ signal.pause()
 
 
 @in_loop
-async def test_starts_that_wait_for_leases_can_be_stopped_and_keep_nobody_waiting(state):
-    """Who opens such a file, as execve(2) does, waits for its lease, 45 seconds at most (fcntl(2))."""
+async def test_starts_that_wait_for_a_file_lease_can_be_stopped_and_do_not_delay_others(state):
+    """execve(2) opens the file, and an open waits until a lease is given up, 45 seconds at most (fcntl(2))."""
     many = jobworker.START_SLOTS + 2
     async with worker_on(state) as worker:
         leaser = await start_id(worker, JobRequest(str(PYTHON_FOR_ALL), ("-c", LEASES, str(many)), owner="eve"))
         home = (await wait_for_output(worker, leaser, b"\n")).decode().split()[1]
         ids = [jobworker.new_job_id() for _ in range(many)]
-        held = [
+        waiting = [
             asyncio.ensure_future(start_id(worker, JobRequest(f"{home}/leased{number}", owner="eve", id=ids[number])))
             for number in range(many)
         ]
-        free = asyncio.ensure_future(result(worker, JobRequest("echo", ("free",), owner="bob")))  # begins after those
-        assert (await free)[0] == b"free\n"
-        assert not any(start.done() for start in held)
+        other = asyncio.ensure_future(result(worker, JobRequest("echo", ("free",), owner="bob")))  # starts after those
+        assert (await other)[0] == b"free\n"
+        assert not any(start.done() for start in waiting)
         await asyncio.gather(*(worker.stop(worker.job(job)) for job in ids))
-        await asyncio.gather(*held)
+        await asyncio.gather(*waiting)
         assert {ending(worker, job)[:2] for job in ids} == {("STOPPED", 137)}
         await worker.stop(worker.job(leaser))
 
 
-# What a full disk costs
+# A full disk.
 
 
 @pytest.fixture(params=["tmpfs", "ext4", pytest.param("/scratch", marks=pytest.mark.controllers)])
 def small_disk(request, nothing_is_left):
-    """A state folder on a file system with about 16 MiB of room; /scratch is the guest's real disk."""
+    """A state folder on a file system with about 16 MiB of free space. /scratch is the guest's real disk."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount")
     with contextlib.ExitStack() as resources:
@@ -2073,7 +2088,7 @@ def mounted(kind):
 
 
 def fill(state, leave=0):
-    """Fill the file system of the state folder, but for some blocks."""
+    """Fill the file system of the state folder and leave `leave` blocks free."""
     size = 4 * KIB
     with open(state / f"filler-{os.urandom(4).hex()}", "wb", buffering=0) as file:
         with contextlib.suppress(OSError):
@@ -2088,7 +2103,7 @@ def fill(state, leave=0):
 
 
 @in_loop
-async def test_a_job_that_fills_the_disk_is_ended_and_its_record_is_whole(small_disk):
+async def test_a_job_that_fills_the_disk_is_stopped_and_its_status_is_complete(small_disk):
     async with worker_on(small_disk) as worker:
         other = await start_id(worker, shell("echo $PPID; exec sleep 1000"))
         text, status = await result(worker, JobRequest("yes", owner="alice"))
@@ -2104,7 +2119,7 @@ async def test_a_job_that_fills_the_disk_is_ended_and_its_record_is_whole(small_
 
 
 @in_loop
-async def test_a_job_keeps_its_exit_code_on_a_disk_that_others_filled(small_disk):
+async def test_a_job_keeps_its_exit_code_when_others_fill_the_disk(small_disk):
     gate = small_disk / "gate"
     os.mkfifo(gate)
     gate.chmod(0o666)
@@ -2144,7 +2159,7 @@ async def test_a_start_on_a_full_disk_is_refused_and_leaves_nothing(small_disk, 
 
 
 @in_loop
-async def test_jobs_leave_the_reserve_of_the_disk_alone(small_disk):
+async def test_jobs_do_not_use_the_reserve_of_the_disk(small_disk):
     disk = os.statvfs(small_disk)
     share = (free_bytes(small_disk) - 8 * MIB) / (disk.f_blocks * disk.f_frsize)
     async with worker_on(small_disk, reserve=share) as worker:
@@ -4879,7 +4894,7 @@ def test_a_server_killed_on_a_full_disk_starts_again_and_finishes_its_jobs(small
         assert status_at_end(served, ended).exitcode == 3
         running, stopped, lost = (served.start("--", "sh", "-c", waits, str(number)) for number in range(3))
         shims = [first_line(served, job) for job in (running, stopped, lost)]
-    fabricate(small_disk, ID, b"born at=1.0 .\n", "none")  # what must be set aside needs a folder
+    make_crashed_job(small_disk, ID, b"born at=1.0 .\n", "none")  # what must be set aside needs a folder
     fill(small_disk)
     fillers = small_disk / "fillers"
     with contextlib.suppress(OSError):  # ext4 has some blocks more for folders than for files
