@@ -70,6 +70,7 @@ from jobworker import (
 )
 
 pb_grpc = jobworker.Deferred("gen.workerservice_pb2_grpc")
+descriptor_pb2 = jobworker.Deferred("google.protobuf.descriptor_pb2")
 
 # --- Commands, machine, fixtures ----------------------------------------------------------------------
 # Shared by the tests of all sections. The fixture `nothing_is_left` checks the machine after every test.
@@ -2173,28 +2174,28 @@ async def test_jobs_do_not_use_the_reserve_of_the_disk(small_disk):
 
 
 # --- A server over mutual TLS ---------------------------------------------------------------------------
-# What the tests of the sections below share: certificates, a server process, a client process, a channel.
+# Shared by the sections below: certificates, a server process, a client process, a channel.
 
 DEFAULT_CHANNEL = jobworker.CLIENT_OPTIONS
 PYZ = HERE / "jobworker.pyz"
 needs_pyz = pytest.mark.skipif(not PYZ.exists(), reason="needs jobworker.pyz: ./build.sh")
 LIKE_PYZ = (
     Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
-)  # the interpreter that built it, without its packages
-PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is nobody else's to run
+)  # the Python that built the .pyz, without its packages
+PYTHON_FOR_ALL = Path("/usr/bin/python3")  # every user may run it, unlike a Python below /root
 
 
 class ClientProcess(subprocess.Popen):
-    """A client that does not outlive its block, however that ends."""
+    """A client process that is killed at the end of its block."""
 
-    def __exit__(self, *how):
+    def __exit__(self, *exception):
         self.kill()
-        super().__exit__(*how)
+        super().__exit__(*exception)
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A server process that listens, and the folder of its clients."""
+    """A server process that listens, and the folder with its clients' certificates."""
 
     process: subprocess.Popen[str]
     port: int
@@ -2205,17 +2206,17 @@ class Served:
         return f"localhost:{self.port}"
 
     def run(self, *words, role="user", program=None, **popen):
-        """Run one client command to its end."""
+        """Run one client command to its end, with the certificate `role`."""
         environment = {**os.environ, "JOBWORKER_SERVER": self.address, "JOBWORKER_CERTS": str(self.certs)}
-        place = () if role == "user" else ("-r", role)
-        command = [*(program or PROGRAM), *words[:1], *place, *words[1:]]
+        identity = () if role == "user" else ("-r", role)
+        command = [*(program or PROGRAM), *words[:1], *identity, *words[1:]]
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False,
             **{"env": environment, **popen},
         )  # fmt: skip
 
     def start(self, *words, role="user"):
-        """Start a job from the command line; its id."""
+        """Start a job from the command line and return its id."""
         done = self.run("start", *words, role=role)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
@@ -2233,7 +2234,7 @@ PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
 
 @contextlib.contextmanager
 def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0, **popen):
-    """A server process, until the block ends; it then stops its jobs."""
+    """A server process that stops its jobs and ends with the block."""
     words = [
         "serve",
         "--certs",
@@ -2266,7 +2267,7 @@ def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0,
 
 @pytest.fixture(scope="session")
 def certs(tmp_path_factory):
-    """A folder as `serve` makes it, with one identity more."""
+    """A folder of certificates as `serve` makes it, and the identity `user2`."""
     folder = tmp_path_factory.mktemp("tls") / "certs"
     jobworker.prepare_grpc()
     jobworker.prepare_folder(folder, [])
@@ -2277,12 +2278,14 @@ def certs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared(certs, tmp_path_factory):
-    """One server for all tests that do nothing to it."""
+    """One server for all tests that do not change it."""
     folder = Path(tempfile.mkdtemp(prefix="jobworker-shared-"))
     folder.chmod(0o711)
     jobworker.libc_call("prctl", jobworker.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with serving(folder, certs) as served:
-        call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))  # so that what gRPC keeps for ever is there before
+        call(
+            served, "GetJobStatus", pb.GetStatusRequest(id=ID)
+        )  # gRPC now opens what it never closes, before `nothing_is_left` counts
         asyncio.run(open_and_close(served))
         yield served
     for tree in trees_of(folder):
@@ -2296,7 +2299,7 @@ async def open_and_close(served):
 
 
 def channel_to(served, identity=None, role="user"):
-    """A channel as a client of any make would open it."""
+    """A channel as any gRPC client opens it."""
     folder = served.certs
     pair = identity or key_and_certificate(folder, role)
     credentials = grpc.ssl_channel_credentials((folder / "server-ca.pem").read_bytes(), *pair)
@@ -2308,7 +2311,7 @@ def key_and_certificate(folder, role):
 
 
 def ask(channel, method, request, timeout=PATIENCE):
-    """One call; its reply, or the name of its status with its sentence."""
+    """Make one call. Returns its reply, or the name of its status and its message."""
     reply = {"StartJob": pb.StartJobResponse, "StopJob": pb.StopJobResponse, "GetJobStatus": pb.GetStatusResponse,
              "RemoveJob": pb.RemoveJobResponse}  # fmt: skip
     path = f"/proto.WorkerService/{method}"
@@ -2319,9 +2322,9 @@ def ask(channel, method, request, timeout=PATIENCE):
         unary = channel.unary_unary(path, type(request).SerializeToString, reply[method].FromString)
         return unary(request, timeout=timeout)
     except grpc.RpcError as error:
-        told = error.code().name, error.details()
-    assert "Traceback" not in told[1]
-    return told
+        failure = error.code().name, error.details()
+    assert "Traceback" not in failure[1]
+    return failure
 
 
 def call(served, method, request, identity=None, role="user"):
@@ -2330,21 +2333,21 @@ def call(served, method, request, identity=None, role="user"):
 
 
 def one_sentence(done, *words, status=1):
-    """A client or a server that failed with one line on standard error, and with these words in it."""
+    """Check that a command failed with one line on standard error, which contains these words."""
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert re.fullmatch(r"jobworker: [^\n]+\n", done.stderr), done.stderr
     for word in words:
         assert word in done.stderr
 
 
-# --- 7. Identity and authorization ----------------------------------------------------------------------
-# Which certificates are refused, and who sees what.
+# --- Identity and authorization -------------------------------------------------------------------------
+# Which certificates are refused, and which jobs a caller may see.
 
 USER_ROLE = jobworker.encode_roles(["user"])
 
 
 def certificate_builder(authority, subject, public_key, start, days):
-    """A certificate that an authority may sign, for some days from now on, with nothing else in it yet."""
+    """The builder of a certificate that is valid from `start` to `days`, in days from now, without extensions."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return (
         x509.CertificateBuilder()
@@ -2358,7 +2361,7 @@ def certificate_builder(authority, subject, public_key, start, days):
 
 
 def certificate(authority, *, names=("mallory",), roles=USER_ROLE, purposes=("CLIENT_AUTH",), start=-1.0, days=1.0):
-    """A client's key and certificate in which anything may be wrong."""
+    """A client's key and certificate, valid but for what the arguments change."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name) for name in names])
     builder = certificate_builder(authority, subject, key.public_key(), start, days)
@@ -2372,7 +2375,7 @@ def certificate(authority, *, names=("mallory",), roles=USER_ROLE, purposes=("CL
     return made.key_pem(), made.certificate_pem()
 
 
-REFUSED = [  # what is wrong; the certificate; the status (UNAVAILABLE: no connection comes about)
+REFUSED_CERTIFICATES = [  # the fault; the arguments of `certificate`; the status (UNAVAILABLE: TLS refuses)
     ("expired", {"start": -3.0, "days": -1.0}, "UNAVAILABLE"),
     ("not yet valid", {"start": 1.0, "days": 2.0}, "UNAVAILABLE"),
     ("no role", {"roles": None}, "PERMISSION_DENIED"),
@@ -2397,29 +2400,31 @@ REFUSED = [  # what is wrong; the certificate; the status (UNAVAILABLE: no conne
 ]
 
 
-@pytest.mark.parametrize(("wrong", "how", "status"), REFUSED, ids=[row[0] for row in REFUSED])
-def test_a_certificate_with_anything_wrong_is_refused(shared, wrong, how, status):
-    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), **how)
+@pytest.mark.parametrize(
+    ("fault", "changes", "status"), REFUSED_CERTIFICATES, ids=[row[0] for row in REFUSED_CERTIFICATES]
+)
+def test_a_certificate_with_a_fault_is_refused(shared, fault, changes, status):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), **changes)
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == status
     assert call(shared, "StartJob", pb.StartJobRequest(cmd="true"), identity)[0] == status
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=ID), identity)[0] == status
 
 
-def test_a_certificate_with_nothing_wrong_is_not_refused(shared):
+def test_a_certificate_without_a_fault_is_accepted(shared):
     identity = certificate(jobworker.load_authority(shared.certs, "client-ca"))
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "NOT_FOUND"
 
 
-def test_a_foreign_authority_s_certificate_is_refused(shared):
+def test_a_certificate_from_an_unknown_authority_is_refused(shared):
     identity = certificate(jobworker.issue_authority("jobworker client authority"), names=("admin",))
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "UNAVAILABLE"
 
 
-def test_the_server_s_own_certificate_is_no_client_s(shared):
+def test_the_server_s_own_certificate_is_refused_as_a_client_s(shared):
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), role="server")[0] == "UNAVAILABLE"
 
 
-def test_no_certificate_is_no_connection(shared):
+def test_a_client_without_a_certificate_cannot_connect(shared):
     credentials = grpc.ssl_channel_credentials((shared.certs / "server-ca.pem").read_bytes())
     with grpc.secure_channel(shared.address, credentials, DEFAULT_CHANNEL) as channel:
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "UNAVAILABLE"
@@ -2432,7 +2437,7 @@ def test_a_certificate_that_expires_while_connected_is_refused_from_then_on(shar
     identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), days=life / 86400)
     with channel_to(shared, identity) as channel:
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
-        time.sleep(life + 1)  # the promise is about this time, and no event tells of its end
+        time.sleep(life + 1)  # the promise is about this time, and nothing reports its end
         status, sentence = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))
     assert (status, "out of date" in sentence) in [("PERMISSION_DENIED", True), ("UNAVAILABLE", False)]
 
@@ -2444,12 +2449,12 @@ def test_an_authority_that_expires_while_its_client_is_connected_is_refused_from
     identity = certificate(authority)
     with serving(state, folder) as served, channel_to(served, identity) as channel:
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
-        time.sleep(life + 1)  # the promise is about this time, and no event tells of its end
+        time.sleep(life + 1)  # the promise is about this time, and nothing reports its end
         status, sentence = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))
     assert (status, "out of date" in sentence) in [("PERMISSION_DENIED", True), ("UNAVAILABLE", False)]
 
 
-def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connection(state, certs, tmp_path):
+def test_after_a_reload_an_old_authority_is_refused_on_connections_that_are_open(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
         assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
@@ -2466,7 +2471,7 @@ def test_an_authority_that_is_no_longer_current_is_refused_on_a_living_connectio
 
 
 def renewed_authority(authority, start, days):
-    """An authority's certificate again, of the same name and key, for other days."""
+    """An authority's certificate with the same name and key, valid from `start` to `days`, in days from now."""
     builder = certificate_builder(authority, authority.certificate.subject, authority.key.public_key(), start, days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     return builder.sign(authority.key, hashes.SHA256()).public_bytes(jobworker.serialization.Encoding.PEM)
@@ -2474,8 +2479,8 @@ def renewed_authority(authority, start, days):
 
 @pytest.mark.parametrize(("start", "days"), [(-9, -1), (1, 9999), (-1, 9999)])
 @pytest.mark.parametrize("first", [True, False])
-def test_an_authority_s_renewal_keeps_nobody_out(state, certs, tmp_path, start, days, first):
-    """Beside the one in force stands another of its name and key, which is over, to come, or valid as well."""
+def test_clients_of_a_renewed_authority_are_accepted(state, certs, tmp_path, start, days, first):
+    """Beside the valid certificate stands another one of the same name and key: expired, not yet valid, or valid."""
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     current, other = (
         (folder / "client-ca.pem").read_bytes(),
@@ -2486,26 +2491,26 @@ def test_an_authority_s_renewal_keeps_nobody_out(state, certs, tmp_path, start, 
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
 
 
-@pytest.mark.parametrize(("version", "spoken"), [("-tls1_3", True), ("-tls1_2", False), ("-tls1_1", False)])
-def test_nothing_older_than_tls_1_3_is_spoken(shared, version, spoken):
+@pytest.mark.parametrize(("version", "accepted"), [("-tls1_3", True), ("-tls1_2", False), ("-tls1_1", False)])
+def test_tls_older_than_1_3_is_refused(shared, version, accepted):
     words = ["openssl", "s_client", version, "-connect", shared.address, "-alpn", "h2", "-CAfile", shared.certs / "server-ca.pem",
              "-cert", shared.certs / "user.pem", "-key", shared.certs / "user.key", "-cipher", "ALL:@SECLEVEL=0"]  # fmt: skip
-    told = subprocess.run(
+    printed = subprocess.run(
         words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False
     ).stdout
-    assert ("Verify return code: 0" in told and "New, TLSv1.3" in told) == spoken
-    assert ("Cipher is (NONE)" in told) != spoken
+    assert ("Verify return code: 0" in printed and "New, TLSv1.3" in printed) == accepted
+    assert ("Cipher is (NONE)" in printed) != accepted
 
 
-def test_whose_a_job_is_decides_who_sees_it(shared):
+def test_only_its_owner_and_an_admin_can_reach_a_job(shared):
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo mine; exec sleep 1000"])).ID
     calls = [("GetJobStatus", pb.GetStatusRequest), ("GetOutputStream", pb.GetStreamRequest), ("RemoveJob", pb.RemoveJobRequest),
              ("StopJob", pb.StopJobRequest)]  # fmt: skip
     for method, request in calls:
         foreign = call(shared, method, request(id=job), role="user2")
-        nobody_s = call(shared, method, request(id=ID2), role="user2")
-        assert foreign[0] == nobody_s[0] == "NOT_FOUND"
-        assert foreign[1].replace(job, ID2) == nobody_s[1]
+        unknown = call(shared, method, request(id=ID2), role="user2")
+        assert foreign[0] == unknown[0] == "NOT_FOUND"
+        assert foreign[1].replace(job, ID2) == unknown[1]
     taken = call(
         shared,
         "StartJob",
@@ -2523,13 +2528,13 @@ def test_whose_a_job_is_decides_who_sees_it(shared):
 
 
 @as_root
-def test_only_an_admin_runs_a_job_as_another_account(shared):
+def test_only_an_admin_can_run_a_job_as_another_account(shared):
     request = pb.StartJobRequest(cmd="id", args=["-u"], run_as="root")
     assert call(shared, "StartJob", request)[0] == "PERMISSION_DENIED"
     job = call(shared, "StartJob", request, role="admin").ID
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job), role="admin") == b"0\n"
-    nobody = pb.StartJobRequest(cmd="id", run_as="no such account")
-    assert call(shared, "StartJob", nobody, role="admin")[0] == "INVALID_ARGUMENT"
+    request = pb.StartJobRequest(cmd="id", run_as="no such account")
+    assert call(shared, "StartJob", request, role="admin")[0] == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("value", [
@@ -2537,12 +2542,12 @@ def test_only_an_admin_runs_a_job_as_another_account(shared):
     b"\x0c\x0auser,,user", b"\x0c\x09user;user", b"\x30\x06\x0c\x04user", b"\x04\x06\x0c\x04user", b"\x1e\x08\0u\0s\0e\0r", b"\x0c", b"\x0c\x01,",
     b"\x0c\x05\xef\xbb\xbfad", b"\x0c" * 5000,
 ], ids=repr)  # fmt: skip
-def test_a_roles_extension_that_is_not_exactly_right_is_no_role(shared, value):
+def test_a_malformed_roles_extension_gives_no_role(shared, value):
     identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), roles=value)
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] == "PERMISSION_DENIED"
 
 
-def test_several_roles_are_one_identity(shared):
+def test_a_certificate_may_have_several_roles(shared):
     identity = certificate(
         jobworker.load_authority(shared.certs, "client-ca"), roles=jobworker.encode_roles(["user", "admin"])
     )
@@ -2551,13 +2556,13 @@ def test_several_roles_are_one_identity(shared):
 
 
 @pytest.mark.parametrize("purpose", ["ANY_EXTENDED_KEY_USAGE", "CODE_SIGNING", "EMAIL_PROTECTION"])
-def test_another_purpose_than_a_client_s_is_refused(shared, purpose):
+def test_a_certificate_without_the_purpose_client_auth_is_refused(shared, purpose):
     identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), purposes=(purpose,))
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), identity)[0] in {"PERMISSION_DENIED", "UNAVAILABLE"}
 
 
-def test_nobody_makes_an_identity_with_an_identity_s_key(shared):
-    """`user` signs a certificate for `admin`, and sends its own along as if it were an authority."""
+def test_a_certificate_that_a_client_signed_is_refused(shared):
+    """`user` signs a certificate for `admin` and sends its own certificate as the authority."""
     key, own = key_and_certificate(shared.certs, "user")
     signer = jobworker.CertifiedKey(
         x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None)
@@ -2567,8 +2572,8 @@ def test_nobody_makes_an_identity_with_an_identity_s_key(shared):
         assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), (forged_key, chain))[0] == "UNAVAILABLE"
 
 
-def test_a_signature_by_what_is_no_authority_is_no_trust(shared):
-    """The same, as every call checks it anew: TLS looked only when the connection came about."""
+def test_every_call_refuses_a_certificate_that_a_client_signed(shared):
+    """The check of each call refuses it too. TLS checks only when a connection is made."""
     key, own = key_and_certificate(shared.certs, "user")
     signer = jobworker.CertifiedKey(
         x509.load_pem_x509_certificate(own), jobworker.serialization.load_pem_private_key(key, None)
@@ -2578,7 +2583,7 @@ def test_a_signature_by_what_is_no_authority_is_no_trust(shared):
     assert peer.validities == ()
 
 
-def test_an_authority_below_the_authority_vouches_for_clients(shared, tmp_path):
+def test_an_intermediate_authority_may_sign_clients(shared, tmp_path):
     for name in ("client-ca.pem", "client-ca.key", "server-ca.pem"):
         shutil.copy(shared.certs / name, tmp_path)
     issue_with_openssl(
@@ -2611,7 +2616,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=repr)
-def test_an_owner_may_have_any_name_and_owns_what_is_started_in_it(shared, name):
+def test_an_owner_may_have_any_name_and_owns_the_jobs_started_under_it(shared, name):
     identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), names=(name,))
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "id -u; pwd"]), identity).ID
     uid, home = call(shared, "GetOutputStream", pb.GetStreamRequest(id=job), identity).decode().splitlines()
@@ -2622,23 +2627,23 @@ def test_an_owner_may_have_any_name_and_owns_what_is_started_in_it(shared, name)
         assert home.endswith(f"/home/{uid}")
 
 
-def test_whose_an_id_is_cannot_be_told_from_its_being_taken(shared):
+def test_the_error_of_a_taken_id_does_not_reveal_its_owner(shared):
     mine = call(shared, "StartJob", pb.StartJobRequest(cmd="true"), role="user2").ID
     foreign = call(shared, "StartJob", pb.StartJobRequest(cmd="true")).ID
     other_command = call(shared, "StartJob", pb.StartJobRequest(cmd="false", id=mine), role="user2")
     other_owner = call(shared, "StartJob", pb.StartJobRequest(cmd="true", id=foreign), role="user2")
-    admin_s_own = call(shared, "StartJob", pb.StartJobRequest(cmd="true", id=foreign), role="admin")
-    assert other_command[0] == other_owner[0] == admin_s_own[0] == "ALREADY_EXISTS"
-    assert other_command[1].replace(mine, foreign) == other_owner[1] == admin_s_own[1]
+    by_admin = call(shared, "StartJob", pb.StartJobRequest(cmd="true", id=foreign), role="admin")
+    assert other_command[0] == other_owner[0] == by_admin[0] == "ALREADY_EXISTS"
+    assert other_command[1].replace(mine, foreign) == other_owner[1] == by_admin[1]
 
 
 def reload(served):
-    """Ask a server to read its certificates again; what it says."""
+    """Ask a server to read its certificates again. Returns its answer, a line of its log."""
     served.process.send_signal(signal.SIGHUP)
     return next(line for line in served.process.stderr if "the certificates" in line)
 
 
-def test_a_reload_takes_a_new_server_certificate_and_leaves_connections_alone(state, certs, tmp_path):
+def test_a_reload_reads_a_new_server_certificate_and_keeps_open_connections(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder, stderr=subprocess.PIPE) as served, channel_to(served) as channel:
         job = ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
@@ -2654,6 +2659,7 @@ def test_a_reload_takes_a_new_server_certificate_and_leaves_connections_alone(st
 
 
 def presented_certificate(served):
+    """The certificate that a server presents, as PEM."""
     words = (
         "openssl",
         "s_client",
@@ -2666,11 +2672,11 @@ def presented_certificate(served):
         "-key",
         served.certs / "user.key",
     )
-    told = subprocess.run(
+    printed = subprocess.run(
         list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False
     ).stdout
     return re.search(
-        "-----BEGIN CERTIFICATE-----.*-----END CERTIFICATE-----", told.decode(errors="replace"), re.DOTALL
+        "-----BEGIN CERTIFICATE-----.*-----END CERTIFICATE-----", printed.decode(errors="replace"), re.DOTALL
     )[0]
 
 
@@ -2678,7 +2684,7 @@ def presented_certificate(served):
     ("name", "content"),
     [("server.pem", b"rubbish"), ("client-ca.pem", b""), ("client-ca.pem", None), ("server.key", None)],
 )
-def test_a_reload_of_a_folder_that_cannot_be_served_changes_nothing(state, certs, tmp_path, name, content):
+def test_a_reload_of_an_unusable_folder_keeps_the_certificates_in_force(state, certs, tmp_path, name, content):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with (
         serving(state, folder, stderr=subprocess.PIPE) as served,
@@ -2693,8 +2699,8 @@ def test_a_reload_of_a_folder_that_cannot_be_served_changes_nothing(state, certs
         assert call(Served(None, served.port, certs), "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
 
 
-def test_a_storm_of_connections_among_reloads_does_not_end_the_server(state, certs):
-    """As hundreds of followers come back at once; gRPC frees what it replaces under other handshakes."""
+def test_a_server_survives_a_thousand_connections_during_reloads(state, certs):
+    """Hundreds of followers may reconnect at once. gRPC frees the old certificates while other handshakes use them."""
     trust = ssl.create_default_context(cafile=certs / "server-ca.pem")
     trust.load_cert_chain(certs / "user.pem", certs / "user.key")
     trust.set_alpn_protocols(["h2"])
@@ -2708,17 +2714,35 @@ def test_a_storm_of_connections_among_reloads_does_not_end_the_server(state, cer
 
     with serving(state, certs, stderr=subprocess.PIPE) as served, concurrent.futures.ThreadPoolExecutor(32) as clients:
         for _ in range(2):
-            greeted = clients.map(connect, range(1000))
+            answered = clients.map(connect, range(1000))
             assert "are read again" in reload(served)
-            assert all(greeted)
+            assert all(answered)
         assert served.process.poll() is None
 
 
-# --- 8. gRPC service ------------------------------------------------------------------------------------
-# The contract, as clients know it that were written against it.
+# --- gRPC service ---------------------------------------------------------------------------------------
+# The contract that existing clients rely on, and requests of every kind.
 
-CONTRACT = {  # message: its fields with their numbers and types, which never change
-    "StartJobRequest": {"cmd": (1, "string"), "args": (2, "string"), "id": (3, "string")},
+CALLS = {  # every call of workerservice.proto: its request, its reply, and whether the reply is a stream
+    "StartJob": ("StartJobRequest", "StartJobResponse", False),
+    "StopJob": ("StopJobRequest", "StopJobResponse", False),
+    "GetJobStatus": ("GetStatusRequest", "GetStatusResponse", False),
+    "GetOutputStream": ("GetStreamRequest", "GetStreamResponse", True),
+    "RemoveJob": ("RemoveJobRequest", "RemoveJobResponse", False),
+}
+MESSAGES = {  # every message: the number and the type of every field
+    "StartJobRequest": {
+        "cmd": (1, "string"),
+        "args": (2, "repeated string"),
+        "id": (3, "string"),
+        "cpu": (4, "optional double"),
+        "memory": (5, "optional uint64"),
+        "pids": (6, "optional uint64"),
+        "io": (7, "optional uint64"),
+        "timeout": (8, "optional double"),
+        "max_output": (9, "optional uint64"),
+        "run_as": (10, "string"),
+    },
     "StartJobResponse": {"ID": (1, "string")},
     "StopJobRequest": {"id": (1, "string")},
     "StopJobResponse": {},
@@ -2728,23 +2752,75 @@ CONTRACT = {  # message: its fields with their numbers and types, which never ch
         "exitcode": (2, "int32"),
         "reason": (3, "string"),
         "signal": (4, "int32"),
+        "stopped_by": (5, "string"),
+        "owner": (6, "string"),
+        "cmd": (7, "string"),
+        "args": (8, "repeated string"),
+        "user": (9, "string"),
+        "created_ms": (10, "int64"),
+        "started_ms": (11, "int64"),
+        "ended_ms": (12, "int64"),
+        "output_bytes": (13, "uint64"),
+        "cpu_seconds": (14, "double"),
+        "memory_peak": (15, "optional uint64"),
+        "read_bytes": (16, "optional uint64"),
+        "written_bytes": (17, "optional uint64"),
+        "cpu_limit": (18, "double"),
+        "memory_limit": (19, "uint64"),
+        "pids_limit": (20, "uint64"),
+        "io_limit": (21, "uint64"),
+        "timeout": (22, "double"),
+        "max_output": (23, "uint64"),
+        "notes": (24, "repeated string"),
     },
     "GetStreamRequest": {"id": (1, "string"), "offset": (2, "uint64")},
     "GetStreamResponse": {"result": (1, "bytes")},
+    "RemoveJobRequest": {"id": (1, "string")},
+    "RemoveJobResponse": {},
 }
+ENUMS = {"Status": {"RUNNING": 0, "STOPPED": 1, "FINISHED": 2}}
 
 
-def test_the_public_contract_is_unchanged():
-    types = {"string": 9, "enum": 14, "int32": 5, "uint64": 4, "bytes": 12}
-    for message, fields in CONTRACT.items():
-        there = pb.DESCRIPTOR.message_types_by_name[message].fields_by_name
-        for name, (number, kind) in fields.items():
-            assert (there[name].number, there[name].type) == (number, types[kind]), f"{message}.{name}"
-    assert dict(pb.Status.items()) == {"RUNNING": 0, "STOPPED": 1, "FINISHED": 2}
-    assert pb.DESCRIPTOR.package == "proto"
-    assert {"StartJob", "StopJob", "GetJobStatus", "GetOutputStream"} <= set(
-        pb.DESCRIPTOR.services_by_name["WorkerService"].methods_by_name
-    )
+def field_type(field):
+    """The type of a FieldDescriptorProto as a .proto file writes it; `enum` for every enum."""
+    kind = field.Type.Name(field.type).removeprefix("TYPE_").lower()
+    if field.label == field.LABEL_REPEATED:
+        return f"repeated {kind}"
+    return f"optional {kind}" if field.proto3_optional else kind
+
+
+def test_every_call_message_field_and_enum_value_of_the_contract_is_unchanged():
+    """The tables above are complete: a new call or field is added to them."""
+    file = descriptor_pb2.FileDescriptorProto.FromString(pb.DESCRIPTOR.serialized_pb)
+    (service,) = file.service
+    assert f"{file.package}.{service.name}" == "proto.WorkerService"
+    assert {
+        call.name: (
+            call.input_type.removeprefix(".proto."),
+            call.output_type.removeprefix(".proto."),
+            call.server_streaming,
+        )
+        for call in service.method
+    } == CALLS
+    assert not any(call.client_streaming for call in service.method)
+    messages = {
+        message.name: {field.name: (field.number, field_type(field)) for field in message.field}
+        for message in file.message_type
+    }
+    assert messages == MESSAGES
+    assert {enum.name: {value.name: value.number for value in enum.value} for enum in file.enum_type} == ENUMS
+
+
+def test_the_server_answers_every_call_of_the_contract(shared):
+    """A call without a handler would be UNIMPLEMENTED."""
+    for name, (request, reply, streams) in CALLS.items():
+        message = getattr(pb, request)(**({"id": "no id"} if "id" in MESSAGES[request] else {}))
+        with channel_to(shared, role="admin") as channel:
+            make = channel.unary_stream if streams else channel.unary_unary
+            start = make(f"/proto.WorkerService/{name}", type(message).SerializeToString, getattr(pb, reply).FromString)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(start(message, timeout=PATIENCE)) if streams else start(message, timeout=PATIENCE)
+        assert refused.value.code().name == "INVALID_ARGUMENT", name
 
 
 def test_a_client_with_only_the_generated_stubs_works(shared):
@@ -2777,21 +2853,26 @@ BAD_REQUESTS = [
     ("GetJobStatus", pb.GetStatusRequest(id=ID2.upper()), "INVALID_ARGUMENT", "lower case"),
     ("GetJobStatus", pb.GetStatusRequest(id="../../etc/passwd"), "INVALID_ARGUMENT", "not a job id"),
     ("GetOutputStream", pb.GetStreamRequest(id=ID2), "NOT_FOUND", ID2),
-    ("GetOutputStream", pb.GetStreamRequest(id="x" * 100_000), "INVALID_ARGUMENT", "xxx…"),  # fits what gRPC sends
+    (
+        "GetOutputStream",
+        pb.GetStreamRequest(id="x" * 100_000),
+        "INVALID_ARGUMENT",
+        "xxx…",
+    ),  # shortened, since gRPC's headers hold 8 KiB
     ("StartJob", pb.StartJobRequest(cmd="☃" * 50_000), "INVALID_ARGUMENT", "☃☃…"),
     ("RemoveJob", pb.RemoveJobRequest(id=ID2), "NOT_FOUND", ID2),
 ]
 
 
 @pytest.mark.parametrize(("method", "request_", "status", "word"), BAD_REQUESTS, ids=lambda value: str(value)[:30])
-def test_a_request_that_cannot_be_met_is_told_so_in_one_sentence(shared, method, request_, status, word):
-    told, sentence = call(shared, method, request_)
-    assert told == status
+def test_a_bad_request_is_refused_in_one_sentence(shared, method, request_, status, word):
+    answer, sentence = call(shared, method, request_)
+    assert answer == status
     assert word in sentence
     assert "\n" not in sentence
 
 
-def test_garbage_on_the_wire_hurts_nobody(shared):
+def test_garbage_on_the_wire_does_not_disturb_the_server(shared):
     with channel_to(shared) as channel:
         for rubbish in (b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f", os.urandom(1000)):
             raw = channel.unary_unary("/proto.WorkerService/StartJob")
@@ -2810,15 +2891,15 @@ def test_garbage_on_the_wire_hurts_nobody(shared):
 
 
 @given(st.binary(max_size=300))
-def test_a_framed_result_is_what_protobuf_writes_and_reads(chunk):
+def test_frame_result_and_result_of_agree_with_protobuf(chunk):
     assert jobworker.frame_result(chunk) == pb.GetStreamResponse(result=chunk).SerializeToString() or not chunk
     assert jobworker.result_of(jobworker.frame_result(chunk)) == chunk
     assert pb.GetStreamResponse.FromString(jobworker.frame_result(chunk)).result == chunk
-    # a later server's message, with a field that this one does not know
+    # the message of a later server, which has one more field
     assert jobworker.result_of(pb.GetStreamResponse(result=chunk).SerializeToString() + b"\x10\x01") == chunk
 
 
-def test_starting_twice_with_one_id_is_starting_once(shared):
+def test_start_calls_with_the_same_id_start_one_job(shared):
     request = pb.StartJobRequest(cmd="sh", args=["-c", "echo once"], id=jobworker.new_job_id())
     assert {call(shared, "StartJob", request).ID for _ in range(3)} == {request.id}
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=request.id)) == b"once\n"
@@ -2826,21 +2907,21 @@ def test_starting_twice_with_one_id_is_starting_once(shared):
     assert call(shared, "StartJob", other)[0] == "ALREADY_EXISTS"
 
 
-def test_a_stream_skips_the_bytes_that_it_is_told_to(shared):
+def test_a_stream_begins_at_its_offset(shared):
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="printf", args=["0123456789"])).ID
     for offset, rest in ((0, b"0123456789"), (4, b"456789"), (10, b""), (11, b""), (2**62, b"")):
         assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job, offset=offset)) == rest
 
 
-def test_fifty_clients_at_different_times_each_receive_the_identical_bytes(shared, tmp_path):
+def test_fifty_clients_that_begin_at_different_times_receive_the_same_bytes(shared, tmp_path):
     size = 50 * MIB
     job = call(shared, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=["-c", WRITES_BYTES, str(size)])).ID
-    whole = hashlib.sha256(random.Random(7).randbytes(size)).hexdigest()
+    expected = hashlib.sha256(random.Random(7).randbytes(size)).hexdigest()
 
-    begun = [asyncio.Event() for _ in range(51)]  # each client begins when the one before has a part
+    turns = [asyncio.Event() for _ in range(51)]  # a client begins when the one before has its first bytes
 
     async def client(number):
-        await begun[number].wait()
+        await turns[number].wait()
         files = (shared.certs / "server-ca.pem").read_bytes(), *key_and_certificate(shared.certs, "user")
         async with grpc.aio.secure_channel(
             shared.address, grpc.ssl_channel_credentials(*files), DEFAULT_CHANNEL
@@ -2849,14 +2930,14 @@ def test_fifty_clients_at_different_times_each_receive_the_identical_bytes(share
             digest = hashlib.sha256()
             async for chunk in channel.unary_stream(path, encode, jobworker.result_of)(pb.GetStreamRequest(id=job)):
                 digest.update(chunk)
-                begun[number + 1].set()
+                turns[number + 1].set()
             return digest.hexdigest()
 
-    async def everybody():
-        begun[0].set()
+    async def run_all():
+        turns[0].set()
         return await asyncio.gather(*(client(number) for number in range(50)))
 
-    assert set(asyncio.run(everybody())) == {whole}
+    assert set(asyncio.run(run_all())) == {expected}
 
 
 def text_field(number, text):
@@ -2864,7 +2945,7 @@ def text_field(number, text):
 
 
 def fields_of(message):
-    """What a client that knows no more than wire types reads (protobuf's encoding, fields below 16)."""
+    """The fields below 16 of a message, read by their wire types alone (protobuf.dev, Encoding)."""
     found, position = {}, 0
     while position < len(message):
         tag, size = message[position], message[position + 1]
@@ -2883,7 +2964,7 @@ def fields_of(message):
     return found
 
 
-def test_the_bytes_that_existing_clients_send_are_answered_with_those_that_they_read(shared):
+def test_an_existing_client_s_request_bytes_get_the_reply_bytes_that_it_expects(shared):
     with channel_to(shared) as channel:
 
         def raw(method, request):
@@ -2897,14 +2978,14 @@ def test_the_bytes_that_existing_clients_send_are_answered_with_those_that_they_
         status = fields_of(raw("GetJobStatus", text_field(1, answer[2:])))
         assert (status[1], status[2]) == (2, 300 & 255)
         assert raw("StopJob", text_field(1, answer[2:])) == b""
-        # fields of a later version are passed over
+        # the field of a later version is ignored
         assert raw("StopJob", text_field(1, answer[2:]) + text_field(15, b"new")) == b""
 
 
 @pytest.mark.parametrize("message", [
     text_field(1, b"\xff\xfe"), text_field(1, b"true") + text_field(2, b"\xc3\x28"), text_field(3, b"\xed\xa0\x80"), b"\x0a\x7fshort", b"\x08\x01", b"\x0b", b"\x00", b"",
 ], ids=repr)  # fmt: skip
-def test_bytes_that_are_no_request_start_nothing(shared, message):
+def test_bytes_that_are_no_request_are_refused(shared, message):
     with channel_to(shared) as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary("/proto.WorkerService/StartJob")(message, timeout=PATIENCE)
     assert refused.value.code().name == "INVALID_ARGUMENT"
@@ -2912,7 +2993,7 @@ def test_bytes_that_are_no_request_start_nothing(shared, message):
 
 
 def tls_to(served):
-    """A TLS 1.3 connection of Python's own OpenSSL, as far as HTTP/2 (ALPN)."""
+    """A TLS 1.3 connection made by Python's ssl module, which asks for HTTP/2 (ALPN)."""
     context = ssl.create_default_context(cafile=served.certs / "server-ca.pem")
     context.load_cert_chain(served.certs / "user.pem", served.certs / "user.key")
     context.set_alpn_protocols(["h2"])
@@ -2928,7 +3009,7 @@ def frame(kind, flags, stream, content):
 
 
 def headers(path):
-    """HPACK, all literal (RFC 7541, 6.2.2)."""
+    """The headers of a gRPC call, uncompressed (RFC 7541, 6.2.2)."""
     pairs = [
         (":method", "POST"),
         (":scheme", "https"),
@@ -2946,7 +3027,7 @@ RUBBISH = [
     ("no HTTP/2", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
     ("noise after the preface", PREFACE + random.Random(7).randbytes(4096)),
     ("a frame larger than allowed", PREFACE + b"\xff\xff\xff\x00\0\0\0\0\x01" + b"x" * 100_000),
-    ("a message said to be 4 GiB", PREFACE + frame(1, 4, 1, headers("/proto.WorkerService/StartJob")) + frame(0, 1, 1, b"\0\xff\xff\xff\xff" + b"x" * 100)),
+    ("a message of 4 GiB by its length", PREFACE + frame(1, 4, 1, headers("/proto.WorkerService/StartJob")) + frame(0, 1, 1, b"\0\xff\xff\xff\xff" + b"x" * 100)),
     ("a compressed message that is not", PREFACE + frame(1, 4, 1, headers("/proto.WorkerService/StartJob")) + frame(0, 1, 1, b"\1\0\0\0\4rubb")),
     ("a header block that never ends", PREFACE + frame(1, 0, 1, headers("/x")) + frame(9, 0, 1, b"\0\x01a\x01b" * 3000) * 10),
     ("ten thousand streams begun and reset", PREFACE + b"".join(
@@ -2954,11 +3035,11 @@ RUBBISH = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "rubbish"), RUBBISH, ids=[row[0] for row in RUBBISH])
-def test_rubbish_of_a_client_that_is_trusted_hurts_nobody(shared, what, rubbish):
+@pytest.mark.parametrize(("name", "rubbish"), RUBBISH, ids=[row[0] for row in RUBBISH])
+def test_rubbish_from_a_trusted_client_does_not_disturb_the_server(shared, name, rubbish):
     with tls_to(shared) as connection, contextlib.suppress(OSError):
         connection.sendall(rubbish)
-        connection.settimeout(1)  # it may answer or hang up; whatever it does, others are served
+        connection.settimeout(1)  # the server may answer or close
         while connection.recv(65536):
             pass
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="echo", args=["fine"])).ID
@@ -2972,7 +3053,7 @@ def test_an_offset_beyond_every_file_is_an_empty_stream(shared, offset):
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job, offset=offset)) == b""
 
 
-ENDS_OF_NUMBERS = [
+EXTREME_LIMITS = [
     *(
         {name: value}
         for name in ("cpu", "timeout")
@@ -2986,8 +3067,8 @@ ENDS_OF_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("fields", ENDS_OF_NUMBERS, ids=repr)
-def test_a_limit_is_taken_or_refused_in_a_sentence_whatever_number_it_is(shared, fields):
+@pytest.mark.parametrize("fields", EXTREME_LIMITS, ids=repr)
+def test_an_extreme_limit_is_accepted_or_refused_in_a_sentence_that_names_it(shared, fields):
     answer = call(shared, "StartJob", pb.StartJobRequest(cmd="true", **fields))
     if isinstance(answer, tuple):
         assert answer[0] == "INVALID_ARGUMENT"
@@ -2996,7 +3077,7 @@ def test_a_limit_is_taken_or_refused_in_a_sentence_whatever_number_it_is(shared,
         assert status_at_end(shared, answer.ID).status in {pb.FINISHED, pb.STOPPED}
 
 
-def test_a_hundred_thousand_arguments_and_odd_words_arrive_as_they_are(shared):
+def test_a_hundred_thousand_arguments_and_odd_words_arrive_unchanged(shared):
     words = ["", " ", "-", "--", "a\nb", "\t", "\\", "'", '"', "$(id)", "ünï☃", "\x7f", "\x01"]
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="printf", args=["%s|", *words])).ID
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)).decode() == "|".join([*words, ""])
@@ -3004,18 +3085,18 @@ def test_a_hundred_thousand_arguments_and_odd_words_arrive_as_they_are(shared):
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=many.ID)) == b"100000\n"
 
 
-def test_a_server_that_is_full_says_so_and_what_allows_more(state, certs):
+def test_a_full_server_refuses_a_start_and_names_the_option_that_allows_more(state, certs):
     with serving(state, certs, "--max-jobs", "1") as served:
         job = served.start("--", "sleep", "1000")
         status, sentence = call(served, "StartJob", pb.StartJobRequest(cmd="true"))
         assert (status, "--max-jobs" in sentence) == ("RESOURCE_EXHAUSTED", True)
         again = pb.StartJobRequest(cmd="sleep", args=["1000"], id=job)
-        assert call(served, "StartJob", again) == pb.StartJobResponse(ID=job)  # which is not one more
+        assert call(served, "StartJob", again) == pb.StartJobResponse(ID=job)  # it is the same job
         served.run("stop", job)
         assert served.run("stream", served.start("--", "echo", "room")).stdout == "room\n"
     with serving(state, certs, "--reserve", "99.99%") as served:
         status, sentence = call(served, "StartJob", pb.StartJobRequest(cmd="true"))
-        assert (status, "disk" in sentence or "free" in sentence) == ("RESOURCE_EXHAUSTED", True), sentence
+        assert (status, "is nearly full" in sentence, "--reserve" in sentence) == ("RESOURCE_EXHAUSTED", True, True)
 
 
 # --- 9. Server ------------------------------------------------------------------------------------------
