@@ -4441,7 +4441,7 @@ def test_run_goes_on_after_its_server_was_killed_and_says_which_job_where_it_giv
 def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
     with serving(state, certs) as served:
         first = served.start("--name", "build", "sh", "-c", "echo out; exit 3")
-        end_of_stream(served, first)
+        status_at_end(served, first)
         running = served.start("sleep", "1000")
         other = served.start("true", role="user2")
         rows = [line.split("\t") for line in served.run("list").stdout.splitlines()]
@@ -4463,7 +4463,7 @@ def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
 def test_list_fits_the_terminal(state, certs):
     with serving(state, certs) as served:
         job = served.start("echo", "x" * 1000)
-        end_of_stream(served, job)
+        status_at_end(served, job)
         master, terminal = pty.openpty()
         with contextlib.closing(os.fdopen(master, "rb", buffering=0)) as screen:
             fcntl.ioctl(terminal, jobworker.termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
@@ -4516,7 +4516,7 @@ def test_wait_answers_at_the_end_with_the_code_of_the_last_job(state, certs):
 async def test_a_graceful_stop_sends_its_signal_and_kills_after_its_grace(state, script, grace, how):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(script))
-        await said(worker, job, b"ready")
+        await wait_for_output(worker, job, b"ready")
         await worker.stop(worker.job(job), by="bob", signal_number=signal.SIGTERM, grace=grace)
         assert ending(worker, job) == how
         assert worker.status(worker.job(job)).stopped_by == "bob"
@@ -4526,7 +4526,7 @@ async def test_a_graceful_stop_sends_its_signal_and_kills_after_its_grace(state,
 async def test_a_kill_shortens_a_grace(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(IGNORES))
-        await said(worker, job, b"ready")
+        await wait_for_output(worker, job, b"ready")
         graceful = asyncio.ensure_future(
             worker.stop(worker.job(job), by="alice", signal_number=signal.SIGTERM, grace=1000)
         )
@@ -4632,7 +4632,7 @@ def test_several_streams_are_written_line_by_line(state, certs):
 
 def test_a_watched_list_shows_rates(state, certs):
     with serving(state, certs) as served:
-        served.start("yes")
+        served.start("sh", "-c", "while :; do echo; sleep 0.1; done")  # `yes` would reach its cap
         with served.popen("list", "--watch") as client:
             rows = [client.stdout.readline().split(b"\t") for _ in range(2)]
         assert (rows[0][7], rows[0][9]) == (b"-", b"-")
