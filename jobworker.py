@@ -138,6 +138,7 @@ else:
 # Owns every name, number and default that more than one section, or a reader, wants to find. No code.
 
 VERSION = "1.0.0"
+BUILD = ""  # the commit and the packages of a .pyz, set by its bootstrap
 DEFAULT_PORT = 8010
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -3904,7 +3905,7 @@ def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
             raise UsageError(f"{message} (`{self.prog} --help`)")
 
     parser = Parser(prog="jobworker.pyz", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--version", action="version", version=f"jobworker {VERSION}")
+    parser.add_argument("--version", action="version", version=f"jobworker {VERSION}{BUILD}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (add_arguments, _, summary) in VERBS.items():
         own = verbs.add_parser(verb, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
