@@ -71,9 +71,8 @@ def target_of(running, built):
     """Return which target inside fits, as 'x86_64-glibc', or None."""
     python, machine, libc = running
     name = "%s-%s" % (machine.replace("Linux ", ""), libc.split()[0])
-    numbers = version_numbers(libc.split()[1:])
-    fits = name in built["targets"] and python in built["pythons"]
-    return name if fits and (not numbers or numbers >= built["glibc"]) else None
+    new_enough = not libc.startswith("glibc ") or version_numbers(libc.split()[1:]) >= built["glibc"]
+    return name if name in built["targets"] and python in built["pythons"] and new_enough else None
 
 
 def version_numbers(words):
