@@ -4,11 +4,15 @@ set -eu
 cd -- "$(dirname -- "$0")"
 venv=.venv
 pyz=jobworker.pyz
+wheels=build/wheels
 
 usage() {
     cat <<'EOF'
 usage: ./build.sh [VERB] [ARGS]
   pyz      build jobworker.pyz, the one file to copy (so does no verb)
+  universal [TARGET...]       build dist/jobworker.pyz for CPython 3.10 to 3.14 on each TARGET:
+           x86_64-glibc aarch64-glibc (the default), x86_64-musl aarch64-musl
+  test-universal [TARGET...]  build it and test it on every Python and system that this machine can run
   demo     play the README's session on a throw-away server
   serve    run the server from here: jobworker.py serve --without auto ARGS
   test     run the tests: pytest ARGS
@@ -93,16 +97,62 @@ run_time_packages() {
     sed -n '/^# development/q; s/^\([A-Za-z][A-Za-z0-9._-]*\)==.*/\1/p' requirements.txt | sort -u
 }
 
+# Prints what --version names: the commit, with + if files differ from it.
+commit() {
+    id=$(git rev-parse --short=12 HEAD 2>/dev/null) || return 0
+    echo "commit $id$(git diff --quiet HEAD -- build.sh pyz jobworker.py gen requirements.txt || echo +)"
+}
+
 pyz() {
     set_up
-    inputs="$(cat build.sh pyz/*.py $venv/stamp jobworker.py gen/*.py | cksum)"
+    inputs="$(commit) $(cat build.sh pyz/*.py $venv/stamp jobworker.py gen/*.py | cksum)"
     [ -e $pyz ] && [ "$(cat $venv/pyz.stamp 2>/dev/null)" = "$inputs $(cksum <$pyz)" ] && return
     # shellcheck disable=SC2046 # each package is one word
-    $venv/bin/python pyz/bundle.py $pyz $(run_time_packages)
+    $venv/bin/python pyz/bundle.py --commit "$(commit)" $pyz $(run_time_packages)
     echo "$inputs $(cksum <$pyz)" >$venv/pyz.stamp
 }
 
-# ---- 4. The demo -----------------------------------------------------------------------------------------------
+# ---- 4. dist/jobworker.pyz, one file for many machines -----------------------------------------------------------
+
+# Downloads the wheels of the target $1 for CPython 3.$2, as the lock names them. pip takes a second for it.
+download_wheels() {
+    folder=$wheels/$1-$2 arch=${1%-*} stamp=$(cksum <requirements.txt)
+    [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ] && return
+    case $1 in
+        x86_64-glibc | aarch64-glibc) set -- "$1" "$2" "manylinux2014_$arch" "manylinux_2_17_$arch" ;;
+        x86_64-musl | aarch64-musl) set -- "$1" "$2" "musllinux_1_1_$arch" "musllinux_1_2_$arch" ;;
+        *) usage >&2; exit 2 ;;
+    esac
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    sed '/^# development/,$d' requirements.txt | awk '/^[a-z]/ { keep = !/^pycparser/ } keep' >"$folder/requirements.txt"
+    $venv/bin/python -m pip download --disable-pip-version-check --no-deps --only-binary :all: --require-hashes \
+        -r "$folder/requirements.txt" --implementation cp --python-version "3.$2" \
+        --abi "cp3$2" --abi abi3 --abi none --platform "$3" --platform "$4" -d "$folder" \
+        >$venv/pip.log 2>&1 || die "pip could not download the wheels for $1 ($(pip_failure)); see $PWD/$venv/pip.log"
+    echo "$stamp" >"$folder/stamp"
+}
+
+universal() {
+    set_up
+    [ $# -gt 0 ] || set -- x86_64-glibc aarch64-glibc
+    for target; do
+        for minor in 14 13 12 11 10; do
+            download_wheels "$target" $minor
+        done
+    done
+    mkdir -p dist
+    $venv/bin/python pyz/bundle.py --commit "$(commit)" --wheels $wheels dist/jobworker.pyz "$@"
+    (cd dist && sha256sum jobworker.pyz >SHA256SUMS && cat SHA256SUMS)
+}
+
+test_universal() {
+    pyz
+    universal "$@"
+    JOBWORKER_UNIVERSAL=all exec $venv/bin/python -m pytest -k "universal"
+}
+
+# ---- 5. The demo -----------------------------------------------------------------------------------------------
 
 # Prints the commands of the README's session, those after "$ ". Before each stands the job id that its output there
 # shows, or "-".
@@ -172,7 +222,7 @@ end_demo() {
     exit $status
 }
 
-# ---- 5. Tests and tools ----------------------------------------------------------------------------------------
+# ---- 6. Tests and tools ----------------------------------------------------------------------------------------
 
 has_controllers() {
     mount=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
@@ -226,6 +276,8 @@ case $verb in
     pyz | demo | lint | stubs) [ $# = 0 ] || { usage >&2; exit 2; }; $verb ;;
     serve) set_up; mkdir -p certs; exec $venv/bin/python jobworker.py serve --without auto "$@" ;;
     test) run_tests "$@" ;;
+    universal) universal "$@" ;;
+    test-universal) test_universal "$@" ;;
     bench) pyz; exec $venv/bin/python bench_jobworker.py "$@" ;;
     chaos) pyz; JOBWORKER_CHAOS=long exec $venv/bin/python -m pytest -m chaos "$@" ;;
     -h | --help | help) usage ;;

@@ -176,6 +176,7 @@ if not TYPE_CHECKING:
 
 VERSION = "1.0.0"
 SUMMARY = "Job worker runs commands on a Linux machine, each in its own cgroup, over mutual TLS 1.3 and gRPC."
+BUILD = ""  # the commit and the packages of a .pyz, set by its bootstrap
 DEFAULT_PORT = 8010
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -4920,7 +4921,7 @@ def make_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str
             raise UsageError(message)
 
     parser = Parser(prog=PROGRAM, description=SUMMARY)
-    parser.add_argument("--version", action="version", version=f"jobworker {VERSION}")
+    parser.add_argument("--version", action="version", version=f"jobworker {VERSION}{BUILD}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, verb in VERBS.items():
         own = verbs.add_parser(name, help=verb.summary, description=f"{verb.summary[0].upper()}{verb.summary[1:]}.")

@@ -39,6 +39,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -4676,6 +4677,12 @@ def module_at(path):
 
 
 bootstrap = module_at(HERE / "pyz" / "__main__.py")
+first_run = module_at(HERE / "pyz" / "first_run.py")
+bundle = module_at(HERE / "pyz" / "bundle.py")
+VERSION_LINE = (  # argparse breaks it at the terminal's width
+    rf"jobworker {re.escape(jobworker.VERSION)}\s\((commit\s[0-9a-f]{{12}}\+?,\s)?"
+    r"grpcio\s[\d.]+,\sprotobuf\s[\d.]+,\scryptography\s[\d.]+\)\n"
+)
 BUILT_FOR = ("CPython 3.11", "Linux x86_64", "glibc 2.17")
 
 
@@ -4760,6 +4767,7 @@ def test_an_unpacked_folder_is_complete_or_made_anew(tmp_path, change):
     (folder / "below").mkdir(parents=True)
     (folder / "one").write_bytes(b"1")
     (folder / "below" / "two").write_bytes(b"22")
+    first_run.write_size(str(folder))
     if change == "a file less":
         (folder / "below" / "two").unlink()
     elif change == "a byte less":
@@ -4771,7 +4779,7 @@ def test_an_unpacked_folder_is_complete_or_made_anew(tmp_path, change):
         folder.symlink_to("elsewhere")
     elif change == "nothing there":
         shutil.rmtree(folder)
-    assert bootstrap.is_complete(str(folder), (2, 3)) == (change == "none")
+    assert bootstrap.is_complete(str(folder)) == (change == "none")
 
 
 def unpacked(cache):
@@ -4791,7 +4799,7 @@ def test_the_pyz_serves_and_calls_with_nothing_but_python(state, certs, tmp_path
 def test_the_pyz_unpacks_itself_once_where_only_its_user_can_write(tmp_path):
     for _ in range(2):
         done = run_pyz("--version", XDG_CACHE_HOME=str(tmp_path))
-        assert (done.returncode, done.stdout) == (0, f"jobworker {jobworker.VERSION}\n")
+        assert re.fullmatch(VERSION_LINE, done.stdout), done.stderr
     (cache,) = unpacked(tmp_path)
     assert cache.stat().st_mode & 0o777 == 0o700
     shutil.rmtree(cache / "grpc")  # half of it is gone: it is made anew
@@ -4809,7 +4817,7 @@ def test_two_first_runs_at_once_both_run(tmp_path):
         )
         for _ in range(4)
     ]
-    assert {run.communicate(timeout=PATIENCE)[0] for run in runs} == {f"jobworker {jobworker.VERSION}\n".encode()}
+    assert all(re.fullmatch(VERSION_LINE, run.communicate(timeout=PATIENCE)[0].decode()) for run in runs)
     assert len(unpacked(tmp_path)) == 1
 
 
@@ -4838,11 +4846,9 @@ def test_the_pyz_runs_from_a_read_only_place_as_anybody_and_without_a_home(tmp_p
         (other, {"HOME": "/root"}),
     ):
         done = run_pyz("--version", program=PYTHON_FOR_ALL, pyz=place / "jobworker.pyz", wrapper=wrapper, **environment)
-        assert (
-            done.stdout == f"jobworker {jobworker.VERSION}\n"
-            or "is for CPython" in done.stderr
-            or "needs" in done.stderr
-        ), done.stderr
+        assert re.fullmatch(VERSION_LINE, done.stdout) or "is for CPython" in done.stderr or "needs" in done.stderr, (
+            done.stderr
+        )
     shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
 
 
@@ -4853,7 +4859,7 @@ def test_a_cache_that_another_could_have_written_is_not_used(tmp_path):
     (tmp_path / "jobworker").mkdir()
     os.chown(tmp_path / "jobworker", 12345, 12345)
     done = run_pyz("--version", XDG_CACHE_HOME=str(tmp_path), HOME=str(tmp_path / "none"))
-    assert done.stdout == f"jobworker {jobworker.VERSION}\n"
+    assert re.fullmatch(VERSION_LINE, done.stdout), done.stderr
     assert list((tmp_path / "jobworker").iterdir()) == []
 
 
@@ -5006,7 +5012,7 @@ def test_a_place_that_others_could_write_is_passed_over_or_named(tmp_path, how):
         (tmp_path / "shared").chmod(0o777)
         cache.symlink_to(tmp_path / "shared")
     done = run_pyz("--version", XDG_CACHE_HOME=str(cache), HOME=str(home))
-    assert done.stdout == f"jobworker {jobworker.VERSION}\n"
+    assert re.fullmatch(VERSION_LINE, done.stdout), done.stderr
     assert len(unpacked(home / ".cache")) == 1
 
 
@@ -5029,6 +5035,333 @@ def test_a_first_run_that_was_killed_leaves_nothing_that_is_used(tmp_path):
         one_sentence(done, "/nowhere")
         (cache,) = unpacked(tmp_path)
         shutil.rmtree(cache)
+
+
+# --- One file for every machine -------------------------------------------------------------------------
+# What ./build.sh universal makes. ./build.sh test-universal builds it first, and tests more than fits a normal run.
+
+UNIVERSAL = HERE / "dist" / "jobworker.pyz"
+needs_universal = pytest.mark.skipif(not UNIVERSAL.exists(), reason="needs dist/jobworker.pyz: ./build.sh universal")
+in_full = pytest.mark.skipif(os.environ.get("JOBWORKER_UNIVERSAL") != "all", reason="needs ./build.sh test-universal")
+PYTHONS = [
+    path
+    for path in (*(sorted(PYENV.glob("3.1*/bin/python3")) if os.access(PYENV, os.R_OK) else []), PYTHON_FOR_ALL)
+    if path.exists()
+]
+OLD_PYTHONS = [path for number in ("2.7", "3.[6-9]") for path in sorted(PYENV.glob(f"{number}.*/bin/python"))]
+
+
+def run_universal(*words, program=LIKE_PYZ, pyz=UNIVERSAL, **options):
+    return run_pyz(*words, program=program, pyz=pyz, **options)
+
+
+@pytest.fixture
+def small_archive(tmp_path):
+    """A zip with part.tar.xz, of three folders, and the hashes of these."""
+    parts = {"abi3": {"a/b.so": b"b" * 5000}, "cp314": {"c.so": b"new" * 9000}, "cp310": {"c.so": b"old" * 9000}}
+    path = tmp_path / "small.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("part.tar.xz", bundle.compressed(bundle.archive_of(parts), tmp_path))
+    return path, bundle.sums_of("part", parts)
+
+
+@pytest.mark.parametrize("has_lzma", [True, False])
+@pytest.mark.parametrize(("python", "content"), [("cp314", b"new"), ("cp310", b"old")])
+def test_one_python_s_part_of_an_archive_is_extracted(small_archive, tmp_path, monkeypatch, has_lzma, python, content):
+    path, sums = small_archive
+    if not has_lzma:
+        monkeypatch.setitem(sys.modules, "lzma", None)
+    first_run.extract(str(path), "part", ["abi3", python], str(tmp_path / "out"), sums)
+    found = {str(file.relative_to(tmp_path / "out")): file.read_bytes() for file in (tmp_path / "out").rglob("*.so")}
+    assert found == {"a/b.so": b"b" * 5000, "c.so": content * 9000}
+
+
+def test_without_lzma_and_xz_one_sentence_names_the_package(small_archive, tmp_path, monkeypatch):
+    path, sums = small_archive
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match="no lzma module, and there is no xz: install xz-utils"):
+        first_run.extract(str(path), "part", ["abi3"], str(tmp_path / "out"), sums)
+
+
+def test_a_part_that_is_not_what_was_built_is_damaged(small_archive, tmp_path):
+    path, sums = small_archive
+    with pytest.raises(first_run.DamagedError):
+        first_run.extract(str(path), "part", ["abi3"], str(tmp_path / "out"), {**sums, "part/abi3": "0" * 64})
+
+
+@pytest.mark.parametrize(
+    ("running", "target"),
+    [
+        (("CPython 3.12", "Linux x86_64", "glibc 2.36"), "x86_64-glibc"),
+        (("CPython 3.12", "Linux x86_64", "glibc 2.17"), "x86_64-glibc"),
+        (("CPython 3.12", "Linux x86_64", "glibc 2.12"), None),
+        (("CPython 3.12", "Linux aarch64", "musl"), "aarch64-musl"),
+        (("CPython 3.12", "Linux x86_64", "musl"), None),
+        (("CPython 3.15", "Linux x86_64", "glibc 2.36"), None),
+        (("CPython 3.13t", "Linux x86_64", "glibc 2.36"), None),
+        (("PyPy 3.12", "Linux x86_64", "glibc 2.36"), None),
+        (("CPython 3.12", "Linux x86_64 (32 bits)", "glibc 2.36"), None),
+        (("CPython 3.12", "Darwin arm64", "unknown libc"), None),
+    ],
+)
+def test_the_target_inside_fits_python_machine_and_libc(running, target):
+    built = {
+        "targets": ["x86_64-glibc", "aarch64-musl"],
+        "pythons": ["CPython 3.12", "CPython 3.13"],
+        "glibc": [2, 17],
+    }
+    assert bootstrap.target_of(running, built) == target
+
+
+@pytest.mark.parametrize(
+    ("mapped", "libc"),
+    [
+        ("7f00-7f01 r-xp 00000000 08:01 12 /lib/ld-musl-x86_64.so.1", "musl"),
+        ("7f00-7f01 r-xp 00000000 08:01 12 /usr/lib/x86_64-linux-musl/libc.so", "musl"),  # Debian's musl
+        ("7f00-7f01 r-xp 00000000 08:01 12 /usr/lib/x86_64-linux-gnu/libc.so.6", "unknown libc"),
+        ("7f00-7f01 r-xp 00000000 00:00 0", "unknown libc"),
+    ],
+)
+def test_musl_is_known_by_what_this_process_maps(tmp_path, mapped, libc):
+    (tmp_path / "maps").write_text(f"{mapped}\n")
+    assert bootstrap.mapped_libc(tmp_path / "maps") == libc
+
+
+@needs_universal
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parts[4] if "pyenv" in str(path) else "system")
+def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs, tmp_path, python):
+    program = (str(python), str(UNIVERSAL))
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with serving(state, certs, program=program, cwd="/", env=environment) as served:
+        environment |= {"JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(certs)}
+
+        def run(*words):
+            done = served.run(*words, program=program, env=environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        job = run("start", "--", "sh", "-c", "echo hello; sleep 1000").split()[-1]
+        with subprocess.Popen([*program, "stream", job], env=environment, stdout=subprocess.PIPE) as stream:
+            assert stream.stdout.readline() == b"hello\n"
+            assert "RUNNING" in run("status", job)
+            run("stop", job)
+            stream.wait(PATIENCE)
+        assert "STOPPED" in run("status", job)
+    (folder,) = unpacked(tmp_path / "cache")
+    assert folder.name.endswith(f"-{os.uname().machine}-glibc")
+
+
+@needs_universal
+@pytest.mark.parametrize("python", OLD_PYTHONS, ids=lambda path: path.parts[4])
+def test_universal_tells_an_old_python_so_in_one_sentence(python):
+    if python.parts[4].startswith("2."):
+        one_sentence(
+            run_universal("--version", program=python), "Python 3.10 or newer is needed, but this is Python 2.7"
+        )
+    else:
+        one_sentence(
+            run_universal("--version", program=python), "Python 3.10 or newer is needed, but this is Python 3."
+        )
+
+
+@needs_universal
+@as_root
+@pytest.mark.parametrize("case", ["HOME=", "HOME=/proc", "HOME=/nowhere", "another user's cache"])
+def test_universal_runs_without_a_cache_of_the_user_s(tmp_path, case):
+    tmp_path.chmod(0o755)
+    mount = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /var/tmp; chmod 1777 /var/tmp; "$@"; ls /var/tmp', "sh")
+    environment = {}
+    if case.startswith("HOME="):
+        environment["HOME"] = case[5:]
+    else:
+        (tmp_path / "jobworker").mkdir()
+        os.chown(tmp_path / "jobworker", 12345, 12345)
+        environment["XDG_CACHE_HOME"] = str(tmp_path)
+    done = run_universal("--version", wrapper=mount, **environment)
+    assert re.fullmatch(VERSION_LINE + "jobworker-0\n", done.stdout), done.stderr
+
+
+@needs_universal
+@as_root
+@pytest.mark.parametrize(("options", "said"), [("noexec", "noexec"), ("size=9M", "no room for")])
+def test_universal_names_a_file_system_that_does_not_do(tmp_path, options, said):
+    left = f"find {tmp_path} -type f ! -name lock >&2"
+    mounted = f'mount -t tmpfs -o {options} none {tmp_path}; "$@"; status=$?; {left}; exit $status'
+    wrapper = ("unshare", "-m", "sh", "-c", mounted, "sh")
+    one_sentence(run_universal("--version", wrapper=wrapper, XDG_CACHE_HOME=str(tmp_path)), said, str(tmp_path))
+
+
+@needs_universal
+def test_universal_five_first_runs_at_once_all_run(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [LIKE_PYZ, UNIVERSAL, "--version"], env={"XDG_CACHE_HOME": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(5)
+    ]
+    assert all(re.fullmatch(VERSION_LINE, run.communicate(timeout=PATIENCE)[0]) for run in runs)
+    assert len(os.listdir(tmp_path / "jobworker")) == 2  # with the lock
+
+
+@needs_universal
+def test_universal_a_first_run_that_was_killed_leaves_nothing(tmp_path):
+    first = subprocess.Popen([LIKE_PYZ, UNIVERSAL, "--version"], env={"XDG_CACHE_HOME": str(tmp_path)})
+    until(lambda: list(tmp_path.glob("jobworker/new-*/jobworker/*")))
+    first.kill()
+    first.wait(PATIENCE)
+    assert re.fullmatch(VERSION_LINE, run_universal("--version", XDG_CACHE_HOME=str(tmp_path)).stdout)
+    assert len(os.listdir(tmp_path / "jobworker")) == 2
+
+
+@needs_universal
+def test_universal_makes_a_folder_anew_that_lost_a_file(tmp_path):
+    run_universal("--version", XDG_CACHE_HOME=str(tmp_path))
+    (folder,) = unpacked(tmp_path)
+    (library,) = folder.glob("grpc/_cython/*.so")
+    library.unlink()
+    assert re.fullmatch(VERSION_LINE, run_universal("--version", XDG_CACHE_HOME=str(tmp_path)).stdout)
+    assert library.exists()
+    assert unpacked(tmp_path) == [folder]
+
+
+@needs_universal
+@pytest.mark.parametrize("part", ["python.tar.xz", f"{os.uname().machine}-glibc.tar.xz"])
+@pytest.mark.parametrize("damage", ["at the beginning", "in the middle", "cut short"])
+def test_universal_file_that_was_damaged_is_one_sentence(tmp_path, part, damage):
+    with zipfile.ZipFile(UNIVERSAL) as file:
+        info = file.getinfo(part)
+    spoiled = bytearray(UNIVERSAL.read_bytes())
+    if damage == "cut short":
+        del spoiled[info.header_offset + info.file_size // 2 :]
+    else:
+        at = info.header_offset + 200 + (info.file_size // 8 if damage == "in the middle" else 0)
+        spoiled[at : at + 8] = bytes(each ^ 255 for each in spoiled[at : at + 8])
+    (tmp_path / "jobworker.pyz").write_bytes(spoiled)
+    done = run_universal("--version", pyz=tmp_path / "jobworker.pyz", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (done.returncode, done.stdout) == (1, "")
+    if damage == "cut short":
+        assert "cut-short" in done.stderr
+        assert "Traceback" not in done.stderr
+    else:
+        one_sentence(done, "is damaged: copy it here again")
+        assert os.listdir(tmp_path / "cache" / "jobworker") == ["lock"]
+
+
+def hide_a_library(tmp_path, name):
+    """A wrapper that runs a command on a system without the library."""
+    folder = next(path.parent for path in Path("/usr/lib").rglob(name))
+    for each in ("upper", "work"):
+        (tmp_path / each).mkdir()
+    mounts = f"mount -t tmpfs none {tmp_path}; mkdir {tmp_path}/upper {tmp_path}/work; mount -t overlay none "
+    mounts += f"-o lowerdir={folder},upperdir={tmp_path}/upper,workdir={tmp_path}/work {folder}; rm {folder}/{name}*"
+    return ("unshare", "-m", "sh", "-c", f'{mounts}; exec "$@"', "sh")
+
+
+@needs_pyz
+@as_root
+@pytest.mark.parametrize("pyz", [PYZ, pytest.param(UNIVERSAL, marks=needs_universal)], ids=["ordinary", "universal"])
+def test_a_missing_libstdc_is_one_sentence(certs, tmp_path, pyz):
+    wrapper = hide_a_library(tmp_path, "libstdc++.so.6")
+    done = run_pyz("status", ID, "--certs", str(certs), pyz=pyz, wrapper=wrapper)
+    one_sentence(done, "this system has no libstdc++.so.6, which gRPC needs: install libstdc++6 (apt)")
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    """A universal file in which this machine's target is not."""
+    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[os.uname().machine] + "-glibc"
+    out = tmp_path_factory.mktemp("elsewhere") / "jobworker.pyz"
+    command = [sys.executable, "pyz/bundle.py", "--wheels", "build/wheels", out, other]
+    subprocess.run(command, cwd=HERE, check=True, timeout=10 * PATIENCE)
+    return out
+
+
+@needs_universal
+def test_universal_takes_this_python_s_own_packages_where_it_has_none(shared, elsewhere, tmp_path):
+    traps = tmp_path / "traps"
+    traps.mkdir()
+    lay_traps(traps, TRAPS)
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(traps),
+                   "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs)}  # fmt: skip
+    done = subprocess.run([sys.executable, elsewhere, "status", ID], cwd=traps, env=environment, capture_output=True, text=True,
+                          timeout=PATIENCE, check=False)  # fmt: skip
+    assert done.stderr == f"jobworker: there is no job {ID}\n"
+    (folder,) = unpacked(tmp_path / "cache")
+    assert folder.name.endswith("-own")
+    assert not list(folder.rglob("*.so"))
+    assert re.fullmatch(
+        VERSION_LINE, run_pyz("--version", program=sys.executable, pyz=elsewhere, XDG_CACHE_HOME=str(tmp_path)).stdout
+    )
+
+
+@needs_universal
+def test_universal_names_the_way_to_own_packages_where_there_are_none(elsewhere, tmp_path):
+    done = run_pyz("--version", pyz=elsewhere, XDG_CACHE_HOME=str(tmp_path))
+    one_sentence(
+        done, "this Python has no grpcio of its own: python3 -m venv ~/jobworker && ~/jobworker/bin/pip install"
+    )
+    assert not (tmp_path / "jobworker").exists()
+
+
+@needs_universal
+def test_universal_refuses_own_packages_that_are_too_old_before_any_is_imported(elsewhere, tmp_path):
+    lay_traps(tmp_path, TRAPS)
+    for name, version in (("grpcio", "1.51.1"), ("protobuf", "7.36.2"), ("cryptography", "50.0.2")):
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    code = f"import runpy, site, sys; site.getsitepackages = lambda: [{str(tmp_path)!r}]; sys.argv = [{str(elsewhere)!r}, '--version']; "
+    code += "sys.path[0] = sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([LIKE_PYZ, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    one_sentence(done, "its own grpcio is 1.51.1, older than 1.85.1")
+
+
+@needs_universal
+def test_universal_takes_over_from_the_ordinary_file_under_running_jobs(state, certs, tmp_path):
+    place, port = tmp_path / "jobworker.pyz", free_port()
+    shutil.copy(PYZ, place)
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path)}
+    program = (str(LIKE_PYZ), str(place))
+    with serving(state, certs, program=program, port=port, end=signal.SIGKILL, env=environment) as served:
+        job = served.start("--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6")
+        shutil.copy(UNIVERSAL, tmp_path / "new")
+        os.replace(tmp_path / "new", place)
+        assert served.run("stream", served.start("--", "echo", "old still")).stdout == "old still\n"
+    with serving(state, certs, program=program, port=port, env=environment) as served:
+        home = next((state / "home").iterdir()) if os.geteuid() == 0 else Path.home()
+        (home / "gate").write_text("go\n")
+        assert served.run("stream", job).stdout == "before\nafter\n"
+        assert "exitCode: 6" in served.run("status", job).stdout
+
+
+@needs_universal
+def test_universal_is_small_and_its_first_run_takes_little_memory(tmp_path):
+    with zipfile.ZipFile(UNIVERSAL) as file:
+        sizes = {info.filename.removesuffix(".tar.xz"): info.file_size for info in file.infolist()}
+    both = sum(size for name, size in sizes.items() if not name.endswith("musl"))
+    assert both - sizes.get("aarch64-glibc", 0) < 15e6
+    assert both < 28e6
+    # A small process starts it: a child begins with the memory of its parent, which counts.
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = run_universal(*("-c", code, LIKE_PYZ, UNIVERSAL, "--version"), pyz="-S", XDG_CACHE_HOME=str(tmp_path))
+    assert int(done.stdout) < 64 * 1024, done.stderr
+
+
+@needs_universal
+@in_full
+def test_universal_is_the_same_bytes_from_another_python_and_an_empty_cache(tmp_path):
+    with zipfile.ZipFile(UNIVERSAL) as file:
+        targets = [name.removesuffix(".tar.xz") for name in file.namelist() if "-" in name]
+    stated = run_universal("--version", XDG_CACHE_HOME=str(tmp_path)).stdout
+    commit = re.search(r"commit\s\S+(?=,)", stated)[0].replace("\n", " ")
+    wheels = tmp_path / "wheels"
+    shutil.copytree(HERE / "build" / "wheels", wheels, ignore=shutil.ignore_patterns("*.xz"))
+    python = next(path for path in PYTHONS if path.parts[4] != LIKE_PYZ.parts[4])
+    targets.sort(reverse=True)
+    command = [python, "pyz/bundle.py", "--commit", commit, "--wheels", wheels, tmp_path / "jobworker.pyz", *targets]
+    subprocess.run(command, cwd=HERE, check=True)
+    assert (tmp_path / "jobworker.pyz").read_bytes() == UNIVERSAL.read_bytes()
 
 
 # --- Outliving the server -------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Start Job worker from jobworker.pyz: check this machine, unpack once, run.
 
-This is the first code that runs in a .pyz, and pyz/bundle.py puts it there with a filled `BUILT`. Every Python from
-2.7 on can parse it, since a Python that is too old must be told so in one sentence.
+This is the first code that runs in a .pyz, and pyz/bundle.py puts it there with a filled `BUILT`. There are two kinds:
+`./build.sh` packs one platform, ready to run, and `./build.sh universal` several, compressed (see first_run.py). Every
+Python from 2.7 on can parse this file, since a Python that is too old must be told so in one sentence.
 """
 
 import errno
@@ -32,9 +33,18 @@ def this_platform():
     except (AttributeError, ValueError, OSError):
         libc = ""
     if not libc.startswith("glibc "):
-        found = os.listdir("/lib") if os.path.isdir("/lib") else []
-        libc = "musl" if [name for name in found if name.startswith("ld-musl-")] else "unknown libc"
+        libc = mapped_libc("/proc/self/maps")
     return python, machine, libc
+
+
+def mapped_libc(maps):
+    """Return the libc that this process runs with. musl is mapped as ld-musl-ARCH.so.1, on Debian as libc.so."""
+    try:
+        with open(maps) as file:
+            names = [os.path.basename(line.split()[-1]) for line in file if "/" in line]
+    except (IOError, OSError):
+        names = []
+    return "musl" if [n for n in names if n.startswith("ld-musl-") or n == "libc.so"] else "unknown libc"
 
 
 def check_platform(running, built):
@@ -50,6 +60,19 @@ def check_platform(running, built):
         "this jobworker.pyz is for %s on %s with %s%s, but this is %s on %s with %s: %s"
         % (built + (" or newer" if oldest[1:] else "",) + running + (remedy,))
     )
+
+
+def check_python(version, least):
+    if version < least:
+        die("Python %d.%d or newer is needed, but this is Python %d.%d" % (least + version))
+
+
+def target_of(running, built):
+    """Return which target inside fits, as 'x86_64-glibc', or None."""
+    python, machine, libc = running
+    name = "%s-%s" % (machine.replace("Linux ", ""), libc.split()[0])
+    new_enough = not libc.startswith("glibc ") or version_numbers(libc.split()[1:]) >= built["glibc"]
+    return name if name in built["targets"] and python in built["pythons"] and new_enough else None
 
 
 def version_numbers(words):
@@ -98,14 +121,16 @@ def private_folder(path):
     return parent
 
 
-def is_complete(folder, expected):
-    """Tell whether the folder holds the expected number of files and bytes.
+def is_complete(folder):
+    """Tell whether the folder holds the number of files and bytes that its file SIZE names.
 
     Programs that clean up temporary folders delete single files.
     """
     count = size = 0
     folders = [folder]
     try:
+        with open(folder + "/SIZE") as file:
+            expected = tuple(int(word) for word in file.read().split())
         while folders:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
@@ -114,53 +139,12 @@ def is_complete(folder, expected):
                     else:
                         count += 1
                         size += entry.stat(follow_symlinks=False).st_size
-    except OSError:
+    except (OSError, ValueError):
         return False
     return (count, size) == expected and not os.path.islink(folder)
 
 
-# --- 3. Unpacking -------------------------------------------------------------------------------------------------
-
-
-def unpack(archive, parent, folder):
-    """Unpack to a new folder and rename it, so that `folder` is complete or absent. A second first run waits."""
-    import fcntl
-    import shutil
-    import tempfile
-    import zipfile
-    import zlib
-
-    umask = os.umask(0o077)
-    try:
-        with open(parent + "/lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                for name in os.listdir(parent):
-                    if name.startswith("new-"):  # a first run was killed and left it
-                        shutil.rmtree(parent + "/" + name, ignore_errors=True)
-            except OSError:  # this file system has no locks; the rename decides
-                pass
-            if is_complete(folder, BUILT["files"]):
-                return
-            new = tempfile.mkdtemp(prefix="new-", dir=parent)
-            try:
-                with zipfile.ZipFile(archive) as pyz:
-                    pyz.extractall(new, [name for name in pyz.namelist() if name.startswith("jobworker/")])
-                if os.path.lexists(folder):
-                    os.rename(folder, new + "/damaged")
-                os.rename(new + "/jobworker", folder)
-            except OSError:
-                if not is_complete(folder, BUILT["files"]):
-                    raise
-            except (zipfile.BadZipFile, zlib.error, EOFError):
-                die("%s is damaged: copy it here again" % archive)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
-    finally:
-        os.umask(umask)
-
-
-def unpacked_folder(archive):
+def unpacked_folder(archive, name, kind):
     """Return the folder of the unpacked files, after unpacking them if this is the first run."""
     refused = []
     for path in cache_folders():
@@ -170,30 +154,50 @@ def unpacked_folder(archive):
             parent = private_folder(path + "/jobworker")
             if os.statvfs(parent).f_flag & os.ST_NOEXEC:
                 die("%s is on a file system that runs no code (noexec): %s" % (parent, REMEDY))
-            folder = parent + "/" + BUILT["hash"]
-            if not is_complete(folder, BUILT["files"]):
-                unpack(archive, parent, folder)
+            folder = parent + "/" + name
+            if not is_complete(folder):
+                import_first_run(archive).install(archive, folder, kind, BUILT, is_complete)
             return folder
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                die("no room for %d MB in %s: free some, or %s" % (BUILT["files"][1] >> 20, parent, REMEDY))
+                die("no room for %d MB in %s: free some, or %s" % (BUILT["megabytes"], parent, REMEDY))
             refused.append("%s: %s" % (error.filename or path, error.strerror))
     die("no folder to unpack to (%s): set XDG_CACHE_HOME to a folder that is this user's alone" % "; ".join(refused))
 
 
-# --- 4. Start -----------------------------------------------------------------------------------------------------
+# --- 3. Start -----------------------------------------------------------------------------------------------------
+
+
+def import_first_run(archive):
+    """Import first_run.py from the archive. A later start does without, which saves compiling it."""
+    sys.path.insert(0, archive)
+    try:
+        import first_run
+    finally:
+        del sys.path[0]
+    return first_run
 
 
 def main():
-    check_platform(this_platform(), BUILT["platform"])
-    archive = sys.path[0]
+    check_python(sys.version_info[:2], (3, 10))
+    archive, running = sys.path[0], this_platform()
     # Only the standard library and the unpacked folder are searched. The working directory, PYTHONPATH and this
     # Python's own packages are not: their code would run as this user.
     library = os.path.dirname(os.__file__)
     keep = ("lib-dynload", "python%d%d.zip" % sys.version_info[:2])
     sys.path[:] = [p for p in sys.path if p == library or os.path.basename(p) in keep]
-    folder = unpacked_folder(archive)
+    package_folders, packages = [], BUILT["packages"]
+    if "targets" in BUILT:
+        kind = target_of(running, BUILT) or "own"
+        if kind == "own":
+            package_folders, packages = import_first_run(archive).own_packages(running, BUILT)
+    else:
+        kind = "ordinary"
+        check_platform(running, BUILT["platform"])
+    # Several machines may share a home, so the name tells them apart.
+    folder = unpacked_folder(archive, "%s-%s-%s" % (BUILT["hash"], sys.implementation.cache_tag, kind), kind)
     sys.path.insert(0, folder)
+    sys.path.extend(package_folders)
     sys.dont_write_bytecode = True  # the folder holds all bytecode already
     for name in list(sys.modules):
         if name.split(".")[0] in BUILT["modules"]:
@@ -203,7 +207,15 @@ def main():
         import jobworker
     except ImportError as error:
         die("%s does not load: %s" % (folder, error))
+    jobworker.BUILD = " (%s)" % ", ".join(word for word in (BUILT["commit"], packages) if word)
     return jobworker.program
+
+
+def explain(error):
+    """Return the sentence for a package that does not load, mostly for want of a library of this system."""
+    if "libstdc++" in str(error):
+        return "this system has no libstdc++.so.6, which gRPC needs: install libstdc++6 (apt) or libstdc++ (dnf, apk)"
+    return "a package does not load: %s" % error
 
 
 if __name__ == "__main__":
@@ -211,4 +223,7 @@ if __name__ == "__main__":
         run = main()
     except KeyboardInterrupt:
         sys.exit(130)
-    run()
+    try:
+        run()
+    except ImportError as error:
+        die(explain(error))
