@@ -5317,8 +5317,8 @@ def test_universal_refuses_own_packages_that_are_too_old_before_any_is_imported(
 
 
 @needs_universal
-def test_universal_takes_over_from_the_ordinary_file_under_running_jobs(state, certs, tmp_path):
-    place, port = tmp_path / "jobworker.pyz", free_port()
+def test_universal_takes_over_from_the_ordinary_file_under_running_jobs(state, certs, tmp_path, port):
+    place = tmp_path / "jobworker.pyz"
     shutil.copy(PYZ, place)
     environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path)}
     program = (str(LIKE_PYZ), str(place))
