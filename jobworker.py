@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     import shutil
     import ssl
     import subprocess
+    import threading
     import traceback
     import weakref
     import zlib
@@ -134,6 +135,7 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
     "shutil": "shutil",
     "ssl": "ssl",
     "subprocess": "subprocess",
+    "threading": "threading",
     "traceback": "traceback",
     "weakref": "weakref",
     "zlib": "zlib",
@@ -206,6 +208,7 @@ STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports
 
 # systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
 UID_RANGES_BASE, UID_RANGE, UID_RANGES = 1879048192, 65536, 4096
+UID_CLAIMS = "/var/lib/jobworker-uids"  # a file for each range that is claimed: which state folder has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,6 +427,14 @@ class Cgroup:
             os.makedirs(self.path, mode=0o755, exist_ok=True)
         except OSError as error:
             raise KernelError(f"cannot create the cgroup {self.path}", error) from error
+
+    def hide(self, mode: int, gid: int = -1) -> None:
+        """Take from other users the right to list this cgroup: the names in it are uids and ids of jobs."""
+        try:
+            os.chown(self.path, -1, gid)
+            os.chmod(self.path, mode)
+        except OSError as error:
+            raise KernelError(f"cannot change the mode of the cgroup {self.path}", error) from error
 
     def controllers(self) -> frozenset[str]:
         return frozenset(kernel_read(f"{self.path}/cgroup.controllers").split())
@@ -658,11 +669,13 @@ class CgroupTree:
     def shims(self) -> str:
         return f"{self.root}/shims" if self.root else ""
 
-    def make_job(self, path: str, limits: Limits) -> Cgroup:
-        """Make a job's cgroup at its `job_path` and write its limits."""
+    def make_job(self, path: str, limits: Limits, gid: int) -> Cgroup:
+        """Make a job's cgroup at its `job_path` and write its limits. Of other users only `gid` can pass through."""
         cgroup = Cgroup(path)
         owner = Cgroup(os.path.dirname(path))
         owner.create()
+        if os.geteuid() == 0:
+            owner.hide(0o710, gid)
         owner.enable(self.controllers)  # an earlier server may have enabled fewer
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
@@ -698,6 +711,9 @@ def make_tree(top: str | None, folder: str, without: frozenset[str]) -> CgroupTr
     tree = CgroupTree(f"{top}/{folder}", enforced, disks)
     shims = Cgroup(tree.shims)
     shims.create()
+    if os.geteuid() == 0:
+        Cgroup(f"{top}/{folder}").hide(0o711)
+        shims.hide(0o700)
     if "io" in enforced:
         shims.limit(Limits(io=SHIMS_IO_LIMIT), ["io"], disks)
     return tree
@@ -978,8 +994,12 @@ class Tail:
 #     <state>/jobs/<id>/output     what the job printed; only its shim writes it
 #     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
 #     <state>/jobs/<id>/control    a FIFO that the shim reads: stop requests; it has a reader while the shim lives
+#     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
+#     <state>/jobs/<id>/var-tmp    /var/tmp of a confined job, until the job ends
 #     <state>/owners/UID           the name of the owner who has this uid (section 7)
+#     <state>/owners/token         a random word that names this state folder where it claims uids (section 7)
 #     <state>/home/UID             the home of that owner's jobs (section 7)
+#     <state>/view/UID             the state folder as that owner's confined jobs see it (section 6)
 #     <state>/quarantine/          folders that could not be read as a job, for a person to look at
 #
 # The status of a job follows from `events` and from whether `control` has a reader. No pid is stored, since the kernel
@@ -994,6 +1014,10 @@ NEXT_PHASES: dict[str, tuple[str, ...]] = {  # the phases of a job, and which ma
     "done": (),  # no process of the job is left, and its output is complete
 }
 FALLOC_FL_KEEP_SIZE = 1
+TMP_FOLDERS = {"tmp": "/tmp", "var-tmp": "/var/tmp"}  # noqa: S108  a confined job's folders, and where it sees them
+HIDDEN = "view/hidden"  # below the state folder: what a confined job sees in place of a hidden folder
+TRIAL = "view/trial"  # in place of a job's folder; it stays, so that a full disk keeps no server from its next start
+TREE_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
 
 
@@ -1021,6 +1045,8 @@ class Spec:
     env: tuple[tuple[str, str], ...] = ()  # added to `environment`; no answer contains the values
     cwd: str = ""  # relative to `home`; empty: `home`
     name: str = ""
+    confine: bool = False  # whether the job is confined (section 6)
+    hidden: tuple[str, ...] = ()  # folders that a confined job sees empty
 
     def to_json(self) -> bytes:
         return json.dumps({**vars(self), "limits": vars(self.limits)}).encode()
@@ -1034,7 +1060,7 @@ class Spec:
         try:
             plain = json.loads(text)
             known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
-            tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
+            tuples = {name: tuple(plain.get(name, ())) for name in ("args", "groups", "controllers", "hidden")}
             tuples["env"] = tuple(tuple(pair) for pair in plain.get("env", ()))
             limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
             return cls(**{**known, **tuples, "limits": Limits(**limits)})
@@ -1081,6 +1107,24 @@ LOST = Ending("FINISHED", 255, reason="LOST")
 
 
 @dataclasses.dataclass(frozen=True)
+class StartFailure:
+    """Why a command could not be run, as its process saw it with the job's uid."""
+
+    errno: int
+    found: str = ""  # what is at the command's path: "folder", "file", or empty: nothing, or nothing that it may see
+    step: str = ""  # the step of the confinement that failed
+
+    def to_word(self) -> bytes:
+        """For the pipe between the child and its shim, and for `events`."""
+        return f"{self.errno} {encode_name(self.found)} {encode_name(self.step)}".encode()
+
+    @classmethod
+    def from_word(cls, text: bytes) -> StartFailure:
+        number, found, step = text.decode("ascii").split(" ")
+        return cls(int(number), decode_name(found), decode_name(step))
+
+
+@dataclasses.dataclass(frozen=True)
 class Events:
     """What a job's `events` file says: the phase of its last valid line, and the facts of all lines as `phase.key`."""
 
@@ -1092,9 +1136,12 @@ class Events:
         return float(self.facts.get(f"{phase}.at", 0))
 
     @property
-    def failure(self) -> int:
-        """The errno of a command that could not be run; 0: none."""
-        return int(self.facts.get("failed.errno", 0))
+    def failure(self) -> StartFailure | None:
+        """Why the command could not be run; None: it could."""
+        if "failed.errno" not in self.facts:
+            return None
+        found, step = (decode_name(self.facts.get(f"failed.{key}", "-").strip("-")) for key in ("found", "step"))
+        return StartFailure(int(self.facts["failed.errno"]), found, step)
 
     @property
     def ending(self) -> Ending | None:
@@ -1225,6 +1272,22 @@ class JobFolder:
         resources.callback(os.close, events)
         return [control, events]
 
+    def create_tmp(self, points: Iterable[str]) -> None:
+        """Make a confined job's folders for temporary files, and in them the mount points `points`."""
+        try:
+            for name in TMP_FOLDERS:
+                os.mkdir(f"{self.path}/{name}")
+                os.chmod(f"{self.path}/{name}", 0o1777)  # noqa: S103  as /tmp; mkdir(2) applies the umask
+            for point in points:
+                os.makedirs(f"{self.path}/{point}", 0o711)
+        except OSError as error:
+            raise disk_error(f"cannot make the folders of {self.path}", error) from error
+
+    def delete_tmp(self) -> None:
+        """Delete a confined job's temporary files. Raises OSError. No process of the job may live."""
+        for name in TMP_FOLDERS:
+            delete_tree(f"{self.path}/{name}")
+
     def write_spec(self, text: bytes) -> None:
         try:
             descriptor = os.open(f"{self.path}/job.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -1317,7 +1380,72 @@ class JobFolder:
         for name in self.FILES:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self.path}/{name}")
+        self.delete_tmp()
         os.rmdir(self.path)
+
+
+def delete_tree(path: str) -> None:
+    """Delete a folder that a job filled. Raises OSError.
+
+    The job may have made a tree of any depth, and another job of its owner may hold folders of it open and change them
+    meanwhile. So each folder is taken from its owner before it is emptied, no link is followed, and a folder in a
+    folder is first moved to the top: never more than two folders are open.
+    """
+    try:
+        top = os.open(path, TREE_FLAGS)
+    except FileNotFoundError:
+        return
+    try:
+        take_folder(top)
+        while flatten(top):
+            pass
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def flatten(top: int) -> bool:
+    """Delete files and folders, and move folders of folders here. False: the folder was empty."""
+    found = False
+    with os.scandir(top) as entries:  # a list of all names could be larger than the shim's memory
+        for entry in entries:
+            found = True
+            if not delete_file(entry.name, top):
+                move_folders(entry.name, top)
+                delete_file(entry.name, top)
+    return found
+
+
+def move_folders(name: str, top: int) -> None:
+    """Empty a folder of `top`: delete its files, and move its folders to `top`."""
+    folder = os.open(name, TREE_FLAGS, dir_fd=top)
+    try:
+        take_folder(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not delete_file(entry.name, folder):
+                    os.rename(entry.name, os.urandom(16).hex(), src_dir_fd=folder, dst_dir_fd=top)
+    finally:
+        os.close(folder)
+
+
+def take_folder(folder: int) -> None:
+    os.fchown(folder, os.geteuid(), os.getegid())
+    os.fchmod(folder, 0o700)
+
+
+def delete_file(name: str, folder: int) -> bool:
+    """Delete a file or an empty folder. False: it is a folder that is not empty."""
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        try:
+            os.rmdir(name, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+    return True
 
 
 def receive_requests(control: int) -> list[StopRequest | SignalRequest]:
@@ -1353,6 +1481,51 @@ def make_state_folder(state: pathlib.Path) -> None:
         (state / "jobs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise KernelError(f"cannot use the state folder {state} (`--state DIR` names another)", error) from error
+
+
+def make_views(state: str, hidden: Sequence[str]) -> tuple[str, ...]:
+    """Make what confined jobs see in place of hidden folders. Returns the folders that must be hidden one by one.
+
+    A hidden folder below the state folder or below a folder for temporary files is hidden with it. One that holds the
+    state folder gets a mount point for it.
+    """
+    try:
+        for folder, mode in (("view", 0o700), (HIDDEN, 0o711)):
+            os.makedirs(f"{state}/{folder}", exist_ok=True)
+            os.chmod(f"{state}/{folder}", mode)
+        for name in (*TMP_FOLDERS, *tmp_points(state)):
+            os.makedirs(f"{state}/{TRIAL}/{name}", exist_ok=True)
+        alone = []
+        for folder in map(os.path.realpath, hidden):
+            if any(is_below(folder, place) for place in (state, *map(os.path.realpath, TMP_FOLDERS.values()))):
+                continue
+            alone.append(folder)
+            if is_below(state, folder):
+                os.makedirs(f"{state}/{HIDDEN}/{os.path.relpath(state, folder)}", 0o711, exist_ok=True)
+    except OSError as error:
+        raise disk_error(f"cannot make {state}/view", error) from error
+    return tuple(alone)
+
+
+def make_view(state: str, uid: int) -> None:
+    """Make the state folder as the confined jobs of one owner see it: with a mount point for their home, and no more.
+    Raises OSError.
+    """
+    home = f"{state}/view/{uid}/home/{uid}"
+    if not os.path.exists(home):
+        os.makedirs(home, 0o711)
+        for folder in (f"{state}/view/{uid}", os.path.dirname(home), home):  # the umask may have taken more
+            os.chmod(folder, 0o711)  # noqa: S103  it can be passed, not listed
+
+
+def is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def tmp_points(state: str) -> list[str]:
+    """The mount point that a state folder below /tmp or /var/tmp needs in its jobs' folders for temporary files."""
+    places = {name: os.path.realpath(place) for name, place in TMP_FOLDERS.items()}
+    return [f"{name}/{os.path.relpath(state, place)}" for name, place in places.items() if is_below(state, place)]
 
 
 def lock_state_folder(state: pathlib.Path) -> int:
@@ -1398,6 +1571,105 @@ PIPE_BYTES = MIB  # of the job's pipe, where fs.pipe-max-size and the user's sha
 PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
 MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
 STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the others are unlimited
+
+
+# -- Confinement: what a job of root's server is born with. The child makes it from a list that its shim prepared
+
+CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+# One step: what it makes, the libc function, its arguments, and the errnos that mean that there is nothing to do.
+Step: TypeAlias = "tuple[str, str, tuple[Any, ...], tuple[int, ...]]"
+
+
+def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Sequence[str]) -> list[Step]:
+    """The steps that confine a process, in this order. `folder` (a job's), `view` and `home` lie below `state`.
+
+    The first step after the new namespaces enters the state folder. So the paths of sources are relative, and they hold
+    after the state folder is covered. An empty `home` is an account's home, which lies elsewhere.
+    """
+    steps: list[Step] = [
+        ("a mount and an IPC namespace", "unshare", (CLONE_NEWNS | CLONE_NEWIPC,), ()),
+        mount_step("", "/", flags=MS_REC | MS_PRIVATE),
+        ("the state folder as working folder", "chdir", (os.fsencode(state),), ()),
+        *(mount_step(f"{folder}/{name}", place) for name, place in TMP_FOLDERS.items()),
+        *(mount_step(HIDDEN, place, harmless=(errno.ENOENT,)) for place in hidden),
+        mount_step(view, state),
+    ]
+    if home:
+        steps.append(mount_step(home, f"{state}/{home}"))
+    steps += [
+        mount_step("tmpfs", "/dev/shm", "tmpfs", "mode=1777", harmless=(errno.ENOENT,)),  # noqa: S108
+        mount_step("proc", "/proc", "proc", "hidepid=invisible"),
+        ("no_new_privs", "prctl", (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), ()),
+    ]
+    if os.path.exists("/dev/mqueue"):  # a kernel without mqueue would run modprobe at each try, which took 0.25 ms
+        steps.append(mount_step("mqueue", "/dev/mqueue", "mqueue"))
+    return steps + [
+        ("an empty bounding set", "prctl", (PR_CAPBSET_DROP, number, 0, 0, 0), ()) for number in range(capabilities())
+    ]
+
+
+def mount_step(
+    source: str, target: str, kind: str = "", data: str = "", *, flags: int = MS_BIND, harmless: tuple[int, ...] = ()
+) -> Step:
+    """mount(2): a folder seen at another place, or a new file system where `kind` names one."""
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC * (kind != "tmpfs") if kind else flags
+    words = (os.fsencode(word) or None for word in (source, target, kind))
+    return f"a mount at {target}", "mount", (*words, ctypes.c_ulong(flags), os.fsencode(data) or None), harmless
+
+
+@functools.cache
+def capabilities() -> int:
+    """How many capabilities this kernel has (capabilities(7))."""
+    return int(kernel_read("/proc/sys/kernel/cap_last_cap") or 40) + 1
+
+
+class ConfinementError(OSError):
+    """A step of the confinement failed. `step` says what it makes."""
+
+    def __init__(self, number: int, step: str) -> None:
+        super().__init__(number, os.strerror(number))
+        self.number = number
+        self.step = step
+
+
+def confine(steps: Iterable[Step]) -> None:
+    """Confine the calling thread. Raises ConfinementError, which names the first step that failed."""
+    for step, function, arguments, harmless in steps:
+        try:
+            libc_call(function, *arguments)
+        except OSError as error:
+            number = error.errno or errno.EINVAL
+            if number not in harmless:
+                raise ConfinementError(number, step) from None
+
+
+def steps_of(folder: JobFolder, spec: Spec) -> list[Step]:
+    """The steps for one job; none where it is not confined."""
+    if not spec.confine:
+        return []
+    jobs, job = os.path.split(folder.path)
+    state = os.path.dirname(jobs)
+    own = spec.home == f"{state}/home/{spec.uid}"
+    view, home = (f"view/{spec.uid}", f"home/{spec.uid}") if own else (HIDDEN, "")
+    return confinement_steps(state, f"jobs/{job}", view, home, spec.hidden)
+
+
+def try_confinement(state: str, hidden: Sequence[str]) -> ConfinementError | None:
+    """Confine a thread of this process, which then ends. Returns the error where this machine cannot do it."""
+    failures: list[ConfinementError] = []
+
+    def attempt() -> None:
+        try:
+            confine(confinement_steps(state, TRIAL, HIDDEN, "", hidden))
+        except ConfinementError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return failures[0] if failures else None
 
 
 class Launcher:
@@ -1513,6 +1785,7 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
         Cgroup(shims).attach(0)
     clone_calls()  # found once here, and not in every shim
     rehearse_decoding()
+    rehearse_confinement()
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
 
@@ -1525,6 +1798,13 @@ def rehearse_decoding() -> None:
     packet = encode_request("start", "/", spec.to_json())
     for _ in range(20):
         decode_request(packet)
+
+
+def rehearse_confinement() -> None:
+    """Make a list of steps, and find the libc functions in it, before the first fork. The pages are shared then."""
+    for _ in range(20):
+        for _, function, _, _ in confinement_steps("/", "jobs", HIDDEN, "home", ()):
+            getattr(libc(), function)
 
 
 def set_default_limits(files: tuple[int, int]) -> None:
@@ -1676,11 +1956,15 @@ class Shim:
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         try:
-            process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdout)
+            steps = steps_of(self._folder, self._spec)
+            process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdout, steps)
             self._wait_for_exec(errpipe)
-            check_exec(process, errpipe)
+            failure = check_exec(process, errpipe)
         except OSError as error:
-            write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
+            failure = StartFailure(error.errno or errno.EINVAL)
+        if failure:
+            names = {"found": encode_name(failure.found), "step": encode_name(failure.step)}
+            write_event(self._events, "failed", errno=failure.errno, **names)
             return
         os.close(stdout)
         if not self._spec.cgroup:
@@ -1819,23 +2103,24 @@ def reap_orphans(main_process: int) -> None:
     signal.signal(signal.SIGCHLD, reap)
 
 
-def start_process(spec: Spec, cgroup: int, stdout: int) -> tuple[int, int, int]:
+def start_process(spec: Spec, cgroup: int, stdout: int, steps: Sequence[Step]) -> tuple[int, int, int]:
     """Start the job's main process in its cgroup. Returns its pid, its pidfd, and the pipe that `check_exec` reads."""
     errpipe_read, errpipe_write = os.pipe2(os.O_CLOEXEC)
     process, pidfd, in_cgroup = clone_into(cgroup)
     if process == 0:
-        become_job(spec, stdout, errpipe_write, "" if in_cgroup else spec.cgroup)
+        become_job(spec, stdout, errpipe_write, "" if in_cgroup else spec.cgroup, steps)
     os.close(errpipe_write)
     return process, pidfd, errpipe_read
 
 
-def check_exec(process: int, errpipe: int) -> None:
-    """Wait until the job's command runs. Raises OSError with the errno of its exec."""
-    failure = os.read(errpipe, 16)  # a successful exec closes the pipe, which is the end of file
+def check_exec(process: int, errpipe: int) -> StartFailure | None:
+    """Wait until the job's command runs. Returns what failed."""
+    failure = os.read(errpipe, KIB)  # a successful exec closes the pipe, which is the end of file
     os.close(errpipe)
-    if failure:
-        os.waitpid(process, 0)
-        raise OSError(int(failure), os.strerror(int(failure)))
+    if not failure:
+        return None
+    os.waitpid(process, 0)
+    return StartFailure.from_word(failure)
 
 
 @functools.cache
@@ -1879,12 +2164,12 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     return process, os.pidfd_open(process) if process else -1, False
 
 
-def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str) -> NoReturn:
-    """The child: takes the job's cgroup, session, descriptors and uid, and runs the command.
+def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str, steps: Sequence[Step]) -> NoReturn:
+    """The child: takes the job's cgroup, session, descriptors, confinement and uid, and runs the command.
 
-    Every exception becomes an errno in `errpipe`, which closes on a successful exec.
+    Every exception becomes a StartFailure in `errpipe`, which closes on a successful exec.
     """
-    failure = errno.EINVAL  # for a ValueError: execve(2) cannot be given these arguments
+    failure = StartFailure(errno.EINVAL)  # for a ValueError: execve(2) cannot be given these arguments
     try:
         if cgroup:
             Cgroup(cgroup).attach(0)
@@ -1892,6 +2177,7 @@ def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str) -> NoReturn:
         os.dup2(stdout, 1)
         os.dup2(stdout, 2)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        confine(steps)
         if os.geteuid() == 0:
             os.setgroups(spec.groups)
             os.setresgid(spec.gid, spec.gid, spec.gid)
@@ -1900,29 +2186,33 @@ def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str) -> NoReturn:
             os.chdir(spec.home)
         except OSError:
             os.chdir("/")  # as sshd does for an account without a home
-        exec_first(spec.programs(), [spec.command, *spec.args], spec.environment())
+        failure = exec_first(spec.programs(), [spec.command, *spec.args], spec.environment())
+    except ConfinementError as error:
+        failure = StartFailure(error.number, step=error.step)
     except OSError as error:
-        failure = error.errno or failure
+        failure = StartFailure(error.errno or errno.EINVAL)
     except JobWorkerError as error:
-        failure = getattr(error, "errno", failure)
+        failure = StartFailure(getattr(error, "errno", errno.EINVAL))
     finally:
-        os.write(errpipe, str(failure).encode())
+        os.write(errpipe, failure.to_word())
         os._exit(127)
 
 
-def exec_first(programs: Sequence[str], arguments: list[str], environment: Mapping[str, str]) -> NoReturn:
+def exec_first(programs: Sequence[str], arguments: list[str], environment: Mapping[str, str]) -> StartFailure:
     """Run the first program that can be run, as execvp(3) does, at a third of the cost of `os.execvpe`.
 
-    Raises the OSError of the first program that exists, else that of the last one.
+    Returns the failure of the first program that exists, else that of the last one. The job's own uid decides here what
+    exists: the server's sentence must not tell an owner what lies in a folder that the owner cannot read.
     """
-    failure = OSError(errno.ENOENT, "no program")
+    failure = StartFailure(errno.ENOENT)
     for path in programs:
         try:
             os.execve(path, arguments, environment)  # noqa: S606
         except OSError as error:
-            if failure.errno in (errno.ENOENT, errno.ENOTDIR):
-                failure = error
-    raise failure
+            if failure.errno in (errno.ENOENT, errno.ENOTDIR) and not failure.found:
+                found = "folder" if os.path.isdir(path) else "file" if os.path.lexists(path) else ""
+                failure = StartFailure(error.errno or errno.EINVAL, found)
+    return failure
 
 
 def finish_job(folder: JobFolder, spec: Spec, events: int, ending: Ending, pump: Pump | None) -> None:
@@ -1935,6 +2225,8 @@ def finish_job(folder: JobFolder, spec: Spec, events: int, ending: Ending, pump:
     rest = pump.drain() if pump else None
     usage = processes.usage()
     processes.remove()
+    with contextlib.suppress(OSError):  # a disk that fails must not keep the job from its end; `delete` tries again
+        folder.delete_tmp()
     reason = ending.reason or (rest.reason if rest else "") or ("" if folder.sync() else "DISK_FULL")
     write_event(events, "done", reason=reason, **vars(usage))
     os.fsync(events)
@@ -1988,14 +2280,16 @@ class Account:
 class Accounts:
     """The unprivileged uid and the private home of each owner.
 
-    `<state>/owners/UID` holds the owner's name, and `<state>/home/UID` is the home. Each state folder has a range of
+    `<state>/owners/UID` holds the owner's name, and `<state>/home/UID` is the home. Each state folder claims a range of
     uids of its own, so that two servers do not give the same uid to two owners.
     """
 
     def __init__(self, state: pathlib.Path) -> None:
+        self._state = state
         self._owners = state / "owners"
         self._homes = state / "home"
         self._uids: dict[str, int] = {}
+        self._range = (0, 0)  # the first uid, and how many
 
     def open(self) -> None:
         self._owners.mkdir(mode=0o700, exist_ok=True)
@@ -2004,6 +2298,8 @@ class Accounts:
         for path in self._owners.iterdir():
             if path.name.isdigit():
                 self._uids[path.read_bytes().decode("utf-8", "surrogateescape")] = int(path.name)
+        if os.geteuid() == 0:
+            self._range = claim_uids(self._owners, self._uids.values())
 
     def of(self, owner: str) -> Account:
         """The account of an owner, made at the owner's first job. Raises ExhaustedError or KernelError."""
@@ -2014,13 +2310,14 @@ class Accounts:
                 os.mkdir(home, 0o700)
             if os.stat(home).st_uid != uid:  # it is new, or an earlier server was killed between these two steps
                 os.chown(home, uid, uid)
+            make_view(str(self._state), uid)
         except OSError as error:
             raise disk_error(f"cannot make a home for {owner!r}", error) from error
         return Account(uid, uid, (), owner, home)
 
     def _assign(self, owner: str) -> int:
         """Give the owner a free uid. The file gets its name last, so that a crash never changes the owner of a uid."""
-        first, count = uid_range(str(self._owners))
+        first, count = self._range
         taken = set(self._uids.values())
         uid = next((uid for uid in range(first, first + count) if uid not in taken), None)
         if uid is None:
@@ -2034,14 +2331,90 @@ class Accounts:
         return uid
 
 
-def uid_range(folder: str) -> tuple[int, int]:
-    """The first uid and the number of uids for a state folder, among those that this user namespace maps."""
-    first = UID_RANGES_BASE + zlib.crc32(folder.encode("utf-8", "surrogateescape")) % UID_RANGES * UID_RANGE
+def uid_ranges() -> tuple[int, int, int]:
+    """The first uid of all ranges, the uids in a range, and the number of ranges that this user namespace maps."""
     maps = [tuple(map(int, line.split())) for line in kernel_read("/proc/self/uid_map").splitlines()]
-    if any(inside <= first and first + UID_RANGE <= inside + count for inside, _, count in maps):
-        return first, UID_RANGE
+    end = UID_RANGES_BASE + UID_RANGE * UID_RANGES
+    if any(inside <= UID_RANGES_BASE and end <= inside + count for inside, _, count in maps):
+        return UID_RANGES_BASE, UID_RANGE, UID_RANGES
     inside, _, count = max(maps, key=lambda found: found[2])
-    return inside + count // 2, count // 4  # a rootless container: its distribution uses the lower half
+    return inside + count // 2, max(1, count // 64), 16  # a rootless container: its distribution uses the lower half
+
+
+def claim_uids(owners: pathlib.Path, given: Iterable[int]) -> tuple[int, int]:
+    """Claim a range of uids for the state folder with this `owners`, which gave the uids `given` to owners already.
+
+    Two state folders can hash to one range. So each range has a file in UID_CLAIMS, which outlives reboots as the homes
+    do. Raises JobWorkerError where another state folder has the range of these uids.
+    """
+    first, size, count = uid_ranges()
+    begin = zlib.crc32(os.fsencode(owners)) % count
+    used = sorted({(uid - first) // size for uid in given if first <= uid < first + size * count})
+    try:
+        token = make_token(owners)
+        with locked_claims() as claims:
+            for number in used or [(begin + step) % count for step in range(count)]:
+                if claim_range(claims / str(first + number * size), token, owners):
+                    return first + number * size, size
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+            raise disk_error(f"cannot claim uids in {UID_CLAIMS}", error) from error
+        say(f"cannot claim uids in {UID_CLAIMS}: {error.strerror}; another state folder may give the same uids")
+        return first + (used or [begin])[0] * size, size
+    if used:
+        raise JobWorkerError(
+            f"another state folder has the uids from {first + used[0] * size}, which {owners.parent} gave to owners "
+            f"({UID_CLAIMS} says which); use another state folder"
+        )
+    raise ExhaustedError(f"all {count} ranges of uids are claimed; delete files of old state folders in {UID_CLAIMS}")
+
+
+def claim_range(claim: pathlib.Path, token: str, owners: pathlib.Path) -> bool:
+    """Claim one range. False: another state folder has it."""
+    if claim.exists():
+        holder, _, place = os.fsdecode(claim.read_bytes()).partition(" ")
+        moved = holder == token and not (place != str(owners) and read_token(pathlib.Path(place)) == token)
+        if not moved and place != str(owners):  # the holder is another one, or a copy of this one is still there
+            return False
+        if (holder, place) == (token, str(owners)):
+            return True
+    new = claim.with_name(f"new-{claim.name}")
+    new.write_bytes(os.fsencode(f"{token} {owners}"))
+    sync(new)
+    new.rename(claim)
+    sync(claim.parent)
+    return True
+
+
+@contextlib.contextmanager
+def locked_claims() -> Iterator[pathlib.Path]:
+    """The folder of claims, locked: two servers that start at once must not claim one range. Raises OSError."""
+    folder = pathlib.Path(UID_CLAIMS)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def read_token(owners: pathlib.Path) -> str:
+    try:
+        return (owners / "token").read_text("ascii", "replace")
+    except OSError:
+        return ""
+
+
+def make_token(owners: pathlib.Path) -> str:
+    """The random word that names a state folder also after it was moved. Raises OSError."""
+    if not read_token(owners):
+        new = owners / "new-token"
+        new.write_text(os.urandom(16).hex())
+        sync(new)
+        new.rename(owners / "token")
+        sync(owners)
+    return read_token(owners)
 
 
 # --- 8. Job and job table -------------------------------------------------------------------------------
@@ -2055,7 +2428,8 @@ class WorkerOptions:
 
     state: pathlib.Path
     cgroup: str | None = None  # the root of the cgroup tree; None: chosen by `make_tree`
-    without: frozenset[str] = frozenset()  # controllers that need not be enforced; "auto": those that are missing
+    without: frozenset[str] = frozenset()  # controllers, and "confine", that are not needed; "auto": those missing
+    hidden: tuple[str, ...] = ()  # folders that confined jobs see empty, beside the state folder
     defaults: Limits = Limits()
     caps: Limits = Limits()
     timeout: float = 0.0
@@ -2084,6 +2458,7 @@ class JobRequest:
     env: tuple[tuple[str, str], ...] = ()
     cwd: str = ""
     name: str = ""
+    confine: bool = False  # a job with `run_as` is confined only where this asks for it; others always
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2282,7 +2657,10 @@ class Worker:
     """
 
     def __init__(self, options: WorkerOptions) -> None:
-        self.options = options
+        self.options = options = dataclasses.replace(options, state=options.state.resolve())
+        self._confines = False  # whether this machine confines jobs
+        self._hidden: tuple[str, ...] = ()
+        self._tmp_points = tmp_points(str(options.state))
         self._table: dict[str, Job] = {}
         self._resources = contextlib.AsyncExitStack()
         self._tree = CgroupTree(None, frozenset(), ())
@@ -2304,6 +2682,7 @@ class Worker:
             resources.callback(os.close, lock_state_folder(self.options.state))
             self._tree = make_tree(self.options.cgroup, state_name(self.options.state), self.options.without)
             resources.callback(self._tree.remove_unused)
+            self._prepare_confinement()
             self._accounts.open()
             self._inotify.open()
             resources.callback(self._inotify.close)
@@ -2314,6 +2693,20 @@ class Worker:
             self._tasks.spawn(self._retain())
             self._resources = resources.pop_all()
         return self
+
+    def _prepare_confinement(self) -> None:
+        """Try the confinement of jobs once. Raises JobWorkerError where the machine cannot give it and it is needed."""
+        if os.geteuid() != 0 or "confine" in self.options.without:
+            return
+        state = str(self.options.state)
+        self._hidden = make_views(state, self.options.hidden)
+        failure = confinement_failure(state, self._hidden)
+        if failure and "auto" not in self.options.without:
+            raise JobWorkerError(
+                f"this machine cannot confine jobs: {failure}; use `--without confine` to serve without it, or "
+                f"`--without auto`"
+            )
+        self._confines = not failure
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -2334,7 +2727,10 @@ class Worker:
 
     def notes(self) -> tuple[str, ...]:
         """What this machine, or a server without root, cannot give to a job; one sentence each."""
-        return job_notes(self._tree.root is not None, self._tree.controllers, separate=os.geteuid() == 0)
+        separate = os.geteuid() == 0
+        return job_notes(
+            self._tree.root is not None, self._tree.controllers, separate=separate, confined=self._confines
+        )
 
     # -- Start: a crash after any of these steps leaves a job that recovery understands
 
@@ -2382,6 +2778,9 @@ class Worker:
             raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
         reserve = checked_reserve(options.state, options.reserve)
         account = self._account(request)
+        confine = self._confines and (request.confine or not request.run_as)
+        if request.confine and not confine:
+            raise BadRequestError("this server does not confine jobs, so `--confine` cannot be had here")
         job_id = request.id or new_job_id()
         return Spec(
             id=job_id, owner=request.owner, command=request.command, args=request.args,
@@ -2392,6 +2791,7 @@ class Worker:
             max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
             env=request.env, cwd=request.cwd, name=request.name,
+            confine=confine, hidden=self._hidden if confine else (),
         )  # fmt: skip
 
     def _account(self, request: JobRequest) -> Account:
@@ -2413,6 +2813,8 @@ class Worker:
             self._table[job.id] = job
             with contextlib.ExitStack() as handed_over:
                 descriptors = job.folder.create_files(handed_over)
+                if spec.confine:
+                    job.folder.create_tmp(self._tmp_points)
                 text = spec.to_json()
                 job.folder.write_spec(text)
                 self._watch(job)
@@ -2424,7 +2826,7 @@ class Worker:
     def _make_cgroup(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
         if not spec.cgroup:
             return []
-        cgroup = self._tree.make_job(spec.cgroup, spec.limits)
+        cgroup = self._tree.make_job(spec.cgroup, spec.limits, spec.gid)
         descriptor = cgroup.open()
         handed_over.callback(os.close, descriptor)
         return [descriptor]
@@ -2456,7 +2858,12 @@ class Worker:
             ended=events.seconds("exited") if ending else 0.0,
             output_bytes=job.folder.output_bytes(),
             memory_current=processes.memory_current() if processes else 0,
-            notes=job_notes(spec.cgroup != "", spec.controllers, separate=spec.uid not in (0, os.geteuid())),
+            notes=job_notes(
+                spec.cgroup != "",
+                spec.controllers,
+                separate=spec.uid not in (0, os.geteuid()),
+                confined=spec.confine,
+            ),
         )
 
     async def wait(self, job: Job) -> None:
@@ -2779,7 +3186,17 @@ def checked_reserve(state: pathlib.Path, share: float) -> int:
     return reserve
 
 
-def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool) -> tuple[str, ...]:
+def confinement_failure(state: str, hidden: Sequence[str]) -> str:
+    """Why this machine cannot confine jobs; empty: it can."""
+    release = os.uname().release
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 8):
+        # There hidepid is one setting of the whole machine, and a job's mount would change it for everybody.
+        return f"this is Linux {release}, and a /proc of a job's own needs 5.8"
+    failure = try_confinement(state, hidden)
+    return f"{failure.step}: {failure.strerror}" if failure else ""
+
+
+def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool, confined: bool) -> tuple[str, ...]:
     notes = []
     missing = [name for name in CONTROLLERS if name not in controllers]
     if missing:
@@ -2788,37 +3205,45 @@ def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool) -> tu
         notes.append("there is no cgroup: processes that a job leaves behind are searched and killed, and it can evade")
     if not separate:
         notes.append("it runs as the server's own user or as root: limits and separation hold only if it cooperates")
+    if separate and not confined:
+        notes.append("it is not confined: it shares /tmp, shared memory and the list of processes with other users")
     return tuple(notes)
 
 
-def start_failure(number: int, spec: Spec) -> JobWorkerError:
-    """The error for a command whose exec failed with this errno (execve(2))."""
-    name = spec.command
-    paths = [os.path.join(spec.home, path) for path in spec.programs()]
-    found = next((path for path in paths if os.path.lexists(path)), None)
-    if number == errno.ENOENT and found is None:
+def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
+    """The error for a command that could not be run (execve(2)).
+
+    It repeats the command as it was typed, and tells only what the job's own uid could see.
+    """
+    name, number = spec.command, failure.errno
+    reason = os.strerror(number)
+    if failure.step:
+        exhausted = number in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+        sentence = f"cannot confine the job: {failure.step}: {reason}"
+        return ExhaustedError(sentence) if exhausted else JobWorkerError(sentence)
+    if number == errno.ENOENT and not failure.found:
         return CannotRunError(f"{name!r} is not found" + not_found_hint(name, spec.path()), 127)
     if number == errno.ENOENT:
         return CannotRunError(
-            f"{found} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
+            f"{name!r} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
         )
-    if number == errno.EACCES and found and os.path.isdir(found):
-        return CannotRunError(f"{found} is a folder, not a command")
+    if number == errno.EACCES and failure.found == "folder":
+        return CannotRunError(f"{name!r} is a folder, not a command")
+    if number == errno.EACCES and failure.found:
+        return CannotRunError(f"{name!r} is not executable for {spec.user}")
     if number == errno.EACCES:
-        return CannotRunError(f"{found or name} is not executable for {spec.user}")
+        return CannotRunError(f"{name!r} is not found, or is in a folder that is closed to {spec.user}", 127)
     if number == errno.ENOEXEC:
-        return CannotRunError(
-            f"{found or name} cannot run: it is not a program for this machine, and it has no `#!` line"
-        )
+        return CannotRunError(f"{name!r} cannot run: it is not a program for this machine, and it has no `#!` line")
     if number == errno.E2BIG:
         return CannotRunError(
             f"{name!r} with its {len(spec.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
-        return ExhaustedError(f"this machine cannot start another process: {os.strerror(number)}")
+        return ExhaustedError(f"this machine cannot start another process: {reason}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
-        return CannotRunError(f"{name!r} cannot run: {os.strerror(number)}")
-    return JobWorkerError(f"{name!r} could not be started: {os.strerror(number)}")
+        return CannotRunError(f"{name!r} cannot run: {reason}")
+    return JobWorkerError(f"{name!r} could not be started: {reason}")
 
 
 def not_found_hint(command: str, searched: str) -> str:
@@ -3337,6 +3762,7 @@ class Service:
         request = JobRequest(
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
             env=tuple(sorted(message.env.items())), cwd=message.cwd, name=message.name,
+            confine=message.confine,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
         )  # fmt: skip
         return pb.StartJobResponse(ID=(await self._worker.start(request)).id)
@@ -4131,7 +4557,7 @@ PLACE_OPTIONS: list[Row] = [
         str,
         "LIST",
         "",
-        "limits that are not needed: cpu,memory,pids,io, `all`, or `auto`: those that this machine cannot enforce",
+        "what is not needed: cpu,memory,pids,io,confine, `all` limits, or `auto`: what this machine cannot give",
     ),
 ]
 ENDING_OPTIONS: list[Row] = [
@@ -4152,6 +4578,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
     place = parser.add_argument_group("addresses and folders")
     add_rows(place, PLACE_OPTIONS)
+    place.add_argument(
+        "--no-confine", action="store_true", help="let jobs share /tmp, shared memory and the list of processes"
+    )
     names = "host names and addresses of this server: makes a new server.pem where the present one lacks one"
     place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[], help=names)
     limits = parser.add_argument_group("limits of a job (--X: the default; --max-X: the most that `start` may ask for)")
@@ -4168,8 +4597,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(options: argparse.Namespace) -> int:
     prepare_grpc()
-    worker = worker_options(options)
     certs = (pathlib.Path(options.certs) if options.certs else default_certs()).absolute()
+    worker = dataclasses.replace(worker_options(options), hidden=(str(certs),))
     made = prepare_folder(certs, options.name)
     if made:
         say(made)
@@ -4186,7 +4615,7 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
         state=pathlib.Path(options.state or default_state()).absolute(),
-        without=chosen_without(options.without),
+        without=chosen_without(options.without) | ({"confine"} if options.no_confine else set()),
         defaults=defaults,
         caps=Limits(**caps),
         **{name: getattr(options, name) for name in same},
@@ -4195,9 +4624,10 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
 
 def chosen_without(text: str) -> frozenset[str]:
     names = frozenset(filter(None, text.split(",")))
-    if unknown := names - {*CONTROLLERS, "auto", "all"}:
-        raise UsageError(f"--without takes {', '.join(CONTROLLERS)}, all and auto, not {', '.join(sorted(unknown))}")
-    return frozenset(CONTROLLERS) if "all" in names else names
+    known = (*CONTROLLERS, "confine", "all")
+    if unknown := names - {*known, "auto"}:
+        raise UsageError(f"--without takes {', '.join(known)} and auto, not {', '.join(sorted(unknown))}")
+    return names | {*CONTROLLERS, "auto"} if "all" in names else names
 
 
 # -- start, stop, status, stream, rm
@@ -4228,6 +4658,9 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         metavar="ACCOUNT",
         default="",
         help="an account of the server's machine, root included (admins only)",
+    )
+    parser.add_argument(
+        "--confine", action="store_true", help="confine a job with --run-as too, as other jobs are where root serves"
     )
     parser.add_argument(
         "--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job"
@@ -4293,6 +4726,7 @@ def start_request(options: argparse.Namespace) -> pb.StartJobRequest:
     return pb.StartJobRequest(
         cmd=command, args=args, id=utf8_text(options.id) or new_job_id(), run_as=utf8_text(options.run_as),
         env=environment_of(options), cwd=utf8_text(options.cwd), name=utf8_text(options.name),
+        confine=options.confine,
         **{name: value for name, value in limits.items() if value is not None},
     )  # fmt: skip
 

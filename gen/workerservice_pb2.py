@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gen/workerservice.proto\x12\x05proto\"\xf5\x02\n\x0fStartJobRequest\x12\x0b\n\x03\x63md\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x10\n\x03\x63pu\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06memory\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x11\n\x04pids\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x02io\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x14\n\x07timeout\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmax_output\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x0e\n\x06run_as\x18\n \x01(\t\x12,\n\x03\x65nv\x18\x0b \x03(\x0b\x32\x1f.proto.StartJobRequest.EnvEntry\x12\x0b\n\x03\x63wd\x18\x0c \x01(\t\x12\x0c\n\x04name\x18\r \x01(\t\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04_cpuB\t\n\x07_memoryB\x07\n\x05_pidsB\x05\n\x03_ioB\n\n\x08_timeoutB\r\n\x0b_max_output\"\x1e\n\x10StartJobResponse\x12\n\n\x02ID\x18\x01 \x01(\t\";\n\x0eStopJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\t\x12\r\n\x05grace\x18\x03 \x01(\x01\"\x11\n\x0fStopJobResponse\",\n\x10GetStatusRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\"\xd7\x04\n\x11GetStatusResponse\x12\x1d\n\x06status\x18\x01 \x01(\x0e\x32\r.proto.Status\x12\x10\n\x08\x65xitcode\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06signal\x18\x04 \x01(\x05\x12\x12\n\nstopped_by\x18\x05 \x01(\t\x12\r\n\x05owner\x18\x06 \x01(\t\x12\x0b\n\x03\x63md\x18\x07 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x08 \x03(\t\x12\x0c\n\x04user\x18\t \x01(\t\x12\x12\n\ncreated_ms\x18\n \x01(\x03\x12\x12\n\nstarted_ms\x18\x0b \x01(\x03\x12\x10\n\x08\x65nded_ms\x18\x0c \x01(\x03\x12\x14\n\x0coutput_bytes\x18\r \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\x0e \x01(\x01\x12\x18\n\x0bmemory_peak\x18\x0f \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nread_bytes\x18\x10 \x01(\x04H\x01\x88\x01\x01\x12\x1a\n\rwritten_bytes\x18\x11 \x01(\x04H\x02\x88\x01\x01\x12\x11\n\tcpu_limit\x18\x12 \x01(\x01\x12\x14\n\x0cmemory_limit\x18\x13 \x01(\x04\x12\x12\n\npids_limit\x18\x14 \x01(\x04\x12\x10\n\x08io_limit\x18\x15 \x01(\x04\x12\x0f\n\x07timeout\x18\x16 \x01(\x01\x12\x12\n\nmax_output\x18\x17 \x01(\x04\x12\r\n\x05notes\x18\x18 \x03(\t\x12\n\n\x02id\x18\x19 \x01(\t\x12\x0c\n\x04name\x18\x1a \x01(\t\x12\x0b\n\x03\x63wd\x18\x1b \x01(\t\x12\x16\n\x0ememory_current\x18\x1c \x01(\x04\x42\x0e\n\x0c_memory_peakB\r\n\x0b_read_bytesB\x10\n\x0e_written_bytes\"]\n\x10GetStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x11\n\x04tail\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tno_follow\x18\x04 \x01(\x08\x42\x07\n\x05_tail\"#\n\x11GetStreamResponse\x12\x0e\n\x06result\x18\x01 \x01(\x0c\"\x1e\n\x10RemoveJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11RemoveJobResponse\"b\n\x0fListJobsRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08\x65veryone\x18\x02 \x01(\x08\x12\x0f\n\x07running\x18\x03 \x01(\x08\x12\r\n\x05limit\x18\x04 \x01(\r\x12\x0e\n\x06prefix\x18\x05 \x01(\t\".\n\x10SignalJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\t\"\x13\n\x11SignalJobResponse*0\n\x06Status\x12\x0b\n\x07RUNNING\x10\x00\x12\x0b\n\x07STOPPED\x10\x01\x12\x0c\n\x08\x46INISHED\x10\x02\x32\xd1\x03\n\rWorkerService\x12;\n\x08StartJob\x12\x16.proto.StartJobRequest\x1a\x17.proto.StartJobResponse\x12\x38\n\x07StopJob\x12\x15.proto.StopJobRequest\x1a\x16.proto.StopJobResponse\x12\x41\n\x0cGetJobStatus\x12\x17.proto.GetStatusRequest\x1a\x18.proto.GetStatusResponse\x12\x46\n\x0fGetOutputStream\x12\x17.proto.GetStreamRequest\x1a\x18.proto.GetStreamResponse0\x01\x12>\n\tRemoveJob\x12\x17.proto.RemoveJobRequest\x1a\x18.proto.RemoveJobResponse\x12>\n\x08ListJobs\x12\x16.proto.ListJobsRequest\x1a\x18.proto.GetStatusResponse0\x01\x12>\n\tSignalJob\x12\x17.proto.SignalJobRequest\x1a\x18.proto.SignalJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17gen/workerservice.proto\x12\x05proto\"\x86\x03\n\x0fStartJobRequest\x12\x0b\n\x03\x63md\x18\x01 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x02 \x03(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x10\n\x03\x63pu\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06memory\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x11\n\x04pids\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x02io\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x14\n\x07timeout\x18\x08 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmax_output\x18\t \x01(\x04H\x05\x88\x01\x01\x12\x0e\n\x06run_as\x18\n \x01(\t\x12,\n\x03\x65nv\x18\x0b \x03(\x0b\x32\x1f.proto.StartJobRequest.EnvEntry\x12\x0b\n\x03\x63wd\x18\x0c \x01(\t\x12\x0c\n\x04name\x18\r \x01(\t\x12\x0f\n\x07\x63onfine\x18\x10 \x01(\x08\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04_cpuB\t\n\x07_memoryB\x07\n\x05_pidsB\x05\n\x03_ioB\n\n\x08_timeoutB\r\n\x0b_max_output\"\x1e\n\x10StartJobResponse\x12\n\n\x02ID\x18\x01 \x01(\t\";\n\x0eStopJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\t\x12\r\n\x05grace\x18\x03 \x01(\x01\"\x11\n\x0fStopJobResponse\",\n\x10GetStatusRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04wait\x18\x02 \x01(\x08\"\xd7\x04\n\x11GetStatusResponse\x12\x1d\n\x06status\x18\x01 \x01(\x0e\x32\r.proto.Status\x12\x10\n\x08\x65xitcode\x18\x02 \x01(\x05\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06signal\x18\x04 \x01(\x05\x12\x12\n\nstopped_by\x18\x05 \x01(\t\x12\r\n\x05owner\x18\x06 \x01(\t\x12\x0b\n\x03\x63md\x18\x07 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x08 \x03(\t\x12\x0c\n\x04user\x18\t \x01(\t\x12\x12\n\ncreated_ms\x18\n \x01(\x03\x12\x12\n\nstarted_ms\x18\x0b \x01(\x03\x12\x10\n\x08\x65nded_ms\x18\x0c \x01(\x03\x12\x14\n\x0coutput_bytes\x18\r \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\x0e \x01(\x01\x12\x18\n\x0bmemory_peak\x18\x0f \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nread_bytes\x18\x10 \x01(\x04H\x01\x88\x01\x01\x12\x1a\n\rwritten_bytes\x18\x11 \x01(\x04H\x02\x88\x01\x01\x12\x11\n\tcpu_limit\x18\x12 \x01(\x01\x12\x14\n\x0cmemory_limit\x18\x13 \x01(\x04\x12\x12\n\npids_limit\x18\x14 \x01(\x04\x12\x10\n\x08io_limit\x18\x15 \x01(\x04\x12\x0f\n\x07timeout\x18\x16 \x01(\x01\x12\x12\n\nmax_output\x18\x17 \x01(\x04\x12\r\n\x05notes\x18\x18 \x03(\t\x12\n\n\x02id\x18\x19 \x01(\t\x12\x0c\n\x04name\x18\x1a \x01(\t\x12\x0b\n\x03\x63wd\x18\x1b \x01(\t\x12\x16\n\x0ememory_current\x18\x1c \x01(\x04\x42\x0e\n\x0c_memory_peakB\r\n\x0b_read_bytesB\x10\n\x0e_written_bytes\"]\n\x10GetStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x11\n\x04tail\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tno_follow\x18\x04 \x01(\x08\x42\x07\n\x05_tail\"#\n\x11GetStreamResponse\x12\x0e\n\x06result\x18\x01 \x01(\x0c\"\x1e\n\x10RemoveJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11RemoveJobResponse\"b\n\x0fListJobsRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08\x65veryone\x18\x02 \x01(\x08\x12\x0f\n\x07running\x18\x03 \x01(\x08\x12\r\n\x05limit\x18\x04 \x01(\r\x12\x0e\n\x06prefix\x18\x05 \x01(\t\".\n\x10SignalJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06signal\x18\x02 \x01(\t\"\x13\n\x11SignalJobResponse*0\n\x06Status\x12\x0b\n\x07RUNNING\x10\x00\x12\x0b\n\x07STOPPED\x10\x01\x12\x0c\n\x08\x46INISHED\x10\x02\x32\xd1\x03\n\rWorkerService\x12;\n\x08StartJob\x12\x16.proto.StartJobRequest\x1a\x17.proto.StartJobResponse\x12\x38\n\x07StopJob\x12\x15.proto.StopJobRequest\x1a\x16.proto.StopJobResponse\x12\x41\n\x0cGetJobStatus\x12\x17.proto.GetStatusRequest\x1a\x18.proto.GetStatusResponse\x12\x46\n\x0fGetOutputStream\x12\x17.proto.GetStreamRequest\x1a\x18.proto.GetStreamResponse0\x01\x12>\n\tRemoveJob\x12\x17.proto.RemoveJobRequest\x1a\x18.proto.RemoveJobResponse\x12>\n\x08ListJobs\x12\x16.proto.ListJobsRequest\x1a\x18.proto.GetStatusResponse0\x01\x12>\n\tSignalJob\x12\x17.proto.SignalJobRequest\x1a\x18.proto.SignalJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STARTJOBREQUEST_ENVENTRY']._loaded_options = None
   _globals['_STARTJOBREQUEST_ENVENTRY']._serialized_options = b'8\001'
-  _globals['_STATUS']._serialized_start=1524
-  _globals['_STATUS']._serialized_end=1572
+  _globals['_STATUS']._serialized_start=1541
+  _globals['_STATUS']._serialized_end=1589
   _globals['_STARTJOBREQUEST']._serialized_start=35
-  _globals['_STARTJOBREQUEST']._serialized_end=408
-  _globals['_STARTJOBREQUEST_ENVENTRY']._serialized_start=304
-  _globals['_STARTJOBREQUEST_ENVENTRY']._serialized_end=346
-  _globals['_STARTJOBRESPONSE']._serialized_start=410
-  _globals['_STARTJOBRESPONSE']._serialized_end=440
-  _globals['_STOPJOBREQUEST']._serialized_start=442
-  _globals['_STOPJOBREQUEST']._serialized_end=501
-  _globals['_STOPJOBRESPONSE']._serialized_start=503
-  _globals['_STOPJOBRESPONSE']._serialized_end=520
-  _globals['_GETSTATUSREQUEST']._serialized_start=522
-  _globals['_GETSTATUSREQUEST']._serialized_end=566
-  _globals['_GETSTATUSRESPONSE']._serialized_start=569
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1168
-  _globals['_GETSTREAMREQUEST']._serialized_start=1170
-  _globals['_GETSTREAMREQUEST']._serialized_end=1263
-  _globals['_GETSTREAMRESPONSE']._serialized_start=1265
-  _globals['_GETSTREAMRESPONSE']._serialized_end=1300
-  _globals['_REMOVEJOBREQUEST']._serialized_start=1302
-  _globals['_REMOVEJOBREQUEST']._serialized_end=1332
-  _globals['_REMOVEJOBRESPONSE']._serialized_start=1334
-  _globals['_REMOVEJOBRESPONSE']._serialized_end=1353
-  _globals['_LISTJOBSREQUEST']._serialized_start=1355
-  _globals['_LISTJOBSREQUEST']._serialized_end=1453
-  _globals['_SIGNALJOBREQUEST']._serialized_start=1455
-  _globals['_SIGNALJOBREQUEST']._serialized_end=1501
-  _globals['_SIGNALJOBRESPONSE']._serialized_start=1503
-  _globals['_SIGNALJOBRESPONSE']._serialized_end=1522
-  _globals['_WORKERSERVICE']._serialized_start=1575
-  _globals['_WORKERSERVICE']._serialized_end=2040
+  _globals['_STARTJOBREQUEST']._serialized_end=425
+  _globals['_STARTJOBREQUEST_ENVENTRY']._serialized_start=321
+  _globals['_STARTJOBREQUEST_ENVENTRY']._serialized_end=363
+  _globals['_STARTJOBRESPONSE']._serialized_start=427
+  _globals['_STARTJOBRESPONSE']._serialized_end=457
+  _globals['_STOPJOBREQUEST']._serialized_start=459
+  _globals['_STOPJOBREQUEST']._serialized_end=518
+  _globals['_STOPJOBRESPONSE']._serialized_start=520
+  _globals['_STOPJOBRESPONSE']._serialized_end=537
+  _globals['_GETSTATUSREQUEST']._serialized_start=539
+  _globals['_GETSTATUSREQUEST']._serialized_end=583
+  _globals['_GETSTATUSRESPONSE']._serialized_start=586
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1185
+  _globals['_GETSTREAMREQUEST']._serialized_start=1187
+  _globals['_GETSTREAMREQUEST']._serialized_end=1280
+  _globals['_GETSTREAMRESPONSE']._serialized_start=1282
+  _globals['_GETSTREAMRESPONSE']._serialized_end=1317
+  _globals['_REMOVEJOBREQUEST']._serialized_start=1319
+  _globals['_REMOVEJOBREQUEST']._serialized_end=1349
+  _globals['_REMOVEJOBRESPONSE']._serialized_start=1351
+  _globals['_REMOVEJOBRESPONSE']._serialized_end=1370
+  _globals['_LISTJOBSREQUEST']._serialized_start=1372
+  _globals['_LISTJOBSREQUEST']._serialized_end=1470
+  _globals['_SIGNALJOBREQUEST']._serialized_start=1472
+  _globals['_SIGNALJOBREQUEST']._serialized_end=1518
+  _globals['_SIGNALJOBRESPONSE']._serialized_start=1520
+  _globals['_SIGNALJOBRESPONSE']._serialized_end=1539
+  _globals['_WORKERSERVICE']._serialized_start=1592
+  _globals['_WORKERSERVICE']._serialized_end=2057
 # @@protoc_insertion_point(module_scope)

@@ -17,7 +17,7 @@ STOPPED: Status
 FINISHED: Status
 
 class StartJobRequest(_message.Message):
-    __slots__ = ("cmd", "args", "id", "cpu", "memory", "pids", "io", "timeout", "max_output", "run_as", "env", "cwd", "name")
+    __slots__ = ("cmd", "args", "id", "cpu", "memory", "pids", "io", "timeout", "max_output", "run_as", "env", "cwd", "name", "confine")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class StartJobRequest(_message.Message):
     ENV_FIELD_NUMBER: _ClassVar[int]
     CWD_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    CONFINE_FIELD_NUMBER: _ClassVar[int]
     cmd: str
     args: _containers.RepeatedScalarFieldContainer[str]
     id: str
@@ -51,7 +52,8 @@ class StartJobRequest(_message.Message):
     env: _containers.ScalarMap[str, str]
     cwd: str
     name: str
-    def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., cwd: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+    confine: bool
+    def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., cwd: _Optional[str] = ..., name: _Optional[str] = ..., confine: _Optional[bool] = ...) -> None: ...
 
 class StartJobResponse(_message.Message):
     __slots__ = ("ID",)
