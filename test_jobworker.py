@@ -1206,6 +1206,69 @@ def test_a_job_s_signals_limits_and_session_do_not_depend_on_the_server_s(state)
     assert "own session True" in printed
 
 
+def lower_own_limits(*, hard):
+    """Give this process what `ulimit`, `nice` and `taskset` give a server."""
+    for name, value in (("FSIZE", 100 * KIB), ("CORE", 0), ("CPU", 600), ("DATA", 4 << 30), ("STACK", 4 * MIB)):
+        number = getattr(resource, f"RLIMIT_{name}")
+        resource.setrlimit(number, (value, value if hard else resource.getrlimit(number)[1]))
+    os.nice(10)
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+
+
+def has_capability(number):
+    """Whether this process has a capability (capabilities(7))."""
+    status = Path("/proc/self/status").read_text()
+    return bool(int(re.search(r"CapEff:\s*(\w+)", status)[1], 16) >> number & 1)
+
+
+CAP_SYS_RESOURCE = 24
+hard_limits = pytest.param(
+    True,
+    marks=[
+        pytest.mark.controllers,  # the guest's root has the capability
+        pytest.mark.skipif(not has_capability(CAP_SYS_RESOURCE), reason="needs CAP_SYS_RESOURCE"),
+    ],
+)
+
+
+@as_root
+@pytest.mark.parametrize("hard", [False, hard_limits], ids=["soft", "hard"])
+def test_a_root_server_s_ulimits_nice_value_and_cpus_do_not_reach_its_jobs(shared, state, certs, hard):
+    """The jobs print more than the 100 KiB that the server's RLIMIT_FSIZE allows, and lose none of it."""
+    look = ("sh", "-c", "cat /proc/self/limits; nice; grep Cpus_allowed_list /proc/self/status")
+    usual = shared.run("stream", shared.start("--", *look)).stdout
+    assert "\n0\n" in usual
+    with serving(state, certs, preexec_fn=functools.partial(lower_own_limits, hard=hard)) as served:
+        limits = Path(f"/proc/{served.process.pid}/limits").read_text()
+        assert re.search("Max file size +102400 +102400 " if hard else "Max file size +102400 ", limits)
+        assert served.run("stream", served.start("--", *look)).stdout == usual
+        job = served.start("--", PYTHON, "-c", WRITES_BYTES, str(MIB))
+        status = status_at_end(served, job)
+        assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, 0, "")
+        assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == random.Random(7).randbytes(MIB)
+
+
+@pytest.mark.parametrize("splice", [True, False], ids=["splice", "write"])
+def test_a_shim_that_may_not_write_more_ends_its_job_with_disk_full(state, splice):
+    """Only root can raise a hard RLIMIT_FSIZE. A write beyond it sends SIGXFSZ, which must not kill the shim."""
+    body = f"""
+        jobworker.splice_is_reported = lambda _folder: {splice}
+        job = await start_id(worker, JobRequest("yes", owner="alice"))
+        print("bytes", len(await output(job)))
+        status = worker.status(worker.job(job))
+        print(status.status, status.exit_code, status.ending.reason, status.output_bytes)
+        job = await start_id(worker, JobRequest("sh", ("-c", "echo hello; exit 3"), owner="alice"))
+        print(await output(job), worker.status(worker.job(job)).exit_code)
+    """
+    user = os.geteuid() or 65534
+    os.chown(state, user, -1)
+    identity = {"user": user, "group": user, "extra_groups": ()} if os.geteuid() == 0 else {}
+    printed = in_server(
+        state, body, interpreter=PYTHON, preexec_fn=functools.partial(lower_own_limits, hard=True), **identity
+    )
+    assert printed.splitlines() == ["bytes 102400", "STOPPED 137 DISK_FULL 102400", "b'hello\\n' 3"]
+
+
 @as_root
 @in_loop
 async def test_the_start_after_a_killed_launcher_works(state):
@@ -3179,6 +3242,102 @@ def test_a_stream_continues_at_its_byte_when_the_next_server_runs(state, certs, 
             assert status_at_end(served, job).exitcode == 6
 
 
+RECORDS_IMPORTS = """
+import sys
+sys.path.insert(0, {module!r})
+import jobworker
+announce, modules = jobworker.announce, set()
+
+def record_and_announce(*arguments):
+    modules.update(sys.modules)
+    announce(*arguments)
+
+jobworker.announce = record_and_announce
+code = jobworker.main()
+open({report!r}, "w").write("\\n".join(sorted(set(sys.modules) - modules)))
+sys.exit(code)
+"""
+
+
+def test_a_running_server_imports_nothing(state, certs, tmp_path):
+    """A module that is imported late is missing when the .pyz was replaced meanwhile. So `serve` imports every module
+    before it listens. This session takes every path that could import one.
+    """
+    folder, report = Path(shutil.copytree(certs, tmp_path / "certs")), tmp_path / "imported"
+    program = (sys.executable, "-c", RECORDS_IMPORTS.format(module=str(HERE), report=str(report)))
+    authority = jobworker.load_authority(folder, "client-ca")
+    with serving(state, folder, "--keep", "1s", program=program, stderr=subprocess.PIPE) as served:
+        running, lost = served.start("--", "sleep", "1000"), served.start("--", "sh", "-c", "echo $PPID; sleep 1000")
+        os.kill(int(first_line(served, lost)), signal.SIGKILL)
+        assert status_at_end(served, lost).reason == "LOST"
+        os.kill(launchers_of(served.process.pid)[0], signal.SIGKILL)
+        assert served.run("stream", served.start("--", "echo", "ünï☃")).stdout == "ünï☃\n"
+        for _, changes, status in REFUSED_CERTIFICATES:
+            assert (
+                call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), certificate(authority, **changes))[0] == status
+            )
+        for method, request, status, _ in BAD_REQUESTS:
+            assert call(served, method, request)[0] == status
+        if os.geteuid() == 0:
+            request = pb.StartJobRequest(cmd="true", run_as="no-such-account")
+            assert call(served, "StartJob", request, role="admin")[0] == "INVALID_ARGUMENT"
+        assert served.run("status", "--json", running).returncode == 0
+        for _, rubbish in RUBBISH[:3]:
+            with tls_to(served) as connection, contextlib.suppress(OSError):
+                connection.sendall(rubbish)
+                connection.settimeout(1)
+                while connection.recv(65536):
+                    pass
+        assert "are read again" in reload(served)
+        (folder / "server.pem").write_text("rubbish")
+        assert "stay as they were" in reload(served)
+        assert served.run("stop", running).returncode == 0
+        until(lambda: running not in left_in(state))  # forgotten after one second
+    assert served.process.returncode == 0
+    assert report.read_text().split() == []
+
+
+def test_clients_do_not_import_the_pure_python_protobuf(tmp_path):
+    """protobuf imports its pure Python implementation beside the C one. `skip_pure_python_protobuf` delays that."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import jobworker
+if sys.argv[1:] == ["all"]:
+    jobworker.skip_pure_python_protobuf = lambda: None
+jobworker.prepare_grpc()
+import gen.workerservice_pb2 as pb, grpc
+assert pb.StartJobRequest.FromString(pb.StartJobRequest(cmd="x").SerializeToString()).cmd == "x"
+print(*sys.modules)
+from google.protobuf.internal import python_message
+assert callable(python_message.GeneratedProtocolMessageType)  # it is imported at its first use
+"""
+    everything, imported = (
+        set(
+            subprocess.run(
+                [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
+            ).stdout.split()
+        )
+        for words in (["all"], [])
+    )
+    internal = [
+        "containers",
+        "decoder",
+        "encoder",
+        "extension_dict",
+        "message_listener",
+        "type_checkers",
+        "wire_format",
+    ]
+    assert everything - imported >= {
+        *(f"google.protobuf.internal.{name}" for name in internal),
+        "google.protobuf.text_format",
+        "google.protobuf.unknown_fields",
+        "pickle",
+    }
+    assert imported <= everything
+
+
 def test_serve_with_stop_jobs_stops_its_jobs_when_it_ends(state, certs):
     with serving(state, certs) as served:
         job = served.start("--", "sleep", "1000")
@@ -3738,6 +3897,39 @@ def test_a_folder_with_a_wrong_file_is_refused_in_one_sentence(state, certs, tmp
     assert contents(folder) == before
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["server.pem", "server.key", "client-ca.pem"])
+def test_a_file_with_a_byte_order_mark_is_served(state, certs, tmp_path, name):
+    """Some editors write one. gRPC refuses it, and that must not be reported as a port in use."""
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    (folder / name).write_bytes(BYTE_ORDER_MARK + (folder / name).read_bytes())
+    with serving(state, folder) as served:
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("name", ["server-ca.pem", "user.pem", "user.key"])
+def test_a_client_s_file_with_a_byte_order_mark_is_used_or_named(shared, tmp_path, name):
+    folder = Path(shutil.copytree(shared.certs, tmp_path / "certs"))
+    (folder / name).write_bytes(BYTE_ORDER_MARK + (folder / name).read_bytes())
+    done = shared.run("status", ID, "--certs", str(folder))
+    one_sentence(done)
+    assert done.stderr == f"jobworker: there is no job {ID}\n" or f"{folder}/{name}" in done.stderr
+
+
+@as_root
+@pytest.mark.parametrize("name", ["(none)", "", "a b", "a..b", "x" * 64], ids=repr)
+def test_a_host_name_that_no_certificate_can_hold_is_left_out(state, tmp_path, name):
+    """A container or an initramfs may have such a name. Its server is still reached as localhost."""
+    rename = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
+    program = ("unshare", "--uts", sys.executable, "-c", rename, name, *PROGRAM)
+    with serving(state, tmp_path / "certs", program=program) as served:
+        assert {"localhost", "127.0.0.1"} <= names_in_server_certificate(served.certs)
+        assert name not in names_in_server_certificate(served.certs)
+        assert served.run("stream", served.start("--", "hostname")).stdout == f"{name}\n"
+
+
 def openssl(*words, **popen):
     return subprocess.run(
         ["openssl", *map(str, words)], check=True, capture_output=True, timeout=PATIENCE, **popen
@@ -3959,6 +4151,11 @@ COMMAND_LINES = [  # the words after `start`; what the job prints
     (("-c", "echo", "-args"), "\n"),
     (("--", "printf", "%s|", "--help", "-args", "", "a b", "$HOME", "ünï☃"), "--help|-args||a b|$HOME|ünï☃|"),
     (("--timeout=60", "--", "echo", "--"), "--\n"),
+    (("printf", "%s|", "-l", "--json", "--help", "--", "-args", "-c"), "-l|--json|--help|--|-args|-c|"),
+    (("--timeout", "60", "--memory=64M", "printf", "%s|", "--timeout", "1"), "--timeout|1|"),
+    (("-r", "user", "--id", "", "echo", "-n", "user"), "user"),
+    (("sh", "-c", "echo $0", "--", "x"), "--\n"),
+    (("ls", "-d", "/"), "/\n"),
 ]
 
 
@@ -3975,6 +4172,15 @@ WRONG_USAGE = [
     ("start", "--memory", "much", "--", "true"),
     ("status",),
     ("status", "-j", ID, ID2),
+    ("status", "-j", ""),
+    ("status", ""),
+    ("status", "--json", "-j", ""),
+    ("stream", "-j", ""),
+    ("stream", ""),
+    ("stop", "-j", ""),
+    ("stop", ""),
+    ("rm", ""),
+    ("rm", ID, ""),
     ("stream", "--server", "host:port:port/"),
     ("serve", "--without", "gravity"),
     ("serve", "--cpu", "0"),
@@ -3989,9 +4195,51 @@ WRONG_USAGE = [
 
 @pytest.mark.parametrize("words", WRONG_USAGE, ids=" ".join)
 def test_wrong_usage_is_one_sentence_and_exit_status_2(shared, words):
-    done = shared.run(*words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"jobworker: [^\n]+\n", done.stderr)
+    one_sentence(shared.run(*words), status=2)
+
+
+@pytest.mark.parametrize("words", WRONG_USAGE, ids=" ".join)
+def test_the_error_for_wrong_usage_names_the_help_of_its_verb(shared, words):
+    program = f"jobworker.pyz {words[0]}" if words[0] in jobworker.VERBS else "jobworker.pyz"
+    assert f"`{program} --help`" in shared.run(*words).stderr
+
+
+def test_a_command_line_without_words_prints_the_help(shared):
+    done = shared.run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: jobworker.pyz")
+    assert done.stdout == shared.run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables"), [(("-OO",), {}), ((), {"PYTHONOPTIMIZE": "2"})], ids=["-OO", "variable"]
+)
+def test_every_verb_works_in_an_optimized_python(state, tmp_path, flags, variables):
+    """`python -OO` and PYTHONOPTIMIZE=2 remove docstrings and assertions."""
+    program, environment = (sys.executable, *flags, str(HERE / "jobworker.py")), {**os.environ, **variables}
+    for words in ((), *((verb,) for verb in jobworker.VERBS)):
+        done = subprocess.run(
+            [*program, *words, "--help"], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        assert done.stdout.startswith(" ".join(["usage: jobworker.pyz", *words]))
+    folder = tmp_path / "certs"
+    with serving(state, folder, program=program, env=environment) as served:
+
+        def run(*words):
+            variables_of_client = {"JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(folder)}
+            done = served.run(*words, program=program, env={**environment, **variables_of_client})
+            assert (done.returncode, done.stderr) == (0, "")
+            return done.stdout
+
+        job = run("start", "--", "sh", "-c", "echo hello; exit 3").split()[-1]
+        assert run("stream", job) == "hello\n"
+        assert run("status", job) == f"jobID: {job}, status: FINISHED, exitCode: 3\n"
+        assert json.loads(run("status", "--json", job))["exitCode"] == 3
+        running = run("start", "--", "sleep", "1000").split()[-1]
+        assert run("stop", running) == f"stopped Job: {running}\n"
+        assert run("rm", job) == f"removed Job: {job}\n"
+        assert "alice.pem" in run("identity", "alice")
+        assert "ExecStart=" in run("unit")
 
 
 @pytest.mark.parametrize("verb", [*jobworker.VERBS, None])
@@ -4073,6 +4321,9 @@ def test_the_folder_certs_here_is_used_only_if_no_other_user_can_have_made_it(tm
 
 REFUSED_STARTS = [  # the words after `start`; the exit status; words of the error
     (("--", "no-such-command"), 1, (jobworker.JOB_PATH,)),
+    (("-c", "echo a; sleep 1"), 1, ("'echo a; sleep 1' is not found", "`sh -c`")),
+    (("echo a | cat",), 1, ("is not found", "`sh -c`")),
+    (("/bin/ls -la",), 1, ("'/bin/ls -la' is not found", "`sh -c`")),
     (("--", "/etc"), 1, ("folder",)),
     (("--", "/etc/passwd"), 1, ("not executable",)),
     (("--", ""), 1, ("empty",)),
@@ -4216,6 +4467,19 @@ def test_the_error_for_a_full_standard_output_is_one_sentence(shared, words):
     shared.run("stream", job)
     done = in_shell(shared, (*words, job), ">/dev/full")
     one_sentence(done, "No space left on device")
+
+
+def test_a_start_whose_id_cannot_be_printed_names_the_job_in_its_error(shared):
+    done = in_shell(shared, ("start", "--", "sleep", "1000"), ">/dev/full")
+    one_sentence(done, "started", "No space left on device")
+    (job,) = re.findall(UUID, done.stderr)
+    assert shared.run("status", job).stdout == f"jobID: {job}, status: RUNNING, exitCode: 0\n"
+    assert shared.run("stop", job).returncode == 0
+
+
+def test_the_hint_at_a_shell_is_given_only_for_a_command_with_a_blank(shared):
+    assert "sh -c" not in shared.run("start", "no-such-command").stderr
+    assert "sh -c" in shared.run("start", "no such command").stderr
 
 
 def in_shell(served, words, redirections):
