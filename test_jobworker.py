@@ -504,7 +504,7 @@ async def test_a_stop_kills_a_root_job_that_left_its_cgroup(state):
 
 @pytest.mark.controllers
 def test_a_server_that_enforces_more_than_the_one_before_starts_jobs_beside_older_jobs(state, certs, port):
-    with killed(spawn(state, certs, port, "--without", "memory"), certs, port) as served:
+    with killed_at_end(spawn(state, certs, port, "--without", "memory"), certs, port) as served:
         served.start("--", "sleep", "1000")
     with serving(state, certs, port=port) as served:
         job = served.start("--", "echo", "hello")
@@ -1216,6 +1216,69 @@ def test_a_job_s_signals_limits_and_session_do_not_depend_on_the_server_s(state)
     expected = f"256\n0022\n0\nSigBlk:\t{zeros}\nSigIgn:\t{zeros}\n"
     assert expected in printed
     assert "own session True" in printed
+
+
+def lower_own_limits(*, hard):
+    """Give this process what `ulimit`, `nice` and `taskset` give a server."""
+    for name, value in (("FSIZE", 100 * KIB), ("CORE", 0), ("CPU", 600), ("DATA", 4 << 30), ("STACK", 4 * MIB)):
+        number = getattr(resource, f"RLIMIT_{name}")
+        resource.setrlimit(number, (value, value if hard else resource.getrlimit(number)[1]))
+    os.nice(10)
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+
+
+def has_capability(number):
+    """Whether this process has a capability (capabilities(7))."""
+    status = Path("/proc/self/status").read_text()
+    return bool(int(re.search(r"CapEff:\s*(\w+)", status)[1], 16) >> number & 1)
+
+
+CAP_SYS_RESOURCE = 24
+hard_limits = pytest.param(
+    True,
+    marks=[
+        pytest.mark.controllers,  # the guest's root has the capability
+        pytest.mark.skipif(not has_capability(CAP_SYS_RESOURCE), reason="needs CAP_SYS_RESOURCE"),
+    ],
+)
+
+
+@as_root
+@pytest.mark.parametrize("hard", [False, hard_limits], ids=["soft", "hard"])
+def test_a_root_server_s_ulimits_nice_value_and_cpus_do_not_reach_its_jobs(shared, state, certs, hard):
+    """The jobs print more than the 100 KiB that the server's RLIMIT_FSIZE allows, and lose none of it."""
+    look = ("sh", "-c", "cat /proc/self/limits; nice; grep Cpus_allowed_list /proc/self/status")
+    usual = shared.run("stream", shared.start("--", *look)).stdout
+    assert "\n0\n" in usual
+    with serving(state, certs, preexec_fn=functools.partial(lower_own_limits, hard=hard)) as served:
+        limits = Path(f"/proc/{served.process.pid}/limits").read_text()
+        assert re.search("Max file size +102400 +102400 " if hard else "Max file size +102400 ", limits)
+        assert served.run("stream", served.start("--", *look)).stdout == usual
+        job = served.start("--", PYTHON, "-c", WRITES_BYTES, str(MIB))
+        status = status_at_end(served, job)
+        assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, 0, "")
+        assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == random.Random(7).randbytes(MIB)
+
+
+@pytest.mark.parametrize("splice", [True, False], ids=["splice", "write"])
+def test_a_shim_that_may_not_write_more_ends_its_job_with_disk_full(state, splice):
+    """Only root can raise a hard RLIMIT_FSIZE. A write beyond it sends SIGXFSZ, which must not kill the shim."""
+    body = f"""
+        jobworker.splice_is_reported = lambda _folder: {splice}
+        job = await start_id(worker, JobRequest("yes", owner="alice"))
+        print("bytes", len(await output(job)))
+        status = worker.status(worker.job(job))
+        print(status.status, status.exit_code, status.ending.reason, status.output_bytes)
+        job = await start_id(worker, JobRequest("sh", ("-c", "echo hello; exit 3"), owner="alice"))
+        print(await output(job), worker.status(worker.job(job)).exit_code)
+    """
+    user = os.geteuid() or 65534
+    os.chown(state, user, -1)
+    identity = {"user": user, "group": user, "extra_groups": ()} if os.geteuid() == 0 else {}
+    printed = in_server(
+        state, body, interpreter=PYTHON, preexec_fn=functools.partial(lower_own_limits, hard=True), **identity
+    )
+    assert printed.splitlines() == ["bytes 102400", "STOPPED 137 DISK_FULL 102400", "b'hello\\n' 3"]
 
 
 @as_root
@@ -3399,16 +3462,16 @@ def test_a_full_server_refuses_a_start_and_names_the_option_that_allows_more(sta
         assert (status, "is nearly full" in sentence, "--reserve" in sentence) == ("RESOURCE_EXHAUSTED", True, True)
 
 
-# --- 9. Server ------------------------------------------------------------------------------------------
-# What a server does when it ends, starts again, or finds another one in its place.
+# --- Server ---------------------------------------------------------------------------------------------
+# A server that ends, starts again, or finds another server on its port; and what clients cost it.
 
 
-def read_descriptors(served, folder, look):
-    """What a look at each entry of `/proc/PID/fd` or `fdinfo` finds; one may close meanwhile."""
+def read_descriptors(served, folder, read):
+    """The result of `read` for each entry of `/proc/PID/fd` or `fdinfo`. A descriptor may close meanwhile."""
     found = []
     for path in Path(f"/proc/{served.process.pid}/{folder}").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            found.append(look(path))
+            found.append(read(path))
     return found
 
 
@@ -3417,12 +3480,12 @@ def fds_of(served):
 
 
 def watches_of(served):
-    """The inotify watches of a server (proc_pid_fdinfo(5))."""
+    """The number of a server's inotify watches (proc_pid_fdinfo(5))."""
     return sum(text.count("inotify wd:") for text in read_descriptors(served, "fdinfo", Path.read_text))
 
 
 def until(reached):
-    """Wait for what another process holds, of which no event tells."""
+    """Wait for a state of another process that no event reports."""
     deadline = time.monotonic() + PATIENCE
     while not reached():
         assert time.monotonic() < deadline
@@ -3430,7 +3493,7 @@ def until(reached):
 
 
 def status_at_end(served, job):
-    """Wait until a job has ended; its status."""
+    """Wait until a job has ended and return its status."""
     call(served, "GetOutputStream", pb.GetStreamRequest(id=job))
     return call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
 
@@ -3479,7 +3542,103 @@ def test_a_stream_continues_at_its_byte_when_the_next_server_runs(state, certs, 
             assert status_at_end(served, job).exitcode == 6
 
 
-def test_serve_stop_jobs_stops_them(state, certs):
+RECORDS_IMPORTS = """
+import sys
+sys.path.insert(0, {module!r})
+import jobworker
+announce, modules = jobworker.announce, set()
+
+def record_and_announce(*arguments):
+    modules.update(sys.modules)
+    announce(*arguments)
+
+jobworker.announce = record_and_announce
+code = jobworker.main()
+open({report!r}, "w").write("\\n".join(sorted(set(sys.modules) - modules)))
+sys.exit(code)
+"""
+
+
+def test_a_running_server_imports_nothing(state, certs, tmp_path):
+    """A module that is imported late is missing when the .pyz was replaced meanwhile. So `serve` imports every module
+    before it listens. This session takes every path that could import one.
+    """
+    folder, report = Path(shutil.copytree(certs, tmp_path / "certs")), tmp_path / "imported"
+    program = (sys.executable, "-c", RECORDS_IMPORTS.format(module=str(HERE), report=str(report)))
+    authority = jobworker.load_authority(folder, "client-ca")
+    with serving(state, folder, "--keep", "1s", program=program, stderr=subprocess.PIPE) as served:
+        running, lost = served.start("--", "sleep", "1000"), served.start("--", "sh", "-c", "echo $PPID; sleep 1000")
+        os.kill(int(first_line(served, lost)), signal.SIGKILL)
+        assert status_at_end(served, lost).reason == "LOST"
+        os.kill(launchers_of(served.process.pid)[0], signal.SIGKILL)
+        assert served.run("stream", served.start("--", "echo", "ünï☃")).stdout == "ünï☃\n"
+        for _, changes, status in REFUSED_CERTIFICATES:
+            assert (
+                call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), certificate(authority, **changes))[0] == status
+            )
+        for method, request, status, _ in BAD_REQUESTS:
+            assert call(served, method, request)[0] == status
+        if os.geteuid() == 0:
+            request = pb.StartJobRequest(cmd="true", run_as="no-such-account")
+            assert call(served, "StartJob", request, role="admin")[0] == "INVALID_ARGUMENT"
+        assert served.run("status", "--json", running).returncode == 0
+        for _, rubbish in RUBBISH[:3]:
+            with tls_to(served) as connection, contextlib.suppress(OSError):
+                connection.sendall(rubbish)
+                connection.settimeout(1)
+                while connection.recv(65536):
+                    pass
+        assert "are read again" in reload(served)
+        (folder / "server.pem").write_text("rubbish")
+        assert "stay as they were" in reload(served)
+        assert served.run("stop", running).returncode == 0
+        until(lambda: running not in left_in(state))  # forgotten after one second
+    assert served.process.returncode == 0
+    assert report.read_text().split() == []
+
+
+def test_clients_do_not_import_the_pure_python_protobuf(tmp_path):
+    """protobuf imports its pure Python implementation beside the C one. `skip_pure_python_protobuf` delays that."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import jobworker
+if sys.argv[1:] == ["all"]:
+    jobworker.skip_pure_python_protobuf = lambda: None
+jobworker.prepare_grpc()
+import gen.workerservice_pb2 as pb, grpc
+assert pb.StartJobRequest.FromString(pb.StartJobRequest(cmd="x").SerializeToString()).cmd == "x"
+print(*sys.modules)
+from google.protobuf.internal import python_message
+assert callable(python_message.GeneratedProtocolMessageType)  # it is imported at its first use
+"""
+    everything, imported = (
+        set(
+            subprocess.run(
+                [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
+            ).stdout.split()
+        )
+        for words in (["all"], [])
+    )
+    internal = [
+        "containers",
+        "decoder",
+        "encoder",
+        "extension_dict",
+        "message_listener",
+        "type_checkers",
+        "wire_format",
+    ]
+    assert everything - imported >= {
+        *(f"google.protobuf.internal.{name}" for name in internal),
+        "google.protobuf.text_format",
+        "google.protobuf.unknown_fields",
+        "pickle",
+    }
+    assert imported <= everything
+
+
+def test_serve_with_stop_jobs_stops_its_jobs_when_it_ends(state, certs):
     with serving(state, certs) as served:
         job = served.start("--", "sleep", "1000")
     with serving(state, certs) as served:
@@ -3487,7 +3646,7 @@ def test_serve_stop_jobs_stops_them(state, certs):
         assert (status.status, status.stopped_by) == (pb.STOPPED, "serve --stop-jobs")
 
 
-def test_a_second_server_is_refused_by_the_state_and_by_the_port(state, certs, nothing_is_left):
+def test_a_second_server_with_the_same_state_folder_or_port_is_refused(state, certs, nothing_is_left):
     with serving(state, certs) as served:
         words = ["serve", "--certs", certs, "--without", "auto", "--listen"]
         same_state = served.run(*map(str, words), "127.0.0.1:0", "--state", str(state))
@@ -3499,28 +3658,28 @@ def test_a_second_server_is_refused_by_the_state_and_by_the_port(state, certs, n
         assert "Traceback" not in same_state.stderr + same_port.stderr
 
 
-def test_clients_that_vanish_or_read_slowly_cost_the_server_nothing(state, certs):
+def test_vanished_and_slow_clients_do_not_hold_up_the_server_or_others(state, certs):
     with serving(state, certs) as served:
         job = served.start("--", PYTHON, "-c", "import sys, time\nwhile True: sys.stdout.write('x' * 65536)")
-        end_of = [served.popen("stream", job, stderr=subprocess.DEVNULL) for _ in range(3)]
-        for client in end_of:
+        clients = [served.popen("stream", job, stderr=subprocess.DEVNULL) for _ in range(3)]
+        for client in clients:
             assert client.stdout.read(1000) == b"x" * 1000
-        end_of[0].kill()
-        end_of[1].send_signal(signal.SIGSTOP)
+        clients[0].kill()
+        clients[1].send_signal(signal.SIGSTOP)
         with served.popen("stream", job, stderr=subprocess.DEVNULL) as other:
             assert other.stdout.read(4 * MIB) == b"x" * 4 * MIB
             other.kill()
         assert served.run("stop", job).returncode == 0
         size = call(served, "GetJobStatus", pb.GetStatusRequest(id=job)).output_bytes
-        end_of[1].send_signal(signal.SIGCONT)  # a sleeping one resumes, and misses nothing
-        assert len(end_of[1].stdout.read()) == size - 1000
-        assert len(end_of[2].stdout.read()) == size - 1000
-        for client in end_of:
+        clients[1].send_signal(signal.SIGCONT)  # it resumes and receives every byte
+        assert len(clients[1].stdout.read()) == size - 1000
+        assert len(clients[2].stdout.read()) == size - 1000
+        for client in clients:
             client.stdout.close()
             client.wait(PATIENCE)
 
 
-def test_after_many_calls_the_server_holds_what_it_held_before(state, certs):
+def test_many_calls_leave_no_descriptor_watch_or_cgroup_in_the_server(state, certs):
     with serving(state, certs) as served, channel_to(served) as channel:
 
         def round_of_jobs():
@@ -3533,18 +3692,18 @@ def test_after_many_calls_the_server_holds_what_it_held_before(state, certs):
         first = round_of_jobs()
         second = round_of_jobs()
         assert (second[0], second[1]) == (first[0], first[1])
-        assert second[2] <= first[2] + 2  # gRPC's own pool breathes
+        assert second[2] <= first[2] + 2  # gRPC's thread pool grows and shrinks
         assert second[1] == 0
         assert jobs_cgroups(state) == []
 
 
-def test_half_open_clients_are_gone_within_seconds(state, certs):
-    """A client whose machine vanished answers no ping: here, one that is stopped."""
+def test_the_server_drops_a_client_that_no_longer_answers(state, certs):
+    """A stopped client answers no ping, like a client whose machine lost its power."""
     with serving(state, certs) as served:
         job = served.start("--", "sh", "-c", WAITS)
         with served.popen("stream", job, stderr=subprocess.DEVNULL) as client:
             assert client.stdout.readline() == b"ready\n"
-            until(lambda: watches_of(served) == 2)  # on the record, and on the followed output
+            until(lambda: watches_of(served) == 2)  # one on the job's events, one on its output
             client.send_signal(signal.SIGSTOP)
             try:
                 until(lambda: watches_of(served) == 1)
@@ -3584,15 +3743,15 @@ def test_a_server_that_ends_tells_its_followers_and_the_job_goes_on(state, certs
         "UNAVAILABLE",
         "the server is stopping; the job goes on",
     )
-    told = server.communicate(timeout=PATIENCE)[1]
+    log = server.communicate(timeout=PATIENCE)[1]
     assert server.returncode == 0
-    assert told.endswith("jobworker: stopping; 1 job goes on\n")
-    assert "Traceback" not in told
+    assert log.endswith("jobworker: stopping; 1 job goes on\n")
+    assert "Traceback" not in log
     with serving(state, certs, port=port) as served:
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job)).status == pb.RUNNING
 
 
-def test_control_c_in_the_terminal_of_serve_reaches_no_job(state, certs):
+def test_control_c_in_the_terminal_of_serve_does_not_reach_jobs(state, certs):
     master, terminal = pty.openpty()
     words = [
         "setsid",
@@ -3618,18 +3777,18 @@ def test_control_c_in_the_terminal_of_serve_reaches_no_job(state, certs):
     with served.popen("stream", "--retry-for", "0", job, stderr=subprocess.DEVNULL) as client:
         assert client.stdout.readline() == b"ready\n"
         os.write(master, b"\x03")
-        told = server.communicate(timeout=PATIENCE)[1]
+        log = server.communicate(timeout=PATIENCE)[1]
     os.close(master)
-    assert (server.returncode, "1 job goes on" in told) == (0, True)
+    assert (server.returncode, "1 job goes on" in log) == (0, True)
     with serving(state, certs) as served:
         assert served.run("status", job).stdout == f"jobID: {job}, status: RUNNING, exitCode: 0\n"
 
 
 def test_a_server_tells_its_service_manager_when_it_is_ready_and_when_it_stops(state, certs, port, tmp_path):
     """Also with standard input, output and error closed, as old daemons are started (sd_notify(3))."""
-    for place, closed in ((str(tmp_path / "notify"), ""), ("@jobworker-test-" + os.urandom(8).hex(), "<&- >&- 2>&-")):
+    for address, closed in ((str(tmp_path / "notify"), ""), ("@jobworker-test-" + os.urandom(8).hex(), "<&- >&- 2>&-")):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-            manager.bind(place.replace("@", "\0"))
+            manager.bind(address.replace("@", "\0"))
             manager.settimeout(PATIENCE)
             words = [
                 *PROGRAM,
@@ -3646,7 +3805,7 @@ def test_a_server_tells_its_service_manager_when_it_is_ready_and_when_it_stops(s
             ]
             command = f"exec {shlex.join(map(str, words))} {closed}"
             server = subprocess.Popen(["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                      env={**os.environ, "NOTIFY_SOCKET": place})  # fmt: skip
+                                      env={**os.environ, "NOTIFY_SOCKET": address})  # fmt: skip
             assert manager.recv(100) == b"READY=1"
             served = Served(server, port, certs)
             assert (
@@ -3658,7 +3817,7 @@ def test_a_server_tells_its_service_manager_when_it_is_ready_and_when_it_stops(s
             assert server.wait(PATIENCE) == 0
 
 
-def test_clients_that_vanish_leave_nothing_in_the_server(state, certs):
+def test_vanished_clients_leave_no_watch_and_no_descriptor_in_the_server(state, certs):
     with serving(state, certs) as served:
         job = served.start("--", "sh", "-c", WAITS)
         before = watches_of(served), len(fds_of(served))
@@ -3672,12 +3831,12 @@ def test_clients_that_vanish_leave_nothing_in_the_server(state, certs):
         until(lambda: (watches_of(served), len(fds_of(served))) == before)
 
 
-def test_clients_that_do_not_read_cost_bounded_memory_and_miss_nothing(state, certs):
+def test_clients_that_do_not_read_cost_bounded_memory_and_later_receive_every_byte(state, certs):
     def memory():
         return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{served.process.pid}/status").read_text())[1]) << 10
 
     size = 100 * MIB
-    whole = hashlib.sha256(random.Random(7).randbytes(size)).digest()
+    expected = hashlib.sha256(random.Random(7).randbytes(size)).digest()
     with serving(state, certs) as served, contextlib.ExitStack() as stack:
         job = served.start("--", PYTHON, "-c", WRITES_BYTES, str(size))
         slow = [stack.enter_context(served.popen("stream", job)) for _ in range(8)]
@@ -3690,20 +3849,20 @@ def test_clients_that_do_not_read_cost_bounded_memory_and_miss_nothing(state, ce
             digest = hashlib.sha256()
             while part := fast.stdout.read(MIB):
                 digest.update(part)
-            assert digest.digest() == whole
+            assert digest.digest() == expected
         assert memory() - before < 64 * MIB
-        for client, begun in zip(slow, first, strict=True):
-            digest = hashlib.sha256(begun)
+        for client, first_byte in zip(slow, first, strict=True):
+            digest = hashlib.sha256(first_byte)
             while part := client.stdout.read(MIB):
                 digest.update(part)
-            assert digest.digest() == whole
+            assert digest.digest() == expected
             assert client.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize(
     "connect", [lambda served: socket.create_connection(("localhost", served.port)), tls_to], ids=["TCP", "TLS"]
 )
-def test_connections_that_say_nothing_are_closed_and_hold_up_nobody(shared, connect):
+def test_silent_connections_are_closed_and_do_not_hold_up_others(shared, connect):
     before = len(fds_of(shared))
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connect(shared)) for _ in range(20)]
@@ -3730,32 +3889,32 @@ def ip(*words):
 
 @pytest.fixture
 def veth_pair():
-    """A network of its own: its name, its link, and the address of this side."""
+    """A network namespace linked to this one: its name, which is also the link's, and the address of this side."""
     name = f"jw{os.urandom(3).hex()}"
     net = random.SystemRandom().randrange(1, 250)
-    here, there = f"10.203.{net}.1", f"10.203.{net}.2"
+    near, far = f"10.203.{net}.1", f"10.203.{net}.2"
     ip("netns", "add", name)
     try:
         ip("link", "add", name, "type", "veth", "peer", "name", "far", "netns", name)
-        ip("address", "add", f"{here}/24", "dev", name)
+        ip("address", "add", f"{near}/24", "dev", name)
         ip("link", "set", name, "up")
-        ip("-n", name, "address", "add", f"{there}/24", "dev", "far")
+        ip("-n", name, "address", "add", f"{far}/24", "dev", "far")
         ip("-n", name, "link", "set", "far", "up")
-        yield name, here
+        yield name, near
     finally:
         subprocess.run(["ip", "link", "del", name], check=False)
         ip("netns", "del", name)
 
 
 @pytest.mark.skipif(not can_make_networks(), reason="needs root, ip and network namespaces")
-def test_a_cut_cable_frees_the_server_and_costs_the_client_no_byte(state, certs, tmp_path, veth_pair):
-    """Half open: neither side hears of the other's end. Both find out; the client goes on where it was."""
+def test_a_cut_network_frees_the_server_and_loses_no_byte_for_the_client(state, certs, tmp_path, veth_pair):
+    """Neither side receives an end of the connection. Both detect it, and the client resumes at its byte."""
     name, address = veth_pair
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder, "--name", address, "--listen", f"{address}:0") as served:
         local = ("--server", f"{address}:{served.port}", "--certs", str(folder))
 
-        def here(*words):
+        def run(*words):
             return subprocess.run(
                 [*PROGRAM, words[0], *local, *words[1:]],
                 stdin=subprocess.DEVNULL,
@@ -3765,7 +3924,7 @@ def test_a_cut_cable_frees_the_server_and_costs_the_client_no_byte(state, certs,
                 check=True,
             ).stdout
 
-        job = here("start", "--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6").split()[
+        job = run("start", "--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6").split()[
             -1
         ]
         before = watches_of(served)
@@ -3781,7 +3940,7 @@ def test_a_cut_cable_frees_the_server_and_costs_the_client_no_byte(state, certs,
                 assert b"was lost" in client.stderr.readline()
                 home = next((state / "home").iterdir())
                 (home / "gate").write_text("go\n")
-                assert has_ended(here, job)
+                assert has_ended(run, job)
                 ip("link", "set", name, "up")
                 assert client.stdout.read() == b"after\n"
                 assert client.wait(PATIENCE) == 0
@@ -3789,11 +3948,11 @@ def test_a_cut_cable_frees_the_server_and_costs_the_client_no_byte(state, certs,
                 client.kill()
 
 
-def has_ended(here, job):
-    return "FINISHED, exitCode: 6" in (here("stream", job), here("status", job))[1]
+def has_ended(run, job):
+    return "FINISHED, exitCode: 6" in (run("stream", job), run("status", job))[1]
 
 
-def test_an_ipv6_address_is_served_and_called(state, certs):
+def test_a_server_on_an_ipv6_address_can_be_called(state, certs):
     if not jobworker.has_ipv6():
         pytest.skip("this machine has no IPv6")
     with serving(state, certs, "--listen", "[::1]:0") as served:
@@ -3804,16 +3963,16 @@ def test_an_ipv6_address_is_served_and_called(state, certs):
             assert served.run("status", "--server", f"{host}:{served.port}", job).returncode == 0
 
 
-# --- 10. Client -----------------------------------------------------------------------------------------
-# What a client says when it does not reach its server.
+# --- Client ---------------------------------------------------------------------------------------------
+# The errors of a client that cannot reach its server, and its retries.
 
 
-def test_an_unreachable_server_is_one_sentence_that_says_why(certs):
+def test_the_error_for_an_unreachable_server_is_one_sentence_with_the_reason(certs):
     with socket.socket() as silent, socket.socket() as refused:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         refused.bind(("127.0.0.1", 0))
-        for place, why in (
+        for address, reason in (
             (f"127.0.0.1:{refused.getsockname()[1]}", "is `serve` running there?"),
             (f"127.0.0.1:{silent.getsockname()[1]}", "cannot reach"),
             ("no-such-host.invalid", "there is no host 'no-such-host.invalid'"),
@@ -3821,13 +3980,13 @@ def test_an_unreachable_server_is_one_sentence_that_says_why(certs):
             served = Served(None, 0, certs)
             for words in (("status", ID), ("stream", ID), ("start", "--", "true")):
                 done = (
-                    served.run(*words, "--server", place)
+                    served.run(*words, "--server", address)
                     if words[0] != "start"
-                    else served.run("start", "--server", place, *words[1:])
+                    else served.run("start", "--server", address, *words[1:])
                 )
                 assert (done.returncode, done.stdout) == (1, "")
                 assert done.stderr.startswith("jobworker: ")
-                assert why in done.stderr
+                assert reason in done.stderr
                 assert done.stderr.count("\n") == 1
 
 
@@ -3836,7 +3995,7 @@ def names_in_server_certificate(folder):
     return {str(name.value) for name in jobworker.extension(certificate, x509.SubjectAlternativeName)}
 
 
-def test_a_server_reached_by_another_name_is_told_with_the_remedy_that_works(state, certs, tmp_path):
+def test_the_error_for_a_wrong_server_name_names_the_option_that_mends_it(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     authority = jobworker.load_authority(folder, "server-ca")
     jobworker.write_pair(folder, "server", jobworker.issue_server_certificate(authority, ["box.example"]))
@@ -3850,36 +4009,36 @@ def test_a_server_reached_by_another_name_is_told_with_the_remedy_that_works(sta
     assert names_in_server_certificate(folder) == {"box.example", "localhost"}
 
 
-def test_a_wrong_folder_of_certificates_is_told_which_file_is_wrong(shared, tmp_path):
+def test_the_error_for_a_wrong_folder_of_certificates_names_the_wrong_file(shared, tmp_path):
     done = shared.run("status", ID, "--certs", str(tmp_path))
     assert done.returncode == 1
     assert f"{tmp_path}/server-ca.pem: No such file" in done.stderr
-    stranger = tmp_path / "stranger"
-    jobworker.prepare_folder(stranger, [])
-    done = shared.run("status", ID, "--certs", str(stranger))
+    other_folder = tmp_path / "other_folder"
+    jobworker.prepare_folder(other_folder, [])
+    done = shared.run("status", ID, "--certs", str(other_folder))
     assert done.returncode == 1
-    assert f"is not trusted by {stranger}/server-ca.pem" in done.stderr
-    shutil.copy(shared.certs / "server-ca.pem", stranger)
-    done = shared.run("status", ID, "--certs", str(stranger))
+    assert f"is not trusted by {other_folder}/server-ca.pem" in done.stderr
+    shutil.copy(shared.certs / "server-ca.pem", other_folder)
+    done = shared.run("status", ID, "--certs", str(other_folder))
     assert done.returncode == 1
-    assert f"refuses {stranger}/user.pem" in done.stderr
+    assert f"refuses {other_folder}/user.pem" in done.stderr
 
 
-def test_a_client_gives_up_after_the_time_that_it_was_given(state, certs):
+def test_a_client_gives_up_after_the_time_of_retry_for(state, certs):
     with serving(state, certs) as served:
         job = served.start("--", "sh", "-c", WAITS)
         client = served.popen("stream", "--retry-for", "1s", job, stderr=subprocess.PIPE)
         assert client.stdout.readline() == b"ready\n"
         served.process.kill()
-        _, told = client.communicate(timeout=PATIENCE)
+        _, log = client.communicate(timeout=PATIENCE)
         assert client.returncode == 1
-        assert b"gave up after 1 s" in told
-        assert told.count(b"\n") == 2
+        assert b"gave up after 1 s" in log
+        assert log.count(b"\n") == 2
     with serving(state, certs):
         pass  # it stops the job
 
 
-SAYS = """
+LISTENER = """
 import socket, sys
 with socket.create_server(("127.0.0.1", 0)) as server:
     print(server.getsockname()[1], flush=True)
@@ -3887,7 +4046,7 @@ with socket.create_server(("127.0.0.1", 0)) as server:
         connection = server.accept()[0]
         {}
 """
-STRANGERS = [  # what listens there instead
+OTHER_SERVERS = [  # what listens on the port instead of a server: a program, or options of `openssl s_server`
     ("hangs up", "connection.close()"),
     ("ssh", "connection.sendall(b'SSH-2.0-OpenSSH_9.2\\r\\n'); connection.recv(9999); connection.close()"),
     ("http", "connection.recv(9999); connection.sendall(b'HTTP/1.1 400 Bad Request\\r\\n\\r\\n'); connection.close()"),
@@ -3897,15 +4056,15 @@ STRANGERS = [  # what listens there instead
     ),
     ("TLS 1.2", ("-tls1_2",)),
     ("TLS 1.3 without HTTP/2", ("-tls1_3", "-www")),
-    ("TLS 1.3 that then says nothing", ("-tls1_3", "-alpn", "h2", "-quiet")),
+    ("TLS 1.3 that stays silent", ("-tls1_3", "-alpn", "h2", "-quiet")),
 ]
 
 
 @pytest.fixture
-def stranger(request, certs, port):
-    """The port of a server of another kind."""
+def other_server(request, certs, port):
+    """The port of a server that is not ours."""
     if isinstance(request.param, str):
-        words = [sys.executable, "-c", SAYS.format(request.param)]
+        words = [sys.executable, "-c", LISTENER.format(request.param)]
     else:
         words = [
             "openssl",
@@ -3940,11 +4099,13 @@ def stranger(request, certs, port):
     process.communicate(timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("stranger", [row[1] for row in STRANGERS], ids=[row[0] for row in STRANGERS], indirect=True)
-def test_a_port_that_is_something_else_is_said_in_one_sentence(certs, stranger):
-    served = Served(None, stranger, certs)
-    one_sentence(served.run("status", ID), f"localhost:{stranger}")
-    one_sentence(served.run("stream", ID), f"localhost:{stranger}")
+@pytest.mark.parametrize(
+    "other_server", [row[1] for row in OTHER_SERVERS], ids=[row[0] for row in OTHER_SERVERS], indirect=True
+)
+def test_the_error_for_a_port_of_another_program_is_one_sentence(certs, other_server):
+    served = Served(None, other_server, certs)
+    one_sentence(served.run("status", ID), f"localhost:{other_server}")
+    one_sentence(served.run("stream", ID), f"localhost:{other_server}")
 
 
 def test_a_start_whose_answer_was_lost_with_the_server_starts_one_job(state, certs, port, tmp_path):
@@ -3952,12 +4113,12 @@ def test_a_start_whose_answer_was_lost_with_the_server_starts_one_job(state, cer
     (tmp_path / "gen").symlink_to(HERE / "gen")
     with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py")), port=port) as served:
         client = served.popen("start", "--", "sh", "-c", "echo once >>runs; cat runs", stderr=subprocess.PIPE)
-        served.process.wait(PATIENCE)  # it died with the job begun and the answer unsent
+        served.process.wait(PATIENCE)  # it died after the start and before the answer
         assert not armed.exists()
     with serving(state, certs, port=port) as served:
-        out, told = client.communicate(timeout=PATIENCE)
-        assert (client.returncode, told.count(b"\n")) == (0, 1)
-        assert b"was lost" in told
+        out, log = client.communicate(timeout=PATIENCE)
+        assert (client.returncode, log.count(b"\n")) == (0, 1)
+        assert b"was lost" in log
         job = out.split()[-1].decode()
         assert served.run("stream", job).stdout == "once\n"
         assert [folder.name for folder in (state / "jobs").iterdir()] == [job]
@@ -3969,22 +4130,22 @@ def test_a_start_whose_answer_was_lost_with_the_server_starts_one_job(state, cer
     {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": "/nowhere", "SSL_CERT_FILE": "/nowhere", "GRPC_DNS_RESOLVER": "native"},
     {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"},
 ], ids=lambda environment: next(iter(environment)))  # fmt: skip
-def test_a_client_is_not_led_astray_by_its_environment(shared, environment):
-    with_it = {**os.environ, "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs), **environment}
-    done = shared.run("start", "--", "printf", "%s", "ünï☃", env=with_it)
+def test_a_client_ignores_variables_that_change_other_grpc_programs(shared, environment):
+    variables = {**os.environ, "JOBWORKER_SERVER": shared.address, "JOBWORKER_CERTS": str(shared.certs), **environment}
+    done = shared.run("start", "--", "printf", "%s", "ünï☃", env=variables)
     assert (done.returncode, done.stderr) == (0, "")
     done = subprocess.run(
-        [*PROGRAM, "stream", done.stdout.split()[-1]], env=with_it, capture_output=True, timeout=PATIENCE, check=False
+        [*PROGRAM, "stream", done.stdout.split()[-1]], env=variables, capture_output=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ünï☃".encode(), b"")
 
 
-# --- 11. Certificates -----------------------------------------------------------------------------------
-# What a folder must hold, and what is done with one that does not.
+# --- Certificates ---------------------------------------------------------------------------------------
+# The files of a server's folder, and the error for each file that is missing or wrong.
 
 
 def serve_once(folder, state, *words):
-    """`serve` that is expected to refuse."""
+    """Run a `serve` that is expected to refuse."""
     return Served(None, 0, folder).run(
         "serve", "--certs", str(folder), "--state", str(state), "--listen", "127.0.0.1:0", "--without", "auto", *words
     )
@@ -3997,14 +4158,14 @@ def contents(folder):
     }
 
 
-def test_an_empty_folder_is_filled_with_keys_for_their_owner_s_eyes_only(certs):
+def test_a_new_folder_holds_every_file_and_only_the_owner_can_read_the_keys(certs):
     assert {path.name for path in certs.iterdir()} == {*jobworker.MADE_FILES, "user2.pem", "user2.key"}
     for path in certs.iterdir():
         assert path.stat().st_mode & 0o777 == (0o600 if path.suffix == ".key" else 0o644)
 
 
 @pytest.mark.parametrize("missing", ["server.pem", "server.key", "client-ca.pem"])
-def test_a_half_filled_folder_is_refused_and_left_as_it_is(state, certs, tmp_path, missing):
+def test_a_folder_that_lacks_a_file_is_refused_and_not_changed(state, certs, tmp_path, missing):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     (folder / missing).unlink()
     before = contents(folder)
@@ -4023,17 +4184,50 @@ WRONG_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "what", "told"), WRONG_FILES)
-def test_a_folder_that_cannot_be_served_is_refused_in_one_sentence(state, certs, tmp_path, name, what, told):
+@pytest.mark.parametrize(("name", "content", "message"), WRONG_FILES)
+def test_a_folder_with_a_wrong_file_is_refused_in_one_sentence(state, certs, tmp_path, name, content, message):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     made = {"ed25519": openssl("genpkey", "-algorithm", "ed25519"), "another": (certs / "user.key").read_bytes()}
-    (folder / name).write_bytes(made.get(what, what))
+    (folder / name).write_bytes(made.get(content, content))
     before = contents(folder)
     done = serve_once(folder, state)
     assert done.returncode == 1
-    assert told in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert contents(folder) == before
+
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["server.pem", "server.key", "client-ca.pem"])
+def test_a_file_with_a_byte_order_mark_is_served(state, certs, tmp_path, name):
+    """Some editors write one. gRPC refuses it, and that must not be reported as a port in use."""
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    (folder / name).write_bytes(BYTE_ORDER_MARK + (folder / name).read_bytes())
+    with serving(state, folder) as served:
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+
+
+@pytest.mark.parametrize("name", ["server-ca.pem", "user.pem", "user.key"])
+def test_a_client_s_file_with_a_byte_order_mark_is_used_or_named(shared, tmp_path, name):
+    folder = Path(shutil.copytree(shared.certs, tmp_path / "certs"))
+    (folder / name).write_bytes(BYTE_ORDER_MARK + (folder / name).read_bytes())
+    done = shared.run("status", ID, "--certs", str(folder))
+    one_sentence(done)
+    assert done.stderr == f"jobworker: there is no job {ID}\n" or f"{folder}/{name}" in done.stderr
+
+
+@as_root
+@pytest.mark.parametrize("name", ["(none)", "", "a b", "a..b", "x" * 64], ids=repr)
+def test_a_host_name_that_no_certificate_can_hold_is_left_out(state, tmp_path, name):
+    """A container or an initramfs may have such a name. Its server is still reached as localhost."""
+    rename = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
+    program = ("unshare", "--uts", sys.executable, "-c", rename, name, *PROGRAM)
+    with serving(state, tmp_path / "certs", program=program) as served:
+        assert {"localhost", "127.0.0.1"} <= names_in_server_certificate(served.certs)
+        assert name not in names_in_server_certificate(served.certs)
+        assert served.run("stream", served.start("--", "hostname")).stdout == f"{name}\n"
 
 
 def openssl(*words, **popen):
@@ -4045,7 +4239,7 @@ def openssl(*words, **popen):
 def issue_with_openssl(
     folder, name, issuer, extensions, *, key=("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
 ):
-    """A key and a certificate as a person with openssl makes them."""
+    """Make a key and a certificate with openssl, as an administrator may. No issuer: it signs itself."""
     (folder / f"{name}.key").write_bytes(openssl("genpkey", *key))
     (folder / "extensions").write_text(extensions)
     request = openssl("req", "-new", "-key", folder / f"{name}.key", "-subj", f"/CN={name}")
@@ -4056,7 +4250,7 @@ def issue_with_openssl(
 
 
 @pytest.mark.parametrize("kind", [("-algorithm", "RSA"), ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384")])
-def test_a_folder_made_by_hand_with_openssl_is_used_as_it_stands(state, tmp_path, kind):
+def test_a_folder_made_with_openssl_is_used_and_not_changed(state, tmp_path, kind):
     folder, ed25519 = tmp_path, ("-algorithm", "ed25519")
     authority = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n"
     client = f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:"
@@ -4072,21 +4266,21 @@ def test_a_folder_made_by_hand_with_openssl_is_used_as_it_stands(state, tmp_path
     issue_with_openssl(folder, "user", "client-ca", f"{client}user\n", key=kind)
     issue_with_openssl(folder, "boss", "client-ca", f"{client}user,admin\n", key=kind)
     for authority_key in folder.glob("*-ca.key"):
-        authority_key.unlink()  # a folder without them is complete
+        authority_key.unlink()  # a server does not need them
     before = contents(folder)
     with serving(state, folder) as served:
-        job = served.start("--", "echo", "by hand")
-        assert served.run("stream", job, role="boss").stdout == "by hand\n"
+        job = served.start("--", "echo", "openssl")
+        assert served.run("stream", job, role="boss").stdout == "openssl\n"
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job)).owner == "user"
     assert contents(folder) == before
 
 
-def test_one_more_identity_is_one_command(state, certs, tmp_path):
+def test_the_verb_identity_makes_a_certificate_that_works(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     with serving(state, folder) as served:
-        for name, more in (("alice", ()), ("chief", ("--admin",))):
+        for name, options in (("alice", ()), ("chief", ("--admin",))):
             done = subprocess.run(
-                [*PROGRAM, "identity", name, *more, "--certs", folder], capture_output=True, text=True, check=True
+                [*PROGRAM, "identity", name, *options, "--certs", folder], capture_output=True, text=True, check=True
             )
             assert f"{folder}/{name}.pem" in done.stdout
         job = served.start("--", "echo", "hers", role="alice")
@@ -4098,7 +4292,7 @@ def test_one_more_identity_is_one_command(state, certs, tmp_path):
         assert again.returncode == 1
 
 
-def expire(folder):
+def expire_server_certificate(folder):
     key, pem = certificate(jobworker.load_authority(folder, "server-ca"), days=-0.5, purposes=("SERVER_AUTH",))
     (folder / "server.key").write_bytes(key), (folder / "server.pem").write_bytes(pem)
 
@@ -4109,9 +4303,9 @@ def server_of_kind(folder, *kind):
     )
 
 
-UNUSABLE = [  # what is done to a copy of a whole folder; what the sentence says
+UNUSABLE_FILES = [  # the fault; a function that gives a folder this fault; part of the error
     ("a key with a password", lambda f: (f / "server.key").write_bytes(openssl("ec", "-in", f / "server.key", "-aes256", "-passout", "pass:x")), "password"),
-    ("a certificate out of date", expire, "`serve --name NAME`"),
+    ("a certificate out of date", expire_server_certificate, "`serve --name NAME`"),
     ("a public key", lambda f: (f / "server.key").write_bytes(openssl("ec", "-in", f / "server.key", "-pubout")), "cannot be read"),
     ("DER", lambda f: (f / "server.pem").write_bytes(openssl("x509", "-in", f / "server.pem", "-outform", "DER")), "cannot be read"),
     ("a folder in a file's place", lambda f: ((f / "server.key").unlink(), (f / "server.key").mkdir()), "server.key"),
@@ -4123,12 +4317,12 @@ UNUSABLE = [  # what is done to a copy of a whole folder; what the sentence says
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "spoil", "told"), UNUSABLE, ids=[row[0] for row in UNUSABLE])
-def test_a_folder_with_one_unusable_file_is_refused_and_left_as_it_is(state, certs, tmp_path, what, spoil, told):
+@pytest.mark.parametrize(("fault", "spoil", "message"), UNUSABLE_FILES, ids=[row[0] for row in UNUSABLE_FILES])
+def test_a_folder_with_an_unusable_file_is_refused_and_not_changed(state, certs, tmp_path, fault, spoil, message):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     spoil(folder)
     before = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
-    one_sentence(serve_once(folder, state), told)
+    one_sentence(serve_once(folder, state), message)
     assert {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -4139,21 +4333,21 @@ def test_a_folder_with_one_unusable_file_is_refused_and_left_as_it_is(state, cer
         ("-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:4096"),
     ],
 )
-def test_rsa_keys_of_other_sizes_are_served(state, certs, tmp_path, kind):
+def test_a_server_may_have_an_rsa_key_of_another_size(state, certs, tmp_path, kind):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     server_of_kind(folder, *kind)
     with serving(state, folder) as served:
         assert served.run("stream", served.start("--", "echo", "rsa")).stdout == "rsa\n"
 
 
-def test_a_renewed_server_certificate_is_one_option_and_an_expired_one_names_it(state, certs, tmp_path):
+def test_serve_with_name_replaces_an_expired_server_certificate(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
-    expire(folder)
+    expire_server_certificate(folder)
     with serving(state, folder, "--name", "localhost") as served:
         assert served.run("status", ID).stderr == f"jobworker: there is no job {ID}\n"
 
 
-def test_a_name_without_the_authority_s_key_is_refused_and_changes_nothing(state, certs, tmp_path):
+def test_serve_with_name_but_without_the_authority_s_key_is_refused_and_changes_nothing(state, certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     (folder / "server-ca.key").unlink()
     before = contents(folder)
@@ -4162,7 +4356,7 @@ def test_a_name_without_the_authority_s_key_is_refused_and_changes_nothing(state
 
 
 @pytest.mark.parametrize("name", ["", "a..b", "no host", "x" * 70, "a/b", "a\nb"], ids=repr)
-def test_a_name_that_no_host_has_is_wrong_usage_and_changes_nothing(state, certs, tmp_path, name):
+def test_an_invalid_host_name_is_wrong_usage_and_changes_nothing(state, certs, tmp_path, name):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     before = contents(folder)
     one_sentence(serve_once(folder, state, "--name", name), "neither a host's name nor an address", status=2)
@@ -4171,7 +4365,7 @@ def test_a_name_that_no_host_has_is_wrong_usage_and_changes_nothing(state, certs
     assert not (tmp_path / "new").exists()
 
 
-def test_names_may_be_addresses_or_of_any_script_and_are_kept(certs, tmp_path):
+def test_server_names_may_be_addresses_and_unicode_and_are_kept_in_a_new_certificate(certs, tmp_path):
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     assert jobworker.prepare_folder(folder, ["10.9.8.7", "2001:db8::7", "bücher.example", "box"])
     made = (folder / "server.pem").read_bytes()
@@ -4183,7 +4377,7 @@ def test_names_may_be_addresses_or_of_any_script_and_are_kept(certs, tmp_path):
     assert (folder / "server.pem").read_bytes() == made
 
 
-def test_a_place_that_can_be_no_folder_of_certificates_is_said_in_one_sentence(state, tmp_path):
+def test_the_error_for_a_path_that_cannot_be_a_folder_is_one_sentence(state, tmp_path):
     (tmp_path / "file").write_text("x")
     one_sentence(serve_once(tmp_path / "file", state), f"{tmp_path}/file")
     one_sentence(serve_once(tmp_path / "file" / "below", state), f"{tmp_path}/file")
@@ -4193,7 +4387,7 @@ def test_a_place_that_can_be_no_folder_of_certificates_is_said_in_one_sentence(s
 
 @needs_pyz
 @as_root
-def test_a_folder_that_may_not_be_read_is_refused_and_left_as_it_is(certs, tmp_path):
+def test_an_unreadable_folder_is_refused_and_not_changed(certs, tmp_path):
     for parent in (tmp_path, *tmp_path.parents[:2]):
         parent.chmod(0o755)
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
@@ -4210,10 +4404,10 @@ def test_a_folder_that_may_not_be_read_is_refused_and_left_as_it_is(certs, tmp_p
         "--certs",
     )
     try:
-        for mode, told in ((0o755, "server.key: Permission denied"), (0o700, f"{folder}")):
+        for mode, message in ((0o755, "server.key: Permission denied"), (0o700, f"{folder}")):
             folder.chmod(mode)
             done = run_pyz(*words, str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user)
-            one_sentence(done, told, "Permission denied")
+            one_sentence(done, message, "Permission denied")
         done = run_pyz(
             "status", ID, "--certs", str(folder), program=PYTHON_FOR_ALL, pyz=tmp_path / "jobworker.pyz", wrapper=user
         )
@@ -4224,13 +4418,13 @@ def test_a_folder_that_may_not_be_read_is_refused_and_left_as_it_is(certs, tmp_p
     assert contents(folder) == before
 
 
-# --- 12. Command line -----------------------------------------------------------------------------------
-# The lines and exit codes that scripts rely on.
+# --- Command line ---------------------------------------------------------------------------------------
+# Options, errors, and the lines and exit codes that scripts rely on.
 
 UUID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 
 
-def test_the_lines_that_scripts_rely_on(shared):
+def test_start_stop_status_stream_and_rm_print_the_lines_that_scripts_rely_on(shared):
     done = shared.run("start", "-c", "sh", "-args", "-c", "echo hello; exit 3")
     assert re.fullmatch(f"started JobID: {UUID}\n", done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
@@ -4257,12 +4451,17 @@ COMMAND_LINES = [  # the words after `start`; what the job prints
     (("-c", "echo", "-args"), "\n"),
     (("--", "printf", "%s|", "--help", "-args", "", "a b", "$HOME", "ünï☃"), "--help|-args||a b|$HOME|ünï☃|"),
     (("--timeout=60", "--", "echo", "--"), "--\n"),
+    (("printf", "%s|", "-l", "--json", "--help", "--", "-args", "-c"), "-l|--json|--help|--|-args|-c|"),
+    (("--timeout", "60", "--memory=64M", "printf", "%s|", "--timeout", "1"), "--timeout|1|"),
+    (("-r", "user", "--id", "", "echo", "-n", "user"), "user"),
+    (("sh", "-c", "echo $0", "--", "x"), "--\n"),
+    (("ls", "-d", "/"), "/\n"),
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), COMMAND_LINES)
-def test_what_follows_the_command_is_passed_on_verbatim(shared, words, said):
-    assert shared.run("stream", shared.start(*words)).stdout == said
+@pytest.mark.parametrize(("words", "expected"), COMMAND_LINES)
+def test_the_words_after_the_command_are_passed_on_verbatim(shared, words, expected):
+    assert shared.run("stream", shared.start(*words)).stdout == expected
 
 
 WRONG_USAGE = [
@@ -4273,6 +4472,15 @@ WRONG_USAGE = [
     ("start", "--memory", "much", "--", "true"),
     ("status",),
     ("status", "-j", ID, ID2),
+    ("status", "-j", ""),
+    ("status", ""),
+    ("status", "--json", "-j", ""),
+    ("stream", "-j", ""),
+    ("stream", ""),
+    ("stop", "-j", ""),
+    ("stop", ""),
+    ("rm", ""),
+    ("rm", ID, ""),
     ("stream", "--server", "host:port:port/"),
     ("serve", "--without", "gravity"),
     ("serve", "--cpu", "0"),
@@ -4287,20 +4495,62 @@ WRONG_USAGE = [
 
 @pytest.mark.parametrize("words", WRONG_USAGE, ids=" ".join)
 def test_wrong_usage_is_one_sentence_and_exit_status_2(shared, words):
-    done = shared.run(*words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"jobworker: [^\n]+\n", done.stderr)
+    one_sentence(shared.run(*words), status=2)
+
+
+@pytest.mark.parametrize("words", WRONG_USAGE, ids=" ".join)
+def test_the_error_for_wrong_usage_names_the_help_of_its_verb(shared, words):
+    program = f"jobworker.pyz {words[0]}" if words[0] in jobworker.VERBS else "jobworker.pyz"
+    assert f"`{program} --help`" in shared.run(*words).stderr
+
+
+def test_a_command_line_without_words_prints_the_help(shared):
+    done = shared.run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: jobworker.pyz")
+    assert done.stdout == shared.run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables"), [(("-OO",), {}), ((), {"PYTHONOPTIMIZE": "2"})], ids=["-OO", "variable"]
+)
+def test_every_verb_works_in_an_optimized_python(state, tmp_path, flags, variables):
+    """`python -OO` and PYTHONOPTIMIZE=2 remove docstrings and assertions."""
+    program, environment = (sys.executable, *flags, str(HERE / "jobworker.py")), {**os.environ, **variables}
+    for words in ((), *((verb,) for verb in jobworker.VERBS)):
+        done = subprocess.run(
+            [*program, *words, "--help"], env=environment, capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        assert done.stdout.startswith(" ".join(["usage: jobworker.pyz", *words]))
+    folder = tmp_path / "certs"
+    with serving(state, folder, program=program, env=environment) as served:
+
+        def run(*words):
+            variables_of_client = {"JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(folder)}
+            done = served.run(*words, program=program, env={**environment, **variables_of_client})
+            assert (done.returncode, done.stderr) == (0, "")
+            return done.stdout
+
+        job = run("start", "--", "sh", "-c", "echo hello; exit 3").split()[-1]
+        assert run("stream", job) == "hello\n"
+        assert run("status", job) == f"jobID: {job}, status: FINISHED, exitCode: 3\n"
+        assert json.loads(run("status", "--json", job))["exitCode"] == 3
+        running = run("start", "--", "sleep", "1000").split()[-1]
+        assert run("stop", running) == f"stopped Job: {running}\n"
+        assert run("rm", job) == f"removed Job: {job}\n"
+        assert "alice.pem" in run("identity", "alice")
+        assert "ExecStart=" in run("unit")
 
 
 @pytest.mark.parametrize("verb", [*jobworker.VERBS, None])
-def test_the_help_of_every_verb_is_enough(capsys, verb):
+def test_help_shows_the_usage_of_a_verb_and_names_all_verbs(capsys, verb):
     assert jobworker.main([*([verb] if verb else []), "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "usage: jobworker.pyz" in told
-    assert all(name in told for name in ([] if verb else jobworker.VERBS))
+    printed = capsys.readouterr().out
+    assert "usage: jobworker.pyz" in printed
+    assert all(name in printed for name in ([] if verb else jobworker.VERBS))
 
 
-def test_status_as_json_tells_all(shared):
+def test_status_json_holds_the_whole_status(shared):
     job = shared.start("--timeout", "1m", "--", "sh", "-c", "echo four; kill -TERM $$")
     shared.run("stream", job)
     facts = json.loads(shared.run("status", "--json", job).stdout)
@@ -4310,7 +4560,7 @@ def test_status_as_json_tells_all(shared):
     assert facts["created"] <= facts["started"] <= facts["ended"]
 
 
-def test_control_c_ends_a_client_quietly_and_not_its_job(shared):
+def test_control_c_ends_a_client_without_a_message_and_does_not_end_its_job(shared):
     job = shared.start("--", "sh", "-c", WAITS)
     client = shared.popen("stream", job, stderr=subprocess.PIPE)
     assert client.stdout.readline() == b"ready\n"
@@ -4321,7 +4571,7 @@ def test_control_c_ends_a_client_quietly_and_not_its_job(shared):
     shared.run("stop", job)
 
 
-def test_a_closed_pipe_ends_a_client_quietly(shared):
+def test_a_closed_pipe_ends_a_client_without_a_message(shared):
     job = shared.start("--", "yes")
     client = shared.popen("stream", job, stderr=subprocess.PIPE)
     assert client.stdout.read(4) == b"y\ny\n"
@@ -4332,17 +4582,17 @@ def test_a_closed_pipe_ends_a_client_quietly(shared):
     shared.run("stop", job)
 
 
-def test_binary_output_arrives_byte_for_byte(shared):
+def test_binary_output_arrives_unchanged(shared):
     job = shared.start("--", PYTHON, "-c", WRITES_BYTES, "300000")
     with shared.popen("stream", job) as client:
         assert client.stdout.read() == random.Random(7).randbytes(300_000)
 
 
-@pytest.mark.parametrize(("text", "place"), [
+@pytest.mark.parametrize(("text", "expected"), [
     ("box", ("box", 8010)), ("box:1", ("box", 1)), (":9", ("", 9)), ("[::1]:7", ("::1", 7)), ("::1", ("::1", 8010)), ("10.0.0.1:80", ("10.0.0.1", 80)),
 ])  # fmt: skip
-def test_a_place_is_a_host_and_a_port(text, place):
-    assert jobworker.host_and_port(text) == place
+def test_an_address_is_a_host_and_a_port(text, expected):
+    assert jobworker.host_and_port(text) == expected
 
 
 @pytest.mark.parametrize(("convert", "text", "value"), [
@@ -4350,11 +4600,11 @@ def test_a_place_is_a_host_and_a_port(text, place):
     (jobworker.as_bytes, "1GiB", 1 << 30), (jobworker.as_seconds, "90", 90), (jobworker.as_seconds, "10s", 10), (jobworker.as_seconds, "10m", 600),
     (jobworker.as_seconds, "7d", 604800), (jobworker.as_cpus, "0.5", 0.5), (jobworker.as_share, "5%", 0.05), (jobworker.as_share, "0.1", 0.1),
 ])  # fmt: skip
-def test_quantities_read_as_people_write_them(convert, text, value):
+def test_sizes_durations_and_shares_may_have_units(convert, text, value):
     assert convert(text) == value
 
 
-def test_the_folder_of_certificates_here_is_used_only_if_nobody_else_could_have_made_it(tmp_path, monkeypatch):
+def test_the_folder_certs_here_is_used_only_if_no_other_user_can_have_made_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     elsewhere = Path("/etc/jobworker") if os.geteuid() == 0 else tmp_path / "config" / "jobworker"
@@ -4369,8 +4619,11 @@ def test_the_folder_of_certificates_here_is_used_only_if_nobody_else_could_have_
         assert jobworker.default_certs() == elsewhere
 
 
-CANNOT_RUN = [  # the words after `start`; the exit status; words of the sentence
+REFUSED_STARTS = [  # the words after `start`; the exit status; words of the error
     (("--", "no-such-command"), 1, (jobworker.JOB_PATH,)),
+    (("-c", "echo a; sleep 1"), 1, ("'echo a; sleep 1' is not found", "`sh -c`")),
+    (("echo a | cat",), 1, ("is not found", "`sh -c`")),
+    (("/bin/ls -la",), 1, ("'/bin/ls -la' is not found", "`sh -c`")),
     (("--", "/etc"), 1, ("folder",)),
     (("--", "/etc/passwd"), 1, ("not executable",)),
     (("--", ""), 1, ("empty",)),
@@ -4397,13 +4650,13 @@ CANNOT_RUN = [  # the words after `start`; the exit status; words of the sentenc
 ]
 
 
-@pytest.mark.parametrize(("words", "status", "told"), CANNOT_RUN, ids=repr)
-def test_what_cannot_be_started_is_one_sentence_and_its_exit_status(shared, words, status, told):
-    one_sentence(shared.run("start", *words), *told, status=status)
+@pytest.mark.parametrize(("words", "status", "expected"), REFUSED_STARTS, ids=repr)
+def test_a_refused_start_is_one_sentence_with_its_exit_status(shared, words, status, expected):
+    one_sentence(shared.run("start", *words), *expected, status=status)
 
 
 @pytest.mark.parametrize("words", [("stop",), ("status",), ("status", "--json"), ("stream",), ("rm",)], ids=" ".join)
-def test_every_verb_says_alike_that_there_is_no_such_job(shared, words):
+def test_every_verb_has_the_same_error_for_an_unknown_job(shared, words):
     assert shared.run(*words, ID2).stderr == f"jobworker: there is no job {ID2}\n"
     one_sentence(shared.run(*words, ID2))
     one_sentence(shared.run(*words, ID2.upper()), "lower case")
@@ -4411,13 +4664,13 @@ def test_every_verb_says_alike_that_there_is_no_such_job(shared, words):
     one_sentence(shared.run(*words, foreign), f"there is no job {foreign}")
 
 
-def test_a_running_job_is_not_forgotten(shared):
+def test_rm_refuses_a_running_job(shared):
     job = shared.start("--", "sleep", "1000")
     one_sentence(shared.run("rm", job), "stop it first")
     assert shared.run("stop", job, role="admin").stdout == f"stopped Job: {job}\n"
 
 
-def test_a_loop_with_options_of_its_own_is_passed_on_and_seen_live(shared):
+def test_the_output_of_a_shell_loop_arrives_while_it_runs(shared):
     words = ("-c", "sh", "-args", "-c", "while true; do date; sleep 1; done")
     job = shared.start(*words)
     with shared.popen("stream", "-j", job) as client:
@@ -4433,7 +4686,7 @@ def test_a_loop_with_options_of_its_own_is_passed_on_and_seen_live(shared):
     ("status", "-j", "{id}", "--server", "{server}", "--certs", "{certs}", "-r", "user2"), ("status", "--server={server}", "--certs={certs}", "--identity=user2", "-j{id}"),
     ("status", "{id}", "-r", "user2", "--certs", "{certs}", "--server", "{server}"), ("status", "-ruser2", "--certs", "{certs}", "--server", "{server}", "{id}"),
 ], ids=" ".join)  # fmt: skip
-def test_the_common_options_stand_anywhere_after_the_verb_and_outrank_the_environment(shared, words):
+def test_common_options_may_stand_anywhere_after_the_verb_and_override_the_environment(shared, words):
     job = shared.start("--", "true", role="user2")
     shared.run("stream", job, role="user2")
     filled = [word.format(id=job, server=shared.address, certs=shared.certs) for word in words]
@@ -4444,8 +4697,8 @@ def test_the_common_options_stand_anywhere_after_the_verb_and_outrank_the_enviro
     assert (done.stdout, done.stderr) == (f"jobID: {job}, status: FINISHED, exitCode: 0\n", "")
 
 
-def test_an_empty_variable_or_option_is_none(shared, tmp_path):
-    """`--certs "$UNSET"` fills no working directory with keys."""
+def test_an_empty_variable_or_option_counts_as_not_given(shared, tmp_path):
+    """`--certs "$UNSET"` does not mean the working directory."""
     empty = {
         "JOBWORKER_SERVER": "",
         "JOBWORKER_CERTS": "",
@@ -4468,11 +4721,11 @@ def test_an_empty_variable_or_option_is_none(shared, tmp_path):
         one_sentence(done, f"cannot read {tmp_path}/.config/jobworker/server-ca.pem")
 
 
-def test_a_wrong_environment_is_wrong_usage(shared):
+def test_a_wrong_variable_is_wrong_usage_in_one_sentence(shared):
     one_sentence(shared.run("status", ID, env={**os.environ, "JOBWORKER_SERVER": "x:y:z"}), "x:y:z", status=2)
 
 
-def test_one_id_at_the_command_line_is_one_job(shared):
+def test_start_with_the_same_id_starts_one_job(shared):
     job = jobworker.new_job_id()
     for _ in range(2):
         assert shared.run("start", "--id", job, "--", "echo", "once").stdout == f"started JobID: {job}\n"
@@ -4481,17 +4734,17 @@ def test_one_id_at_the_command_line_is_one_job(shared):
     assert shared.run("stream", "--offset", "2", job).stdout == "ce\n"
 
 
-FACTS = {"id", "status", "exitCode", "reason", "signal", "stoppedBy", "owner", "command", "user", "created", "started", "ended", "outputBytes",
+STATUS_KEYS = {"id", "status", "exitCode", "reason", "signal", "stoppedBy", "owner", "command", "user", "created", "started", "ended", "outputBytes",
          "usage", "limits", "notes"}  # fmt: skip
 
 
-def test_the_keys_of_status_as_json_are_always_there(shared):
+def test_status_json_always_has_every_key(shared):
     job = shared.start("--", "sleep", "1000")
     running = json.loads(shared.run("status", "--json", job).stdout)
     shared.run("stop", job, role="admin")
     stopped = json.loads(shared.run("status", "--json", job).stdout)
     for facts in (running, stopped):
-        assert set(facts) >= FACTS
+        assert set(facts) >= STATUS_KEYS
         assert set(facts["usage"]) >= {"cpuSeconds", "memoryPeak", "readBytes", "writtenBytes"}
         assert set(facts["limits"]) >= {"cpu", "memory", "pids", "io", "timeout", "maxOutput"}
     assert (running["status"], running["ended"], running["signal"], running["stoppedBy"]) == (
@@ -4509,15 +4762,28 @@ def test_the_keys_of_status_as_json_are_always_there(shared):
 
 
 @pytest.mark.parametrize("words", [("stream",), ("status",), ("status", "--json")], ids=" ".join)
-def test_output_that_cannot_be_written_is_one_sentence(shared, words):
+def test_the_error_for_a_full_standard_output_is_one_sentence(shared, words):
     job = shared.start("--", "echo", "x")
     shared.run("stream", job)
     done = in_shell(shared, (*words, job), ">/dev/full")
     one_sentence(done, "No space left on device")
 
 
+def test_a_start_whose_id_cannot_be_printed_names_the_job_in_its_error(shared):
+    done = in_shell(shared, ("start", "--", "sleep", "1000"), ">/dev/full")
+    one_sentence(done, "started", "No space left on device")
+    (job,) = re.findall(UUID, done.stderr)
+    assert shared.run("status", job).stdout == f"jobID: {job}, status: RUNNING, exitCode: 0\n"
+    assert shared.run("stop", job).returncode == 0
+
+
+def test_the_hint_at_a_shell_is_given_only_for_a_command_with_a_blank(shared):
+    assert "sh -c" not in shared.run("start", "no-such-command").stderr
+    assert "sh -c" in shared.run("start", "no such command").stderr
+
+
 def in_shell(served, words, redirections):
-    """A client command behind a shell's redirections or pipes."""
+    """Run a client command with a shell's redirections or pipes."""
     environment = {**os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(served.certs)}
     command = f"{shlex.join([*PROGRAM, *words])} {redirections}"
     return subprocess.run(
@@ -4534,7 +4800,7 @@ def in_shell(served, words, redirections):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("words", [("stream",), ("status",), ("status", "--json"), ("stop",)], ids=" ".join)
 def test_a_client_whose_standard_descriptors_are_closed_does_its_work(shared, words, closed):
-    """And nothing that it opens becomes standard output: ssh and login do so too."""
+    """No file or socket that it opens may become its standard output."""
     job = shared.start("--", PYTHON, "-c", WRITES_BYTES.replace("sys.stdout.buffer.write", "print"), "1000")
     shared.run("stream", job)
     done = in_shell(shared, (*words, job), closed)
@@ -4544,7 +4810,7 @@ def test_a_client_whose_standard_descriptors_are_closed_does_its_work(shared, wo
     assert failed.stdout == ""
 
 
-def test_a_pipe_that_was_read_enough_of_ends_a_client_quietly(shared):
+def test_a_reader_that_ends_early_ends_a_client_without_a_message(shared):
     job = shared.start("--", "yes")
     done = in_shell(shared, ("stream", job), "| head -c 10")
     assert (done.returncode, done.stdout, done.stderr) == (0, "y\n" * 5, "")
@@ -4552,7 +4818,7 @@ def test_a_pipe_that_was_read_enough_of_ends_a_client_quietly(shared):
 
 
 @pytest.mark.parametrize("verb", jobworker.VERBS)
-def test_the_help_of_a_verb_reaches_a_terminal(verb):
+def test_help_is_printed_on_standard_output_without_a_server(verb):
     done = subprocess.run(
         [*PROGRAM, verb, "--help"],
         stdin=subprocess.DEVNULL,
@@ -4581,7 +4847,7 @@ def unit(*words):
     "words", [(), ("--user",), ("--", "--listen", ":8011", "--state", "/srv/my jobs/100% $HOME")], ids=" ".join
 )
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_systemd_understands_the_unit(tmp_path, words):
+def test_systemd_accepts_the_printed_unit(tmp_path, words):
     file = tmp_path / "jobworker.service"
     file.write_text(unit(*words))
     scope = ["--user"] if "--user" in words else []
@@ -4590,7 +4856,7 @@ def test_systemd_understands_the_unit(tmp_path, words):
     assert "jobworker.service" not in done.stderr
 
 
-def test_a_unit_restarts_its_server_and_leaves_its_jobs_alone():
+def test_the_printed_unit_restarts_the_server_and_not_its_jobs():
     text = unit("--", "--state", "/srv/my jobs/100% $HOME")
     lines = text.splitlines()
     for line in (
@@ -4606,7 +4872,7 @@ def test_a_unit_restarts_its_server_and_leaves_its_jobs_alone():
     assert "WantedBy=default.target" in unit("--user").splitlines()
 
 
-def test_where_certificates_and_state_are_by_default_depends_on_who_asks():
+def test_default_folders_are_the_machine_s_for_root_and_the_user_s_own_for_others():
     program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import jobworker; print(jobworker.default_certs(), jobworker.default_state())"
     rows = [(os.geteuid(), {"HOME": "/h"})] if os.geteuid() else [(0, {"HOME": "/h"}), (54321, {"HOME": "/h"}),
         (54321, {"HOME": "/h", "XDG_CONFIG_HOME": "/c", "XDG_STATE_HOME": "/s"}), (54321, {})]  # fmt: skip
@@ -4621,9 +4887,9 @@ def test_where_certificates_and_state_are_by_default_depends_on_who_asks():
             timeout=PATIENCE,
             check=False,
         )
-        config, kept = (environment.get(name, f"{environment.get('HOME', '/')}/{below}".replace("//", "/")) for name, below in
+        config, state_home = (environment.get(name, f"{environment.get('HOME', '/')}/{below}".replace("//", "/")) for name, below in
                         (("XDG_CONFIG_HOME", ".config"), ("XDG_STATE_HOME", ".local/state")))  # fmt: skip
-        expected = "/etc/jobworker /var/lib/jobworker" if uid == 0 else f"{config}/jobworker {kept}/jobworker"
+        expected = "/etc/jobworker /var/lib/jobworker" if uid == 0 else f"{config}/jobworker {state_home}/jobworker"
         assert done.stdout.strip() == expected, done.stderr
 
 
@@ -5664,7 +5930,7 @@ def test_universal_is_the_same_bytes_from_another_python_and_an_empty_cache(tmp_
 
 
 # --- Outliving the server -------------------------------------------------------------------------------
-# Whole servers that are killed, replaced, restarted by systemd, or lose their power.
+# Servers that are killed, replaced, restarted by systemd, or lose their power; jobs that attack their server.
 
 
 def launchers_of(process):
@@ -5674,29 +5940,29 @@ def launchers_of(process):
 PRINTS_UNTIL_RELEASED = """
 import os, random, sys, time
 seed, gate = int(sys.argv[1]), sys.argv[2]
-chance, said = random.Random(seed), 0
+chance, count = random.Random(seed), 0
 pause = (0.02, 0.1, 0.3)[seed % 3]
-while os.path.exists(gate):  # it cannot end before the test lets it
+while os.path.exists(gate):  # the test removes the gate
     sys.stdout.buffer.write(chance.randbytes(chance.choice((1, 80, 4096, 20_000))))
     sys.stdout.buffer.flush()
-    said += 1
+    count += 1
     time.sleep(pause)
-sys.stdout.buffer.write(b"<%d>" % said)
+sys.stdout.buffer.write(b"<%d>" % count)
 sys.exit(seed % 200)
 """
 LONG_CHAOS = os.environ.get("JOBWORKER_CHAOS") == "long"
 PYZ_PROGRAM = (str(LIKE_PYZ), str(PYZ))
 
 
-def chatter(seed, received):
-    """All that such a job says, from how often it says it did."""
-    said = int(received.rsplit(b"<", 1)[1].rstrip(b">"))
+def expected_output(seed, received):
+    """The whole output of such a job, made from the number at the end of what was received."""
+    count = int(received.rsplit(b"<", 1)[1].rstrip(b">"))
     chance = random.Random(seed)
-    return b"".join(chance.randbytes(chance.choice((1, 80, 4096, 20_000))) for _ in range(said)) + b"<%d>" % said
+    return b"".join(chance.randbytes(chance.choice((1, 80, 4096, 20_000))) for _ in range(count)) + b"<%d>" % count
 
 
 class FollowedJobs:
-    """Jobs of different speeds, each followed by a client; each talks until it is let go."""
+    """Jobs that print at different speeds until their gate is removed, each followed by a client."""
 
     def __init__(self, stack, folder, mark, seed):
         self.stack, self.folder, self.mark, self.seed = stack, folder, mark, seed
@@ -5706,7 +5972,7 @@ class FollowedJobs:
 
     def start(self, served, channel, number):
         gate = self.gates / str(number)
-        gate.touch()  # with the folder all jobs end, however the test does
+        gate.touch()  # all jobs end with the folder, even if the test fails
         command = ["-c", PRINTS_UNTIL_RELEASED, str(self.seed + number), str(gate), self.mark]
         self.ids[number] = ask(channel, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=command)).ID
         with (self.folder / str(number)).open("wb") as file, (self.folder / f"{number}.err").open("wb") as errors:
@@ -5717,8 +5983,8 @@ class FollowedJobs:
     def received(self, number):
         return (self.folder / str(number)).stat().st_size
 
-    def told(self, number):
-        """What a follower that ended before its time has said."""
+    def failure(self, number):
+        """The exit code and the log of a follower that has ended. False: it runs."""
         return self.followers[number].poll() is not None and (
             number,
             self.followers[number].returncode,
@@ -5729,10 +5995,12 @@ class FollowedJobs:
         before = {number: self.received(number) for number in numbers}
         for number in numbers:
             until(
-                lambda: self.received(number) > before[number] or self.told(number) or served.process.poll() is not None  # noqa: B023
+                lambda job=number: (
+                    self.received(job) > before[job] or self.failure(job) or served.process.poll() is not None
+                )
             )
             assert served.process.poll() is None, "the server died by itself"
-            assert not self.told(number)
+            assert not self.failure(number)
 
     def check_they_are_running(self, served, numbers):
         with channel_to(served) as channel:
@@ -5746,7 +6014,7 @@ class FollowedJobs:
         for number, job in self.ids.items():
             assert self.followers[number].wait(10 * PATIENCE) == 0
             received = (self.folder / str(number)).read_bytes()
-            assert received == chatter(self.seed + number, received)
+            assert received == expected_output(self.seed + number, received)
             status = call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
             assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, (self.seed + number) % 200, "")
             assert status.output_bytes == len(received)
@@ -5763,8 +6031,8 @@ def pyz_client(served, *words, **popen):
 @needs_pyz
 @pytest.mark.chaos
 def test_killed_servers_lose_no_byte_and_no_exit_code(state, certs, port, tmp_path, mark):
-    """The server is killed while jobs run and are followed, while it starts itself, and while a job is being started;
-    its launcher too. Some jobs end after each kill."""
+    """The server is killed while it runs with followed jobs, while it starts, and while it starts a job. Its launcher
+    is killed too. Some jobs end after each kill."""
     jobs, kills = (50, 20) if LONG_CHAOS else (8, 4)
     seed = int.from_bytes(os.urandom(4), "big")
     print("seed:", seed)
@@ -5772,19 +6040,19 @@ def test_killed_servers_lose_no_byte_and_no_exit_code(state, certs, port, tmp_pa
     with contextlib.ExitStack() as stack:
         jobs_followed = FollowedJobs(stack, tmp_path, mark, seed)
 
-        def serving_here(how=signal.SIGKILL):
-            return serving(state, certs, program=PYZ_PROGRAM, port=port, end=how)
+        def serve_here(end=signal.SIGKILL):
+            return serving(state, certs, program=PYZ_PROGRAM, port=port, end=end)
 
-        with serving_here() as served, channel_to(served) as channel:
+        with serve_here() as served, channel_to(served) as channel:
             for number in range(jobs):
                 jobs_followed.start(served, channel, number)
-            until(lambda: all(map(jobs_followed.received, range(jobs))))  # who has reached the server tries again
+            until(lambda: all(map(jobs_followed.received, range(jobs))))  # a client that has reached a server retries
         for kill in range(kills):
             server = spawn(state, certs, port, program=PYZ_PROGRAM)
-            time.sleep(chance.random())  # a random moment of its own start is the point
+            time.sleep(chance.random())  # the kill comes at a random moment of its start
             end(server)
             alive = range(kill * jobs // kills, jobs)
-            with serving_here() as served:
+            with serve_here() as served:
                 jobs_followed.check_output_grows(served, alive)
                 if chance.random() < 0.5:
                     kill_the_launcher(served)
@@ -5792,12 +6060,12 @@ def test_killed_servers_lose_no_byte_and_no_exit_code(state, certs, port, tmp_pa
                 client = stack.enter_context(
                     pyz_client(served, "start", "--id", once[-1], "--", "sh", "-c", f"echo {kill}")
                 )
-                time.sleep(chance.random())  # a random moment of a start is the point
+                time.sleep(chance.random())  # the kill comes at a random moment of a start
                 jobs_followed.check_they_are_running(served, alive)
             for number in range(kill * jobs // kills, (kill + 1) * jobs // kills):
-                (jobs_followed.gates / str(number)).unlink()  # it ends while no server is there, or the next one starts
+                (jobs_followed.gates / str(number)).unlink()  # it ends while no server runs or the next one starts
             client.kill()
-        with serving_here(signal.SIGTERM) as served:
+        with serve_here(signal.SIGTERM) as served:
             jobs_followed.check_endings(served)
             check_each_ran_once(served, once)
             check_nothing_is_left(served, state, mark, {*jobs_followed.ids.values(), *once})
@@ -5809,14 +6077,14 @@ def kill_the_launcher(served):
 
 
 def check_each_ran_once(served, ids):
-    """Tried again they ran once, whether or not they were there."""
+    """Start each job again with its id; it has run once, whether or not the first start was lost."""
     for number, job in enumerate(ids):
         assert served.start("--id", job, "--", "sh", "-c", f"echo {number}") == job
         assert served.run("stream", job).stdout == f"{number}\n"
 
 
 def check_nothing_is_left(served, state, mark, ids):
-    """Nothing is left of jobs that have ended, but their folders, each whole."""
+    """Check that ended jobs have left their complete folders and nothing else."""
     assert ids <= set(left_in(state))
     for job in left_in(state):
         assert b"done" in (state / "jobs" / job / "events").read_bytes()
@@ -5831,7 +6099,7 @@ def check_nothing_is_left(served, state, mark, ids):
 
 
 def descriptor_kinds(served):
-    """A server's descriptors, but for the connections that its clients leave in their own time."""
+    """A server's descriptors by kind, without sockets: clients close their connections at any time."""
     kinds = (name.split("[")[0].split(":")[0] for name in fds_of(served))
     return collections.Counter(kind for kind in kinds if kind != "socket")
 
@@ -5852,11 +6120,11 @@ ALLOWED_OUTCOMES = {
     "FAILED_PRECONDITION",
     "DEADLINE_EXCEEDED",
     "UNAVAILABLE",
-}  # the last: its launcher was killed
+}  # the last one: the launcher was killed
 
 
 def random_call(channel, ids, chance, mark):
-    """One call of any kind; the name of its outcome."""
+    """Make one random call. Returns the name of its status."""
     method = chance.choice(("StartJob", "StartJob", "StopJob", "RemoveJob", "GetJobStatus", "GetOutputStream"))
     if method == "StartJob" or not ids:
         answer = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", chance.choice(SCRIPTS), mark]))
@@ -5870,21 +6138,21 @@ def random_call(channel, ids, chance, mark):
 
 
 def do_random_harm(served, chance):
-    """A reload, a killed launcher, a killed shim, or a stranger that says rubbish."""
+    """Reload the certificates, kill the launcher or a shim, or send rubbish to the port."""
     harm = chance.choice(("reload", "launcher", "shim", "rubbish", "rubbish"))
-    with contextlib.suppress(OSError, IndexError):  # there is none, or not any more
+    with contextlib.suppress(OSError, IndexError):  # there is no launcher or no shim now
         if harm == "reload":
             served.process.send_signal(signal.SIGHUP)
         elif harm == "rubbish":
-            with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as stranger:
-                stranger.sendall(chance.randbytes(500))
+            with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as connection:
+                connection.sendall(chance.randbytes(500))
         else:
             launcher = launchers_of(served.process.pid)[0]
             os.kill(launcher if harm == "launcher" else chance.choice(sorted(children(launcher))), signal.SIGKILL)
 
 
 @pytest.mark.chaos
-def test_whatever_happens_at_once_the_server_stands_and_nothing_is_left(state, certs, mark):
+def test_a_server_survives_random_calls_kills_and_rubbish_and_leaves_nothing(state, certs, mark):
     seed, calls, ids = int.from_bytes(os.urandom(4), "big"), 1500 if LONG_CHAOS else 100, []
     print("seed:", seed)
 
@@ -5949,7 +6217,7 @@ def test_a_newer_pyz_takes_over_running_jobs_from_an_older_one(state, certs, por
 
 
 def spawn(state, certs, port, *options, program=PROGRAM, **popen):
-    """A server whose jobs outlive it, however it ends; it may not listen yet."""
+    """Start a server whose jobs outlive it. It may not listen yet."""
     words = [
         "serve",
         "--certs",
@@ -5967,16 +6235,16 @@ def spawn(state, certs, port, *options, program=PROGRAM, **popen):
                             **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen})  # fmt: skip
 
 
-def end(server, how=signal.SIGKILL):
-    """End a server; its exit code and what it said."""
-    server.send_signal(how)
-    told = server.communicate(timeout=PATIENCE)
-    return server.returncode, *told
+def end(server, number=signal.SIGKILL):
+    """End a server with a signal. Returns its exit code, standard output and standard error."""
+    server.send_signal(number)
+    output, errors = server.communicate(timeout=PATIENCE)
+    return server.returncode, output, errors
 
 
 @contextlib.contextmanager
-def killed(server, certs, port):
-    """A server that listens and is killed at the end of the block."""
+def killed_at_end(server, certs, port):
+    """Wait until a server listens, and kill it at the end of the block."""
     try:
         line = server.stdout.readline()
         assert line.startswith("jobworker: serving on "), line
@@ -6012,7 +6280,7 @@ def test_a_server_whose_log_cannot_be_written_does_its_work(state, certs, port, 
                 served = Served(server, port, certs)
                 job = served.start("--", "sh", "-c", "echo $PPID; exec sleep 1000")
                 with served.popen("stream", job) as stream:
-                    os.kill(int(stream.stdout.readline()), signal.SIGKILL)  # which is a line in the log
+                    os.kill(int(stream.stdout.readline()), signal.SIGKILL)  # the server logs that
                     assert stream.wait(PATIENCE) == 0
                 assert served.run("status", job).stdout == f"jobID: {job}, status: FINISHED, exitCode: 255\n"
                 server.send_signal(signal.SIGHUP)
@@ -6025,14 +6293,14 @@ def test_a_slow_follower_resumes_after_its_server_was_asked_to_end(state, certs,
     """The server cannot finish such a stream within its grace period."""
     size = 40 * MIB
     server = spawn(state, certs, port, stderr=subprocess.PIPE)
-    with killed(server, certs, port) as served:
+    with killed_at_end(server, certs, port) as served:
         job = served.start("--", PYTHON, "-c", WRITES_BYTES, str(size))
         stream = served.popen("stream", job, stderr=subprocess.DEVNULL)
         first = stream.stdout.read(1000)
         assert status_at_end(served, job).exitcode == 0
-        code, _, told = end(server, signal.SIGTERM)
+        code, _, log = end(server, signal.SIGTERM)
         assert code == 0
-        assert all(line.startswith("jobworker: ") for line in told.splitlines())
+        assert all(line.startswith("jobworker: ") for line in log.splitlines())
     with stream, serving(state, certs, port=port):
         assert first + stream.stdout.read() == random.Random(7).randbytes(size)
         assert stream.wait(PATIENCE) == 0
@@ -6040,23 +6308,23 @@ def test_a_slow_follower_resumes_after_its_server_was_asked_to_end(state, certs,
 
 def test_a_server_killed_on_a_full_disk_starts_again_and_finishes_its_jobs(small_disk, certs, port):
     waits = "mkfifo gate$0; echo $PPID; read line <gate$0; echo two; exit 5"
-    with killed(spawn(small_disk, certs, port), certs, port) as served:
+    with killed_at_end(spawn(small_disk, certs, port), certs, port) as served:
         ended = served.start("--", "sh", "-c", "echo kept; exit 3")
         assert status_at_end(served, ended).exitcode == 3
         running, stopped, lost = (served.start("--", "sh", "-c", waits, str(number)) for number in range(3))
         shims = [first_line(served, job) for job in (running, stopped, lost)]
-    make_crashed_job(small_disk, ID, b"born at=1.0 .\n", "none")  # what must be set aside needs a folder
+    make_crashed_job(small_disk, ID, b"born at=1.0 .\n", "none")  # its quarantine needs a new folder
     fill(small_disk)
     fillers = small_disk / "fillers"
-    with contextlib.suppress(OSError):  # ext4 has some blocks more for folders than for files
+    with contextlib.suppress(OSError):  # ext4 keeps some blocks for folders
         fillers.mkdir()
         for number in range(500):
             (fillers / str(number)).mkdir()
     os.kill(int(shims[2]), signal.SIGKILL)
-    with killed(spawn(small_disk, certs, port), certs, port) as served:
+    with killed_at_end(spawn(small_disk, certs, port), certs, port) as served:
         assert call(served, "GetOutputStream", pb.GetStreamRequest(id=ended)) == b"kept\n"
         assert status_at_end(served, ended).exitcode == 3
-        for role in ("user", "admin"):  # one who has a home, and one who has none
+        for role in ("user", "admin"):  # the first has a home, the second needs one
             assert call(served, "StartJob", pb.StartJobRequest(cmd="true"), role=role)[0] == "RESOURCE_EXHAUSTED"
         assert (status_at_end(served, lost).exitcode, status_at_end(served, lost).reason) == (255, "LOST")
         assert served.run("stop", stopped).returncode == 0
@@ -6064,7 +6332,7 @@ def test_a_server_killed_on_a_full_disk_starts_again_and_finishes_its_jobs(small
         (home,) = (small_disk / "home").iterdir()
         (home / "gate0").write_text("go\n")
         assert (status_at_end(served, running).status, status_at_end(served, running).exitcode) == (pb.FINISHED, 5)
-    with killed(spawn(small_disk, certs, port), certs, port) as served:
+    with killed_at_end(spawn(small_disk, certs, port), certs, port) as served:
         assert [status_at_end(served, job).exitcode for job in (ended, running, stopped, lost)] == [3, 5, 137, 255]
         for job in (ended, stopped):
             assert served.run("rm", job).returncode == 0
@@ -6073,14 +6341,14 @@ def test_a_server_killed_on_a_full_disk_starts_again_and_finishes_its_jobs(small
         shutil.rmtree(fillers, ignore_errors=True)
         for role in ("user", "admin"):
             assert served.run("stream", served.start("--", "echo", "room", role=role), role=role).stdout == "room\n"
-    with killed(spawn(small_disk, certs, port), certs, port):
-        assert ID not in left_in(small_disk)  # set aside, now that there is room for it
+    with killed_at_end(spawn(small_disk, certs, port), certs, port):
+        assert ID not in left_in(small_disk)  # quarantined, now that there is space
 
 
 @pytest.mark.parametrize("free", range(7))
 @as_root
-def test_a_start_without_inodes_is_refused_and_leaves_nothing(nothing_is_left, certs, tmp_path, free):
-    """A tmpfs with so many inodes left; the first start of an owner takes nine."""
+def test_a_start_without_free_inodes_is_refused_and_leaves_nothing(nothing_is_left, certs, tmp_path, free):
+    """On a tmpfs with this number of free inodes. The first start of an owner takes nine."""
     point = tmp_path / "disk"
     point.mkdir()
     for folder in (point, *list(point.parents)[:3]):
@@ -6184,7 +6452,7 @@ def attack(where):
         print("could", where, name, result)
 
 attack("plainly")
-if os.fork() == 0:  # as root of a user namespace, where there is one to be had
+if os.fork() == 0:  # as root of a user namespace, where the machine allows one
     try:
         syscall(272, 0x10000000 | 0x20000)
     except OSError:
@@ -6196,12 +6464,12 @@ if os.fork() == 0:  # as root of a user namespace, where there is one to be had
 os.wait()
 print("no more")
 sys.stdout.flush()
-os.kill(-1, 9) if os.fork() == 0 else signal.pause()  # all that is its own: that is the job's end
+os.kill(-1, 9) if os.fork() == 0 else signal.pause()  # kills all processes of its uid, the job itself too
 """
 
 
 @as_root
-def test_a_job_with_every_weapon_of_its_uid_reaches_nothing_of_what_keeps_it(state, certs):
+def test_a_job_that_tries_everything_its_uid_allows_cannot_change_its_shim_or_server(state, certs):
     with serving(state, certs) as served:
         neighbour = served.start("--", "sh", "-c", WAITS, role="admin")
         job = served.start("--", str(PYTHON_FOR_ALL), "-c", ATTACKS, str(state))
@@ -6214,7 +6482,7 @@ def test_a_job_with_every_weapon_of_its_uid_reaches_nothing_of_what_keeps_it(sta
 
 @as_root
 def test_a_server_kills_the_rest_of_a_lost_job_in_the_tree_of_an_earlier_server(state, certs, port, mark, nested):
-    with killed(spawn(state, certs, port, "--cgroup", f"{nested.path}/one"), certs, port) as served:
+    with killed_at_end(spawn(state, certs, port, "--cgroup", f"{nested.path}/one"), certs, port) as served:
         job = served.start("--", "sh", "-c", f"echo $PPID; sh -c 'trap \"\" TERM; sleep 1000; : {mark}' & wait")
         shim = first_line(served, job)
         assert len(jobs_cgroups(state)) == 1
@@ -6238,9 +6506,9 @@ def main_process(unit):
     return int(shown.stdout)
 
 
-UNIT_EVENTS = [  # each with whether another process serves after it
+UNIT_EVENTS = [  # the commands; whether a new process serves afterwards
     ([("restart", "jobworker-test")], True),
-    ([("kill", "--kill-whom=main", "--signal=KILL", "jobworker-test")], True),  # systemd starts it again by itself
+    ([("kill", "--kill-whom=main", "--signal=KILL", "jobworker-test")], True),  # systemd starts it again
     ([("daemon-reload",)], False),
     ([("daemon-reexec",)], False),
     ([("reload", "jobworker-test")], False),
@@ -6276,15 +6544,15 @@ def test_jobs_go_on_when_systemd_restarts_or_reloads_the_server_or_the_server_di
         with pyz_client(served, "stream", job, stdout=subprocess.PIPE) as stream:
             assert stream.stdout.readline() == b"ready\n"
             processes = (cgroup / "cgroup.procs").read_text()
-            for number, (event, another) in enumerate(UNIT_EVENTS):
+            for number, (event, replaced) in enumerate(UNIT_EVENTS):
                 main = main_process("jobworker-test")
                 for words in event:
                     systemctl(*words)
                 (home / "gate").write_text(f"after {number}\n")
                 assert stream.stdout.readline() == b"after %d\n" % number
-                if another:
+                if replaced:
                     until(lambda: main_process("jobworker-test") not in {0, main})  # noqa: B023
-                assert (main_process("jobworker-test") != main) == another, event
+                assert (main_process("jobworker-test") != main) == replaced, event
                 assert (cgroup / "cgroup.procs").read_text() == processes, event
                 assert {name: jobworker.kernel_read(f"{cgroup}/{name}") for name in limits} == limits, event
                 assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
@@ -6300,7 +6568,7 @@ def test_jobs_go_on_when_systemd_restarts_or_reloads_the_server_or_the_server_di
 
 @pytest.mark.systemd
 @needs_pyz
-def test_a_user_serves_from_a_scope_of_their_manager_and_is_told_so_elsewhere(nothing_is_left, certs, tmp_path):
+def test_a_user_can_serve_from_a_scope_and_the_error_elsewhere_names_the_command(nothing_is_left, certs, tmp_path):
     subprocess.run(["useradd", "--uid", "4321", "--create-home", "tester"], check=True, capture_output=True)
     systemctl("start", "user@4321.service")
     state, own = new_state(nothing_is_left, "/scratch"), Path(shutil.copytree(certs, "/run/tester-certs"))
@@ -6337,7 +6605,7 @@ def test_a_user_serves_from_a_scope_of_their_manager_and_is_told_so_elsewhere(no
 
 
 def before_the_power_cut(folder):
-    """In a guest that is about to lose its power: jobs that ended, that run, and that are being started."""
+    """Runs in a guest that then loses its power, while jobs have ended, run, and are being started."""
     with serving("/scratch/state", folder / "certs", end=signal.SIGKILL) as served, channel_to(served) as channel:
 
         def start(*words):
@@ -6352,11 +6620,11 @@ def before_the_power_cut(folder):
         for number in range(1000):
             start("sh", "-c", "echo x; sleep 0.01")
             if number == 5:
-                (folder / "now").touch()  # and the power is gone
+                (folder / "now").touch()  # now the guest loses its power
 
 
 def after_the_power_cut(folder):
-    """In the next guest, on the same disk."""
+    """Runs in the next guest, on the same disk."""
     running, ended = json.loads((folder / "reported").read_text())
     with serving("/scratch/state", folder / "certs") as served:
         for job, number in ended.items():
@@ -6378,7 +6646,7 @@ def after_the_power_cut(folder):
 
 
 def no_guest():
-    """Why there can be no guest here, if so."""
+    """Why this machine can run no guest; empty if it can."""
     if Path("/scratch").is_dir():
         return "this is a guest already"
     return (
@@ -6389,7 +6657,7 @@ def no_guest():
 
 
 @pytest.mark.skipif(no_guest() != "", reason=no_guest())
-def test_what_was_reported_before_a_power_cut_is_there_after_it(certs):
+def test_results_that_were_reported_before_a_power_cut_exist_after_it(certs):
     with tempfile.TemporaryDirectory(prefix=".power-", dir=HERE) as name:
         folder = Path(name)
         shutil.copytree(certs, folder / "certs")
