@@ -4647,11 +4647,9 @@ def test_musl_is_known_by_what_this_process_maps(tmp_path, mapped, libc):
     assert bootstrap.mapped_libc(tmp_path / "maps") == libc
 
 
-@needs_universal
-@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parts[4] if "pyenv" in str(path) else "system")
-def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs, tmp_path, python):
-    program = (str(python), str(UNIVERSAL))
-    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+def play_a_job(state, certs, cache, *program):
+    """Serve, start, stream, status, stop: all by this program, in a cache of its own."""
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache)}
     with serving(state, certs, program=program, cwd="/", env=environment) as served:
         environment |= {"JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(certs)}
 
@@ -4667,8 +4665,39 @@ def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs,
             run("stop", job)
             stream.wait(PATIENCE)
         assert "STOPPED" in run("status", job)
-    (folder,) = unpacked(tmp_path / "cache")
+
+
+@needs_universal
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parts[4] if "pyenv" in str(path) else "system")
+def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs, tmp_path, python):
+    play_a_job(state, certs, tmp_path, str(python), str(UNIVERSAL))
+    (folder,) = unpacked(tmp_path)
     assert folder.name.endswith(f"-{os.uname().machine}-glibc")
+
+
+@needs_universal
+@as_root
+@in_full
+@pytest.mark.parametrize(
+    ("suite", "arch", "folder"),
+    [
+        ("trixie", "amd64", "cpython-313-x86_64-glibc"),
+        ("forky", "amd64", "cpython-314-x86_64-glibc"),
+        ("bookworm", "arm64", "cpython-311-aarch64-glibc"),
+        ("trixie", "arm64", "cpython-313-aarch64-glibc"),
+        ("forky", "arm64", "cpython-314-aarch64-glibc"),
+    ],
+)
+def test_universal_serves_starts_streams_and_stops_on_other_systems(state, certs, tmp_path, suite, arch, folder):
+    """In a folder with that Debian's programs; those of an aarch64 are run by qemu, where a first run takes a minute."""
+    root = HERE / "build" / "roots" / f"{suite}-{arch}"
+    subprocess.run([HERE / ".ci" / "debian-root", suite, arch, root], check=True)
+    shutil.copy(UNIVERSAL, tmp_path / "jobworker.pyz")
+    program = (str(HERE / ".ci" / "in-root"), str(root), "python3", str(tmp_path / "jobworker.pyz"))
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([*program, "--version"], env=environment, check=True, timeout=20 * PATIENCE)
+    play_a_job(state, certs, tmp_path / "cache", *program)
+    assert [path.name.split("-", 1)[1] for path in unpacked(tmp_path / "cache")] == [folder]
 
 
 @needs_universal
