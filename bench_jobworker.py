@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 PYZ = HERE / "jobworker.pyz"
+UNIVERSAL = HERE / "dist" / "jobworker.pyz"
 OURS, FLOOR = jobworker.SERVICE_NAME, "floor"
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable
 
@@ -556,10 +557,28 @@ async def bench_calls(folder: Path, quick: bool) -> list[Row]:
                 took[name].append(1e3 * measure())
     by_ssh = ("ssh true", took["ssh"]) if ssh else ("no sshd here",)
     return [
+        *start_of_the_universal_file(folder, rounds),
         Row("status calls, 16 at a time", "/s", rates, "bare grpc.aio", bare),
         Row("`status` as a process, from the .pyz", "ms", took["status"], "python -c 'import grpc'", took["import"]),
         Row("`status` as a process, from the .pyz", "ms", took["status"], "python -c pass", took["pass"]),
         Row("`start` as a process, from the .pyz", "ms", took["start"], *by_ssh),
+    ]
+
+
+def start_of_the_universal_file(folder: Path, rounds: int) -> list[Row]:
+    """Its first run, and a later one beside the ordinary file's."""
+    if not UNIVERSAL.exists():
+        return []
+    words = [sys.executable, str(UNIVERSAL), "--help"]
+    first = [1e3 * timed_process(*words, XDG_CACHE_HOME=f"{folder}/cache{number}") for number in range(3)]
+    timed_process(*words)  # it is unpacked from here on
+    took: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for place, times in zip((UNIVERSAL, PYZ), took, strict=True):
+            times.append(1e3 * timed_process(sys.executable, str(place), "--help"))
+    return [
+        Row("`--help` as a process, from the universal .pyz", "ms", took[0], "from the ordinary .pyz", took[1]),
+        Row("its first run, which unpacks", "ms", first),
     ]
 
 

@@ -242,6 +242,7 @@ def generated_by() -> list[tuple[str, str]]:
 
 
 def make_universal(out: pathlib.Path, targets: list[str], wheels: pathlib.Path, commit: str) -> None:
+    targets = sorted(set(targets), reverse=True)  # the order in which they are named makes no difference
     sources: dict[str, bytes] = {}
     archives: dict[str, dict[str, dict[str, bytes]]] = {}
     versions: dict[str, str] = {}
