@@ -4584,6 +4584,24 @@ def small_archive(tmp_path):
     return path, bundle.sums_of("part", parts)
 
 
+def test_a_wheel_s_libraries_and_those_they_bring_go_to_the_part_of_their_python(tmp_path):
+    for name, inside in (
+        (
+            "one-1.0-cp39-abi3-musllinux_1_2_x86_64",
+            ("one/a.abi3.so", "one.libs/libgcc_s-0cd532bd.so.1", "one/x.py", "one/y.pyi"),
+        ),
+        ("two-2.0-cp310-cp310-musllinux_1_2_x86_64", ("two/b.cpython-310.so", "two.dist-info/LICENSE", "cffi/api.py")),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as file:
+            for path in inside:
+                file.writestr(path, path)
+    wheels = bundle.Wheels(tmp_path)
+    assert sorted(wheels.abi3) == ["one.libs/libgcc_s-0cd532bd.so.1", "one/a.abi3.so"]
+    assert sorted(wheels.libraries) == ["two/b.cpython-310.so"]
+    assert sorted(wheels.sources) == ["licenses/two/LICENSE", "one/x.py"]
+    assert wheels.versions == {"one": "1.0", "two": "2.0"}
+
+
 @pytest.mark.parametrize("has_lzma", [True, False])
 @pytest.mark.parametrize(("python", "content"), [("cp314", b"new"), ("cp310", b"old")])
 def test_one_python_s_part_of_an_archive_is_extracted(small_archive, tmp_path, monkeypatch, has_lzma, python, content):
