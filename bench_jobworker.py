@@ -52,6 +52,7 @@ else:  # jobworker imports them at their first use, after it has set what gRPC r
 
 HERE = Path(__file__).resolve().parent
 PYZ = HERE / "jobworker.pyz"
+UNIVERSAL = HERE / "dist" / "jobworker.pyz"
 JOB_WORKER, BASELINE = jobworker.SERVICE_NAME, "baseline"  # the names of the two gRPC services
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable
 
@@ -836,6 +837,7 @@ async def bench_calls(setup: Setup) -> list[Row]:
             for name, measure_process in processes.items():
                 times[name].append(1e3 * measure_process())
     return [
+        *start_of_the_universal_file(setup.folder, rounds),
         Row("status calls, 16 at a time", "/s", rates, "bare grpc.aio", bare),
         Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c 'import grpc'", times["import"]),
         Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c pass", times["pass"]),
@@ -853,6 +855,23 @@ async def bench_calls(setup: Setup) -> list[Row]:
             "ssh true" if ssh else "no sshd here",
             times.get("ssh", []),
         ),
+    ]
+
+
+def start_of_the_universal_file(folder: Path, rounds: int) -> list[Row]:
+    """Its first run, and a later one beside the ordinary file's."""
+    if not UNIVERSAL.exists():
+        return []
+    words = [sys.executable, str(UNIVERSAL), "--help"]
+    first = [1e3 * timed_process(*words, XDG_CACHE_HOME=f"{folder}/cache{number}") for number in range(3)]
+    timed_process(*words)  # it is unpacked from here on
+    took: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for place, times in zip((UNIVERSAL, PYZ), took, strict=True):
+            times.append(1e3 * timed_process(sys.executable, str(place), "--help"))
+    return [
+        Row("`--help` as a process, from the universal .pyz", "ms", took[0], "from the ordinary .pyz", took[1]),
+        Row("its first run, which unpacks", "ms", first),
     ]
 
 

@@ -263,7 +263,7 @@ lint() {
         sed -n '/^# lint/,$p' requirements.txt >$venv/lint.txt
         install_packages $venv/lint.txt
     fi
-    $venv/bin/shellcheck build.sh .ci/run
+    $venv/bin/shellcheck build.sh .ci/run .ci/debian-root
     tmp=$(mktemp -d "${TMPDIR:-/tmp}/jobworker-lint.XXXXXX")
     trap 'rm -rf "$tmp"' EXIT
     make_stubs "$tmp"

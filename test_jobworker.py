@@ -5630,6 +5630,24 @@ def small_archive(tmp_path):
     return path, bundle.sums_of("part", parts)
 
 
+def test_a_wheel_s_libraries_and_those_they_bring_go_to_the_part_of_their_python(tmp_path):
+    for name, inside in (
+        (
+            "one-1.0-cp39-abi3-musllinux_1_2_x86_64",
+            ("one/a.abi3.so", "one.libs/libgcc_s-0cd532bd.so.1", "one/x.py", "one/y.pyi"),
+        ),
+        ("two-2.0-cp310-cp310-musllinux_1_2_x86_64", ("two/b.cpython-310.so", "two.dist-info/LICENSE", "cffi/api.py")),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as file:
+            for path in inside:
+                file.writestr(path, path)
+    wheels = bundle.Wheels(tmp_path)
+    assert sorted(wheels.abi3) == ["one.libs/libgcc_s-0cd532bd.so.1", "one/a.abi3.so"]
+    assert sorted(wheels.libraries) == ["two/b.cpython-310.so"]
+    assert sorted(wheels.sources) == ["licenses/two/LICENSE", "one/x.py"]
+    assert wheels.versions == {"one": "1.0", "two": "2.0"}
+
+
 @pytest.mark.parametrize("has_lzma", [True, False])
 @pytest.mark.parametrize(("python", "content"), [("cp314", b"new"), ("cp310", b"old")])
 def test_one_python_s_part_of_an_archive_is_extracted(small_archive, tmp_path, monkeypatch, has_lzma, python, content):
@@ -5693,11 +5711,9 @@ def test_musl_is_known_by_what_this_process_maps(tmp_path, mapped, libc):
     assert bootstrap.mapped_libc(tmp_path / "maps") == libc
 
 
-@needs_universal
-@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parts[4] if "pyenv" in str(path) else "system")
-def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs, tmp_path, python):
-    program = (str(python), str(UNIVERSAL))
-    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+def play_a_job(state, certs, cache, *program):
+    """Serve, start, stream, status, stop: all by this program, in a cache of its own."""
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache)}
     with serving(state, certs, program=program, cwd="/", env=environment) as served:
         environment |= {"JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(certs)}
 
@@ -5713,8 +5729,39 @@ def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs,
             run("stop", job)
             stream.wait(PATIENCE)
         assert "STOPPED" in run("status", job)
-    (folder,) = unpacked(tmp_path / "cache")
+
+
+@needs_universal
+@pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parts[4] if "pyenv" in str(path) else "system")
+def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs, tmp_path, python):
+    play_a_job(state, certs, tmp_path, str(python), str(UNIVERSAL))
+    (folder,) = unpacked(tmp_path)
     assert folder.name.endswith(f"-{os.uname().machine}-glibc")
+
+
+@needs_universal
+@as_root
+@in_full
+@pytest.mark.parametrize(
+    ("suite", "arch", "folder"),
+    [
+        ("trixie", "amd64", "cpython-313-x86_64-glibc"),
+        ("forky", "amd64", "cpython-314-x86_64-glibc"),
+        ("bookworm", "arm64", "cpython-311-aarch64-glibc"),
+        ("trixie", "arm64", "cpython-313-aarch64-glibc"),
+        ("forky", "arm64", "cpython-314-aarch64-glibc"),
+    ],
+)
+def test_universal_serves_starts_streams_and_stops_on_other_systems(state, certs, tmp_path, suite, arch, folder):
+    """In a folder with that Debian's programs; those of an aarch64 are run by qemu, where a first run takes a minute."""
+    root = HERE / "build" / "roots" / f"{suite}-{arch}"
+    subprocess.run([HERE / ".ci" / "debian-root", suite, arch, root], check=True)
+    shutil.copy(UNIVERSAL, tmp_path / "jobworker.pyz")
+    program = (str(HERE / ".ci" / "in-root"), str(root), "python3", str(tmp_path / "jobworker.pyz"))
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([*program, "--version"], env=environment, check=True, timeout=20 * PATIENCE)
+    play_a_job(state, certs, tmp_path / "cache", *program)
+    assert [path.name.split("-", 1)[1] for path in unpacked(tmp_path / "cache")] == [folder]
 
 
 @needs_universal
@@ -5835,9 +5882,12 @@ def test_a_missing_libstdc_is_one_sentence(certs, tmp_path, pyz):
 @pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory):
     """A universal file in which this machine's target is not."""
-    other = {"x86_64": "aarch64", "aarch64": "x86_64"}[os.uname().machine] + "-glibc"
-    out = tmp_path_factory.mktemp("elsewhere") / "jobworker.pyz"
-    command = [sys.executable, "pyz/bundle.py", "--wheels", "build/wheels", out, other]
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (folder / "wheels").mkdir()
+    for path in (HERE / "build" / "wheels").iterdir():
+        (folder / "wheels" / path.name.replace(os.uname().machine, "riscv64")).symlink_to(path)
+    out = folder / "jobworker.pyz"
+    command = [sys.executable, "pyz/bundle.py", "--wheels", folder / "wheels", out, "riscv64-glibc"]
     subprocess.run(command, cwd=HERE, check=True, timeout=10 * PATIENCE)
     return out
 
@@ -5923,7 +5973,6 @@ def test_universal_is_the_same_bytes_from_another_python_and_an_empty_cache(tmp_
     wheels = tmp_path / "wheels"
     shutil.copytree(HERE / "build" / "wheels", wheels, ignore=shutil.ignore_patterns("*.xz"))
     python = next(path for path in PYTHONS if path.parts[4] != LIKE_PYZ.parts[4])
-    targets.sort(reverse=True)
     command = [python, "pyz/bundle.py", "--commit", commit, "--wheels", wheels, tmp_path / "jobworker.pyz", *targets]
     subprocess.run(command, cwd=HERE, check=True)
     assert (tmp_path / "jobworker.pyz").read_bytes() == UNIVERSAL.read_bytes()

@@ -30,6 +30,7 @@ MINORS = (14, 13, 12, 11, 10)  # of CPython 3, the newest first: an older one's 
 NAMED = ("grpcio", "protobuf", "cryptography")  # what --version names
 OLDEST_CRYPTOGRAPHY = "42.0"  # the first with not_valid_after_utc
 UNUSED = ("cffi/", "pycparser/")  # cryptography needs only _cffi_backend at run time
+LIBRARY = r"\.so(\.\d+)*$"  # cryptography for musl brings its libgcc_s.so.1 in cryptography.libs
 MODE = py_compile.PycInvalidationMode.UNCHECKED_HASH
 # The second line is for a copy that was cut short: Python takes it for a script and prints this name in its error.
 FIRST_LINES = b"#!/usr/bin/env python3\n# coding: this-jobworker.pyz-was-cut-short--copy-it-again\n"
@@ -53,7 +54,7 @@ def package_files(package: importlib.metadata.Distribution) -> dict[str, bytes]:
             continue
         elif file.suffix == ".py":
             files[path + "c"] = compiled(source, path)
-        elif file.suffix == ".so":
+        elif re.search(LIBRARY, path):
             files[path] = source.read_bytes()
     return files
 
@@ -187,8 +188,8 @@ class Wheels:
                     continue
                 elif name.endswith(".py"):
                     self.sources[name] = wheel.read(name)
-                elif name.endswith(".so"):
-                    (self.abi3 if ".abi3." in name else self.libraries)[name] = wheel.read(name)
+                elif re.search(LIBRARY, name):
+                    (self.abi3 if "-abi3-" in path.name else self.libraries)[name] = wheel.read(name)
 
 
 def archive_of(parts: dict[str, dict[str, bytes]]) -> bytes:
@@ -242,6 +243,7 @@ def generated_by() -> list[tuple[str, str]]:
 
 
 def make_universal(out: pathlib.Path, targets: list[str], wheels: pathlib.Path, commit: str) -> None:
+    targets = sorted(set(targets), reverse=True)  # the order in which they are named makes no difference
     sources: dict[str, bytes] = {}
     archives: dict[str, dict[str, dict[str, bytes]]] = {}
     versions: dict[str, str] = {}
