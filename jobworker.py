@@ -297,15 +297,23 @@ def disk_error(doing: str, error: OSError) -> JobWorkerError:
     return ExhaustedError(f"{doing}: {error.strerror}") if exhausted else KernelError(doing, error)
 
 
-def say(sentence: str) -> None:
-    """Write one line to standard error.
+# What a terminal would obey: C0, DEL, C1, the line separators, and the marks that change the direction of a text.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-    A newline in the sentence is escaped, so that a job's or an owner's name cannot forge a second line. A log that
-    cannot be written (a full disk, a closed pipe) must not stop the server, so errors are ignored.
+
+def printable(text: str) -> str:
+    """A text in which every control character is escaped. Names and sentences come from other people, and a terminal
+    would obey an escape sequence in them. A newline would forge a second line.
     """
-    line = sentence.replace("\n", "\\n")
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(sentence: str) -> None:
+    """Write one line to standard error. A log that cannot be written (a full disk, a closed pipe) must not stop the
+    server, so errors are ignored.
+    """
     with contextlib.suppress(OSError):
-        print(f"jobworker: {line}", file=sys.stderr, flush=True)
+        print(f"jobworker: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def read_whole(path: str) -> bytes:
@@ -2941,7 +2949,9 @@ def issue_server_certificate(authority: CertifiedKey, names: Sequence[str]) -> C
 
 
 def issue_identity(authority: CertifiedKey, name: str, roles: Sequence[str]) -> CertifiedKey:
-    """A certificate for a client. Its common name is the owner of the client's jobs."""
+    """A certificate for a client. Its common name is the owner of the client's jobs. Raises UsageError."""
+    if CONTROL.search(name):
+        raise UsageError(f"{name!r} has a control character, which no name of an identity may have")
     roles_extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
     basics = leaf_extensions(x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH)
     return issue(name, LEAF_DAYS, authority, [*basics, (roles_extension, False)])
@@ -3132,36 +3142,106 @@ def valid_authorities_first(authorities: Iterable[x509.Certificate]) -> bytes:
 # the dictionary that holds the results of the TLS handshake.
 
 LONGEST_CHAIN = 5  # intermediates that are tried; the number of possible chains grows with their factorial
+SHORTEST_RSA = 2048  # bits; NIST SP 800-57 allows no fewer
+WEAK_DIGESTS = ("md5", "sha1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """What a server judges its clients by now: the client authorities, as PEM."""
+
+    authorities: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
 class PeerCertificate:
     """What a client's certificate says, and when a chain to an authority is valid."""
 
-    names: tuple[str, ...]
-    roles: frozenset[str]
-    client_auth: bool
-    validities: tuple[tuple[float, float], ...]  # of each chain to an authority: since and until when it is valid
+    fault: str = ""  # what is wrong with it at any time, as a sentence
+    name: str = ""
+    roles: frozenset[str] = frozenset()
+    chains: tuple[PeerChain, ...] = ()
 
-    def valid_at(self, moment: float) -> bool:
-        return any(since <= moment <= until for since, until in self.validities)
+
+@dataclasses.dataclass(frozen=True)
+class PeerChain:
+    """A chain to an authority: when all of it is valid."""
+
+    since: float
+    until: float
 
 
 @functools.lru_cache(maxsize=4096)
 def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
-    """Parse a peer's certificate. The cache saves this work, since each call of a client brings the same bytes."""
+    """Judge a peer's certificate. It never raises, whatever the bytes are. The cache saves this work, since each call
+    of a client brings the same bytes.
+    """
+    try:
+        return judge_peer_certificate(pem, chain, authorities)
+    except x509.DuplicateExtension as error:
+        oid = error.oid.dotted_string
+        return PeerCertificate(f"the client's certificate, or one behind it, has more than one extension {oid}")
+    except (
+        ValueError,
+        TypeError,
+        exceptions.UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.UnsupportedGeneralNameType,
+    ):
+        return PeerCertificate("the client's certificate cannot be read")
+
+
+def judge_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
     leaf = x509.load_pem_x509_certificate(pem)
-    purposes = extension(leaf, x509.ExtendedKeyUsage)
-    roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
     sent = x509.load_pem_x509_certificates(chain) if chain.strip() else []
     intermediates = list(dict.fromkeys(sent))[:LONGEST_CHAIN]
-    chains = chains_to(x509.load_pem_x509_certificates(authorities), leaf, intermediates)
-    return PeerCertificate(
-        names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
-        roles=decode_roles(roles),
-        client_auth=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
-        validities=tuple(map(validity, chains)),
-    )
+    chains = list(chains_to(x509.load_pem_x509_certificates(authorities), leaf, intermediates))
+    strong = [chain for chain in chains if not weakness(chain)]
+    name, roles, fault = read_identity(leaf)
+    if not chains:
+        fault = "the client's certificate is not from an authority that this server trusts now"
+    elif not strong:
+        fault = weakness(chains[0])
+    return PeerCertificate(fault, name, roles, tuple(PeerChain(*validity(chain)) for chain in strong))
+
+
+def read_identity(leaf: x509.Certificate) -> tuple[str, frozenset[str], str]:
+    """The name and the roles in a client's certificate, and what is wrong with them."""
+    names = [str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
+    purposes = extension(leaf, x509.ExtendedKeyUsage)
+    found = next((each for each in leaf.extensions if each.oid.dotted_string == ROLES_OID), None)
+    roles = decode_roles(found.value.value) if found else frozenset()
+    fault = ""
+    if purposes is None or x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH not in purposes:
+        fault = "the client's certificate is not for clients: it lacks the purpose clientAuth"
+    elif len(names) != 1 or not names[0]:
+        fault = f"the client's certificate has {len(names)} common names and must have one"
+    elif CONTROL.search(names[0]):
+        fault = f"the client's certificate has a control character in its common name, {printable(names[0])}"
+    elif found and found.critical:
+        fault = f"the client's certificate marks its extension {ROLES_OID} as critical, which no TLS library accepts"
+    elif not roles:
+        fault = f"{names[0]!r} has no role here: its certificate's extension {ROLES_OID} names none"
+    return (names[0] if names else ""), roles, fault
+
+
+def weakness(chain: Sequence[x509.Certificate]) -> str:
+    """Why a chain can be forged, as a sentence; empty: it cannot. The last certificate is an authority that this server
+    was given, so its own signature is of no importance (RFC 5280, 6.1).
+    """
+    for certificate in chain:
+        key = certificate.public_key()
+        if isinstance(key, rsa.RSAPublicKey) and key.key_size < SHORTEST_RSA:
+            return f"{subject_of(certificate)} has an RSA key of {key.key_size} bits; it needs {SHORTEST_RSA}"
+    for certificate in filter(has_weak_digest, chain[:-1]):
+        digest = certificate.signature_hash_algorithm
+        name = digest.name.upper() if digest else ""
+        return f"{subject_of(certificate)} is signed with {name}, which can be forged; use SHA-256"
+    return ""
+
+
+def subject_of(certificate: x509.Certificate) -> str:
+    return f"the certificate {printable(certificate.subject.rfc4514_string())!r}"
 
 
 def chains_to(
@@ -3183,10 +3263,20 @@ def is_authority(certificate: x509.Certificate) -> bool:
     return basics is not None and basics.ca
 
 
+def has_weak_digest(certificate: x509.Certificate) -> bool:
+    digest = certificate.signature_hash_algorithm
+    return digest is not None and digest.name in WEAK_DIGESTS
+
+
 def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether the issuer's key signed a certificate. The x509 package verifies no SHA-1 and no MD5. So the name decides
+    there, and `weakness` then refuses the chain with a sentence of its own.
+    """
+    if has_weak_digest(certificate):
+        return certificate.issuer == issuer.subject
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, exceptions.InvalidSignature):
+    except (ValueError, TypeError, exceptions.InvalidSignature, exceptions.UnsupportedAlgorithm):
         return False
     return True
 
@@ -3202,29 +3292,21 @@ class Caller:
         return self.admin or self.name == owner
 
 
-def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Caller:
+def authenticate(tls: Mapping[str, Iterable[bytes]], trust: Trust) -> Caller:
     """The caller of one call. Every call is checked, since a connection outlives certificates.
 
-    `tls` is gRPC's auth context, `authorities` the PEM of those in force now. Raises DeniedError.
+    `tls` is gRPC's auth context. Raises DeniedError.
     """
     if list(tls.get("ssl_tls_version", ())) != [b"TLSv1.3"]:
         raise DeniedError("this connection is not TLS 1.3")
-    pem = b"".join(tls.get("x509_pem_cert", ()))
-    try:
-        peer = read_peer_certificate(pem, b"".join(tls.get("x509_pem_cert_chain", ())), authorities)
-    except ValueError:
-        raise DeniedError("the client's certificate cannot be read") from None
-    if not peer.validities:
-        raise DeniedError("the client's certificate is not from an authority that this server trusts now")
-    if not peer.valid_at(time.time()):
+    leaf, sent = (b"".join(tls.get(key, ())) for key in ("x509_pem_cert", "x509_pem_cert_chain"))
+    peer = read_peer_certificate(leaf, sent, trust.authorities)
+    if peer.fault:
+        raise DeniedError(peer.fault)
+    now = time.time()
+    if not any(chain.since <= now <= chain.until for chain in peer.chains):
         raise DeniedError("the client's certificate, or an authority behind it, is out of date")
-    if not peer.client_auth:
-        raise DeniedError("the client's certificate is not for clients: it lacks the purpose clientAuth")
-    if len(peer.names) != 1 or not peer.names[0]:
-        raise DeniedError(f"the client's certificate has {len(peer.names)} common names and must have one")
-    if not peer.roles:
-        raise DeniedError(f"{peer.names[0]!r} has no role here: its certificate's extension {ROLES_OID} names none")
-    return Caller(peer.names[0], "admin" in peer.roles)
+    return Caller(peer.name, "admin" in peer.roles)
 
 
 def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
@@ -3284,11 +3366,11 @@ def optional(message: Any, field: str) -> Any:
 
 
 class Service:
-    """WorkerService over a `Worker`. `authorities` returns the PEM of the client authorities that are in force."""
+    """WorkerService over a `Worker`. `trust` returns what is in force."""
 
-    def __init__(self, worker: Worker, authorities: Callable[[], bytes]) -> None:
+    def __init__(self, worker: Worker, trust: Callable[[], Trust]) -> None:
         self._worker = worker
-        self._authorities = authorities
+        self._trust = trust
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -3316,7 +3398,7 @@ class Service:
     async def _checked(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Caller]:
         """Identify the caller, run the call, and turn every error into a status with one sentence."""
         try:
-            yield authenticate(context.auth_context(), self._authorities())
+            yield authenticate(context.auth_context(), self._trust())
         except CannotRunError as error:
             metadata = ((SHELL_CODE_KEY, str(error.shell_code)),)
             await context.abort(grpc.StatusCode[error.status], shortened(str(error)), metadata)
@@ -3540,7 +3622,7 @@ class ServerCertificates:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
-        self.authorities = b""
+        self.trust = Trust()
         self._configuration: Any = None
         self._changed = False
 
@@ -3550,7 +3632,7 @@ class ServerCertificates:
         ordered = valid_authorities_first(authorities)
         self._configuration = grpc.ssl_server_certificate_configuration([(key, certificates)], ordered)
         self._changed = True
-        self.authorities = ordered
+        self.trust = Trust(ordered)
 
     def credentials(self) -> grpc.ServerCredentials:
         self._changed = False
@@ -3582,7 +3664,7 @@ async def serve(options: ServeOptions) -> int:
     async with Worker(options.worker) as worker:
         raise_file_limit()
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities).handlers(),))
+        server.add_generic_rpc_handlers((Service(worker, lambda: certificates.trust).handlers(),))
         address = bind(server, options.listen, certificates.credentials())
         await server.start()
         handle_signals(ended, certificates)
@@ -3884,8 +3966,8 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
                 if channel.recv(1):
                     return ""
             return (
-                f"{options.address} refuses {certificate}: it is out of date, not for clients, or not from "
-                f"the client authority of that server"
+                f"{options.address} refuses {certificate}: it is out of date, not for clients, not from the client "
+                f"authority of that server, or has an extension that is marked as critical and that TLS does not know"
             )
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
@@ -4748,7 +4830,7 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
 def run_identity(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.certs) if options.certs else default_certs()
     name = utf8_text(options.name)
-    if not re.fullmatch(r"[^/\0]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
+    if not re.fullmatch(r"(?s)[^/]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
         raise UsageError(
             f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that is in use here"
         )

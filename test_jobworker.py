@@ -2581,7 +2581,7 @@ def test_every_call_refuses_a_certificate_that_a_client_signed(shared):
     )
     _, forged = certificate(signer, names=("admin",))
     peer = jobworker.read_peer_certificate(forged, own, (shared.certs / "client-ca.pem").read_bytes())
-    assert peer.validities == ()
+    assert peer.chains == ()
 
 
 def test_an_intermediate_authority_may_sign_clients(shared, tmp_path):
@@ -2602,8 +2602,6 @@ def test_an_intermediate_authority_may_sign_clients(shared, tmp_path):
 ODD_NAMES = [
     "../../etc",
     "a/b",
-    "two\nlines",
-    "a b\tc",
     "ünï☃",
     "-j",
     "%s",
@@ -2611,7 +2609,6 @@ ODD_NAMES = [
     "root",
     "jobs",
     ".",
-    "\x1b[31m",
     "user ",
 ]
 
@@ -3743,16 +3740,19 @@ def openssl(*words, **popen):
     ).stdout
 
 
-def issue_with_openssl(
-    folder, name, issuer, extensions, *, key=("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
-):
+P256 = ("-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256")
+
+
+def issue_with_openssl(folder, name, issuer, extensions, *, key=P256, digest=None):
     """A key and a certificate as a person with openssl makes them."""
-    (folder / f"{name}.key").write_bytes(openssl("genpkey", *key))
+    openssl("genpkey", *key, "-out", folder / f"{name}.key")
+    more = (f"-{digest}",) if digest else ()
     (folder / "extensions").write_text(extensions)
     request = openssl("req", "-new", "-key", folder / f"{name}.key", "-subj", f"/CN={name}")
     signer = ("-signkey", folder / f"{name}.key") if issuer is None else (
         "-CA", folder / f"{issuer}.pem", "-CAkey", folder / f"{issuer}.key", "-CAcreateserial")  # fmt: skip
-    made = openssl("x509", "-req", "-days", "30", *signer, "-extfile", folder / "extensions", input=request)
+    words = ("-req", "-days", "30", *more, *signer, "-extfile", folder / "extensions")
+    made = openssl("x509", *words, input=request)
     (folder / f"{name}.pem").write_bytes(made)
 
 
@@ -3923,6 +3923,185 @@ def test_a_folder_that_may_not_be_read_is_refused_and_left_as_it_is(certs, tmp_p
         shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
     folder.chmod(0o755)
     assert contents(folder) == before
+
+
+# --- A certificate's life -------------------------------------------------------------------------------
+# What is wrong with a certificate is told; a certificate is made, renewed, revoked, and ends.
+
+SERIAL_ONE = "1.2.840.10070.8.2"  # as long as the roles' own OID, so that one can be patched into the other
+
+
+def der(tag, content):
+    """One DER element (X.690, 8.1)."""
+    size = len(content)
+    length = bytes([size]) if size < 128 else bytes([0x82, size >> 8, size & 0xFF])
+    return bytes([tag]) + length + content
+
+
+def signed_anew(authority, made, body):
+    """A certificate with another body, which its authority signs: what no library would make."""
+    signature = authority.key.sign(body, ec.ECDSA(hashes.SHA256()))
+    algorithm = der(0x30, bytes.fromhex("06082a8648ce3d040302"))
+    whole = der(0x30, body + algorithm + der(0x03, b"\0" + signature))
+    return jobworker.to_pem(x509.load_der_x509_certificate(whole))
+
+
+def client_builder(authority, subject="mallory", *, key=None, roles=UTF8, critical=False, more=()):
+    """A client's certificate that waits for its signature, and its key."""
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
+    builder = unsigned(authority, name, key.public_key(), -1, 1)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+    for oid, value, mark in ((jobworker.ROLES_OID, roles, critical), *more):
+        builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=mark)
+    return builder, key
+
+
+def key_as_pem(key):
+    return jobworker.CertifiedKey(None, key).key_pem()
+
+
+def twice_the_roles(authority):
+    builder, key = client_builder(authority, more=[(SERIAL_ONE, jobworker.encode_roles(["admin"]), False)])
+    made = builder.sign(authority.key, hashes.SHA256())
+    first, second = (x509.ObjectIdentifier(oid) for oid in (jobworker.ROLES_OID, SERIAL_ONE))
+    oids = [bytes.fromhex("06072a8648ce560801"), bytes.fromhex("06072a8648ce560802")]
+    assert (first.dotted_string, second.dotted_string) == (jobworker.ROLES_OID, SERIAL_ONE)
+    body = made.tbs_certificate_bytes
+    assert all(body.count(oid) == 1 for oid in oids)
+    return key_as_pem(key), signed_anew(authority, made, body.replace(oids[1], oids[0]))
+
+
+def rsa_leaf(authority, bits):
+    builder, key = client_builder(authority, key=jobworker.rsa.generate_private_key(65537, bits))
+    return key_as_pem(key), jobworker.to_pem(builder.sign(authority.key, hashes.SHA256()))
+
+
+def below_team(authority, folder, bits, digest):
+    """A client of an authority that is below the authority: its RSA key has `bits`, and signs with `digest`."""
+    issue_with_openssl(folder, "team", "client-ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n",
+            key=("-algorithm", "RSA", "-pkeyopt", f"rsa_keygen_bits:{bits}"))  # fmt: skip
+    issue_with_openssl(folder, "carol", "team", f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:user\n",
+            digest=digest)  # fmt: skip
+    return (folder / "carol.key").read_bytes(), (folder / "carol.pem").read_bytes() + (folder / "team.pem").read_bytes()
+
+
+WEAK = [  # what is wrong; how it is made; what its sentence says
+    ("twice the roles", lambda a, _: twice_the_roles(a), "more than one extension"),
+    ("an RSA leaf of 1024 bits", lambda a, _: rsa_leaf(a, 1024), "RSA key of 1024 bits"),
+    ("an authority of RSA 1024 below", lambda a, f: below_team(a, f, 1024, "sha256"), "RSA key of 1024 bits"),
+    ("a SHA-1 signature", lambda a, f: below_team(a, f, 2048, "sha1"), "signed with SHA1"),
+    ("an MD5 signature", lambda a, f: below_team(a, f, 2048, "md5"), "signed with MD5"),
+    ("a name with an escape", lambda a, _: certificate(a, names=("\x1b[31mroot",)), "control character"),
+    ("a name with a newline", lambda a, _: certificate(a, names=("a\nb",)), "control character"),
+    ("a name with NUL", lambda a, _: certificate(a, names=("admin\0.evil",)), "control character"),
+    ("a name with C1", lambda a, _: certificate(a, names=("a\x9bb",)), "control character"),
+    ("a name that turns its direction", lambda a, _: certificate(a, names=("a\u202enimda",)), "control character"),
+    ("a name with DEL", lambda a, _: certificate(a, names=("a\x7fb",)), "control character"),
+]
+
+
+def authenticated(pem, chain, authorities):
+    tls = {"ssl_tls_version": [b"TLSv1.3"], "x509_pem_cert": [pem], "x509_pem_cert_chain": [chain]}
+    return jobworker.authenticate(tls, jobworker.Trust(authorities))
+
+
+@pytest.mark.parametrize(("wrong", "make", "told"), WEAK, ids=[row[0] for row in WEAK])
+def test_what_is_wrong_with_a_certificate_is_told_in_a_sentence_of_its_own(shared, tmp_path, wrong, make, told):
+    for name in ("client-ca.pem", "client-ca.key"):
+        shutil.copy(shared.certs / name, tmp_path)
+    key, pem = make(jobworker.load_authority(shared.certs, "client-ca"), tmp_path)
+    status, sentence = call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), (key, pem))
+    leaf, *chain = re.findall(rb"-----BEGIN.*?END CERTIFICATE-----\n", pem, re.DOTALL)
+    with pytest.raises(jobworker.DeniedError, match=told):
+        authenticated(leaf, b"".join(chain), (shared.certs / "client-ca.pem").read_bytes())
+    if status != "UNAVAILABLE":  # TLS itself refused it
+        assert (status, told in sentence) == ("PERMISSION_DENIED", True)
+        assert jobworker.printable(sentence) == sentence
+
+
+def test_a_critical_roles_extension_is_refused_and_the_client_names_this_cause(shared, tmp_path):
+    authority = jobworker.load_authority(shared.certs, "client-ca")
+    builder, key = client_builder(authority, critical=True)
+    pem = jobworker.to_pem(builder.sign(authority.key, hashes.SHA256()))
+    with pytest.raises(jobworker.DeniedError, match=r"marks its extension .* as critical"):
+        authenticated(pem, b"", (shared.certs / "client-ca.pem").read_bytes())
+    shutil.copy(shared.certs / "server-ca.pem", tmp_path)
+    (tmp_path / "mallory.pem").write_bytes(pem)
+    (tmp_path / "mallory.key").write_bytes(key_as_pem(key))
+    (tmp_path / "mallory.key").chmod(0o600)
+    done = shared.run("status", ID, "--certs", str(tmp_path), role="mallory")
+    one_sentence(done, f"refuses {tmp_path}/mallory.pem", "critical")
+
+
+def test_a_renewed_strong_authority_below_makes_up_for_a_weak_twin(shared, tmp_path):
+    """One chain that is strong is enough: another that is weak takes nothing away."""
+    for name in ("client-ca.pem", "client-ca.key"):
+        shutil.copy(shared.certs / name, tmp_path)
+    authority = jobworker.load_authority(shared.certs, "client-ca")
+    _, both = below_team(authority, tmp_path, 2048, "sha256")
+    leaf, team = re.findall(rb"-----BEGIN.*?END CERTIFICATE-----\n", both, re.DOTALL)
+    assert authenticated(leaf, team, (shared.certs / "client-ca.pem").read_bytes()).name == "carol"
+
+
+@functools.cache
+def any_authority():
+    return jobworker.issue_authority("any")
+
+
+HOSTILE = st.one_of(
+    st.binary(max_size=300),
+    st.binary(max_size=80).map(lambda content: der(0x0C, content)),
+    st.text(max_size=40).map(lambda text: der(0x0C, text.encode())),
+    st.lists(st.sampled_from(["admin", "user", "Admin", "", " user", "\0", "user\0"]), max_size=40).map(
+        lambda words: der(0x0C, ",".join(words).encode())
+    ),
+)
+
+
+def grants(value):
+    """What a value of the roles extension grants, by another way than the module's."""
+    words = value[2:].decode("ascii", "replace").split(",")
+    exact = len(value) in range(3, 130) and value[:2] == bytes([0x0C, len(value) - 2])
+    return frozenset(words) if exact and set(words) <= {"admin", "user"} else frozenset()
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(HOSTILE)
+def test_hostile_der_in_the_roles_never_raises_and_never_grants(value):
+    assert jobworker.decode_roles(value) == grants(value)
+
+
+@functools.cache
+def a_whole_certificate():
+    authority = any_authority()
+    builder, _ = client_builder(authority, roles=b"\x0c\x04user" + b"x" * 40)
+    return builder.sign(authority.key, hashes.SHA256())
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+@settings(max_examples=10_000, deadline=None)
+@given(HOSTILE.map(lambda value: value[:46].ljust(46, b"\0")), st.booleans(), st.integers(0, 600), st.integers(0, 255))
+def test_a_hostile_certificate_never_raises_and_never_grants(value, flip, position, byte):
+    """A certificate is rewritten around its roles, or in any byte; the authority has signed none of it."""
+    whole = a_whole_certificate().public_bytes(jobworker.serialization.Encoding.DER)
+    made = bytearray(whole.replace(b"\x0c\x04user" + b"x" * 40, value))
+    if flip:
+        made[position % len(made)] = byte
+    pem = ssl.DER_cert_to_PEM_cert(bytes(made)).encode()
+    if bytes(made) == whole:
+        return
+    with pytest.raises(jobworker.DeniedError):
+        authenticated(pem, b"", any_authority().certificate_pem())
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "a\x7f", "a\x85b", "\u202eadmin", "a\u2028b"], ids=repr)
+def test_no_identity_is_made_whose_name_has_control_characters(certs, tmp_path, name):
+    with pytest.raises(jobworker.UsageError, match="control character"):
+        jobworker.issue_identity(any_authority(), name, ["user"])
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    done = Served(None, 0, folder).run("identity", name)
+    one_sentence(done, "control character", status=2)
 
 
 # --- 12. Command line -----------------------------------------------------------------------------------
