@@ -4104,6 +4104,290 @@ def test_no_identity_is_made_whose_name_has_control_characters(certs, tmp_path, 
     one_sentence(done, "control character", status=2)
 
 
+def own_folder(certs, tmp_path):
+    return Path(shutil.copytree(certs, tmp_path / "certs"))
+
+
+def words_of(folder, *words, status=0):
+    """A command of the server's folder; what it printed."""
+    done = Served(None, 0, folder).run(*words)
+    assert (done.returncode, done.stderr) == (status, ""), done.stderr
+    return done.stdout
+
+
+def line_with(served, word):
+    return next(line for line in served.process.stderr if word in line)
+
+
+@contextlib.contextmanager
+def open_stream(served, role="user", identity=None):
+    """A stream of a job that goes on, after its first bytes; the call, and the job."""
+    with channel_to(served, identity, role) as channel:
+        job = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", WAITS])).ID
+        path = "/proto.WorkerService/GetOutputStream"
+        stream = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, pb.GetStreamResponse.FromString)
+        chunks = stream(pb.GetStreamRequest(id=job), timeout=PATIENCE)
+        assert next(chunks).result == b"ready\n"
+        yield chunks, job
+
+
+def how_it_ended(chunks):
+    """The status and the sentence with which a stream ended."""
+    with pytest.raises(grpc.RpcError) as ended:
+        for _ in chunks:
+            pass
+    return ended.value.code().name, ended.value.details()
+
+
+def test_a_revoked_client_is_refused_and_cut_off_in_mid_stream_without_a_reload(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    with (
+        serving(state, folder, stderr=subprocess.PIPE) as served,
+        open_stream(served) as (chunks, job),
+        open_stream(served, "user2") as (others, other),
+    ):
+        told = words_of(folder, "revoke", "user")
+        began = time.monotonic()
+        assert how_it_ended(chunks) == ("PERMISSION_DENIED", "the client's certificate of 'user' is revoked")
+        print(f"cut off after {time.monotonic() - began:.3f} s")
+        assert f"revoked user: {serial_of(folder, 'user')}" in told
+        assert "1 entry" in line_with(served, "the revocation list")
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "PERMISSION_DENIED"
+        assert call(served, "StopJob", pb.StopJobRequest(id=other), role="user2") == pb.StopJobResponse()
+        assert list(others) == []  # a good client's stream went on to its end
+
+
+def serial_of(folder, name):
+    return f"{x509.load_pem_x509_certificate((folder / f'{name}.pem').read_bytes()).serial_number:x}"
+
+
+def openssl_list(folder, *names):
+    """A revocation list as `openssl ca` makes it."""
+    (folder / "index.txt").write_text("")
+    (folder / "crlnumber").write_text("01\n")
+    (folder / "ca.conf").write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={folder}/index.txt\ncrlnumber={folder}/crlnumber\n"
+                                    "default_md=sha256\ndefault_crl_days=30\n")  # fmt: skip
+    signer = ("-config", folder / "ca.conf", "-cert", folder / "client-ca.pem", "-keyfile", folder / "client-ca.key")
+    for name in names:
+        openssl("ca", *signer, "-revoke", folder / f"{name}.pem")
+    openssl("ca", *signer, "-gencrl", "-out", folder / "client-crl.pem")
+
+
+def test_openssl_s_own_list_is_in_force_and_revoke_keeps_its_entries(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    with serving(state, folder, stderr=subprocess.PIPE) as served, open_stream(served) as (chunks, job):
+        openssl_list(folder, "user")
+        assert how_it_ended(chunks)[0] == "PERMISSION_DENIED"
+        line_with(served, "the revocation list is read again")
+        words_of(folder, "revoke", str(folder / "user2.pem"))
+        assert "2 entries" in line_with(served, "the revocation list is read again")
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job), role="user2")[0] == "PERMISSION_DENIED"
+        assert call(served, "StopJob", pb.StopJobRequest(id=job), role="admin") == pb.StopJobResponse()
+    told = openssl("crl", "-in", folder / "client-crl.pem", "-CAfile", folder / "client-ca.pem", "-noout", "-text")
+    for name in ("user", "user2"):
+        assert f"Serial Number: {serial_of(folder, name).upper().zfill(40)}".encode() in told.replace(b" 0", b" 0") or (
+            serial_of(folder, name).upper().encode() in told
+        )
+    with serving(state, folder) as served:  # and at a start
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "PERMISSION_DENIED"
+
+
+def foreign_list(folder):
+    other = jobworker.issue_authority("jobworker client authority")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(other.certificate.subject).last_update(now)
+    made = builder.next_update(now + datetime.timedelta(days=9)).sign(other.key, hashes.SHA256())
+    return made.public_bytes(jobworker.serialization.Encoding.PEM)
+
+
+BAD_LISTS = [
+    ("rubbish", lambda _: b"rubbish", "holds no revocation list"),
+    ("empty", lambda _: b"", "holds no revocation list"),
+    ("torn", lambda f: (f / "client-crl.pem").read_bytes()[:200], "holds no revocation list"),
+    ("another authority's", foreign_list, "is not signed by an authority"),
+    ("no DER", lambda _: b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n", "cannot be read"),
+    ("gone", lambda _: None, "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("what", "content", "told"), BAD_LISTS, ids=[row[0] for row in BAD_LISTS])
+def test_an_unreadable_list_keeps_the_last_one_and_says_so(state, certs, tmp_path, what, content, told):
+    folder = own_folder(certs, tmp_path)
+    words_of(folder, "revoke", serial_of(folder, "user"))
+    bad = content(folder)
+    with serving(state, folder, stderr=subprocess.PIPE) as served:
+        if bad is None:
+            (folder / "client-crl.pem").unlink()
+        else:
+            jobworker.write_file(folder / "client-crl.pem", bad, 0o644)
+        assert told in line_with(served, "the revocation list stays as it was")
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "PERMISSION_DENIED"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="user2")[0] == "NOT_FOUND"
+    if bad is not None:
+        one_sentence(serve_once(folder, state), told)
+
+
+def test_a_new_alice_works_after_the_revocation_of_the_old_and_keeps_her_jobs(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    words_of(folder, "identity", "alice")
+    with serving(state, folder, stderr=subprocess.PIPE) as served:
+        job = served.start("id", "-u", role="alice")
+        uid = served.run("stream", job, role="alice").stdout
+        words_of(folder, "revoke", "alice")
+        line_with(served, "the revocation list is read again")
+        one_sentence(served.run("status", job, role="alice"), "is revoked")
+        words_of(folder, "identity", "alice")
+        assert served.run("stream", job, role="alice").stdout == uid
+        assert served.run("stream", served.start("id", "-u", role="alice"), role="alice").stdout == uid
+
+
+def test_what_cannot_be_revoked_is_told_in_a_sentence(certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    served = Served(None, 0, folder)
+    one_sentence(served.run("revoke", "stranger"), "no certificate of 'stranger'", "identity --list")
+    one_sentence(served.run("revoke", str(folder / "server.pem")), "is not from the authority")
+    (folder / "client-ca.key").unlink()
+    one_sentence(served.run("revoke", "user"), "client-ca.key is missing")
+    assert not (folder / "client-crl.pem").exists()
+
+
+def test_an_expiry_ends_an_open_stream(shared):
+    identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), days=5 / 86400)
+    with open_stream(shared, identity=identity) as (chunks, job):
+        assert how_it_ended(chunks) == (
+            "PERMISSION_DENIED",
+            "the client's certificate, or an authority behind it, is out of date",
+        )
+        assert call(shared, "StopJob", pb.StopJobRequest(id=job), role="admin") == pb.StopJobResponse()
+
+
+def test_an_authority_s_removal_at_a_reload_ends_its_clients_streams(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    second = jobworker.issue_authority("second")
+    jobworker.write_pair(folder, "new", jobworker.issue_identity(second, "new", ["user"]))
+    both = (folder / "client-ca.pem").read_bytes() + second.certificate_pem()
+    (folder / "client-ca.pem").write_bytes(both)
+    with (
+        serving(state, folder, stderr=subprocess.PIPE) as served,
+        open_stream(served) as (chunks, _),
+        open_stream(served, "new") as (others, other),
+    ):
+        (folder / "client-ca.pem").write_bytes(second.certificate_pem())
+        assert "are read again" in reloaded(served)
+        status, sentence = how_it_ended(chunks)
+        assert (status, "not from an authority" in sentence) == ("PERMISSION_DENIED", True)
+        assert call(served, "StopJob", pb.StopJobRequest(id=other), role="new") == pb.StopJobResponse()
+        assert list(others) == []
+
+
+def table_of(text):
+    """The rows of a printed table, by their columns."""
+    head, *rows = (re.split(r"  +", line.strip()) for line in text.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_identities_are_listed_with_roles_serials_days_and_revocation(certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    words_of(folder, "identity", "alice", "--days", "10")
+    words_of(folder, "revoke", "user2")
+    words_of(folder, "revoke", "00:11:22:33:44")
+    rows = table_of(words_of(folder, "identity", "--list"))
+    by_name = {row["NAME"]: row for row in rows}
+    assert {name: (row["ROLES"], row["REVOKED"]) for name, row in by_name.items()} == {
+        "user": ("user", "no"), "admin": ("admin", "no"), "user2": ("user", "yes"), "alice": ("user", "no"), "-": ("-", "yes"),
+    }  # fmt: skip
+    assert by_name["alice"]["SERIAL"] == serial_of(folder, "alice")
+    assert by_name["-"]["SERIAL"] == "11223344"
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    assert by_name["alice"]["UNTIL"] == str(today + datetime.timedelta(days=10))
+
+
+def test_a_renewed_identity_has_a_new_key_and_serial_the_same_roles_and_can_be_revoked_with_the_old(
+    state, certs, tmp_path
+):
+    folder = own_folder(certs, tmp_path)
+    words_of(folder, "identity", "chief", "--admin")
+    old = jobworker_pair(folder, "chief")
+    words_of(folder, "identity", "chief", "--renew")
+    new = jobworker_pair(folder, "chief")
+    assert old[0] != new[0]
+    rows = [row for row in table_of(words_of(folder, "identity", "--list")) if row["NAME"] == "chief"]
+    assert len({row["SERIAL"] for row in rows}) == 2
+    assert {row["ROLES"] for row in rows} == {"admin"}
+    with serving(state, folder) as served:
+        for pair in (old, new):
+            assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), pair)[0] == "NOT_FOUND"
+        words_of(folder, "revoke", "chief")
+        for pair in (old, new):
+            until(lambda: call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), pair)[0] == "PERMISSION_DENIED")  # noqa: B023
+
+
+@pytest.mark.parametrize(("words", "status", "told"), [
+    (("identity", "user2"), 1, "`identity user2 --renew`"), (("identity", "stranger", "--renew"), 1, "no certificate of 'stranger'"),
+    (("identity", "x", "--days", "0"), 2, "from 1 to 3650"), (("identity", "x", "--days", "9999"), 2, "from 1 to 3650"),
+    (("identity",), 2, "cannot name"), (("identity", "issued"), 2, "cannot name"), (("identity", "client-crl"), 2, "cannot name"),
+    (("identity", "server", "--renew"), 2, "cannot name"),
+], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
+def test_an_identity_that_cannot_be_made_is_told_in_a_sentence(certs, tmp_path, words, status, told):
+    folder = own_folder(certs, tmp_path)
+    before = contents(folder)
+    one_sentence(Served(None, 0, folder).run(*words), told, status=status)
+    assert contents(folder) == before
+
+
+def test_the_identities_of_the_folder_itself_can_be_renewed(certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    before = serial_of(folder, "user")
+    words_of(folder, "identity", "user", "--renew")
+    assert serial_of(folder, "user") != before
+    assert {before, serial_of(folder, "user")} <= {
+        row["SERIAL"] for row in table_of(words_of(folder, "identity", "--list"))
+    }
+
+
+def server_that_ends_in(folder, days):
+    """Replace server.pem by one that ends in some days."""
+    authority = jobworker.load_authority(folder, "server-ca")
+    names = [(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.DNSName("box.example")]), False)]
+    basics = jobworker.leaf_extensions(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
+    jobworker.write_pair(folder, "server", jobworker.issue("old", days, authority, [*basics, *names]))
+
+
+@pytest.mark.parametrize("days", [-0.5, 1, 29.9])
+def test_serve_renews_its_certificate_at_a_start_with_the_same_names_and_key(state, certs, tmp_path, days):
+    folder = own_folder(certs, tmp_path)
+    server_that_ends_in(folder, days)
+    key = (folder / "server.key").read_bytes()
+    with serving(state, folder, stderr=subprocess.PIPE) as served:
+        assert served.run("status", ID).stderr == f"jobworker: there is no job {ID}\n"
+        assert "made a new" in line_with(served, "server.pem")
+    assert served_names(folder) == {"localhost", "box.example"}
+    assert (folder / "server.key").read_bytes() == key
+    made = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
+    assert not jobworker.ends_soon(made)
+
+
+def test_serve_renews_its_certificate_while_it_runs(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    server_that_ends_in(folder, 30 + 4 / 86400)
+    before = (folder / "server.pem").read_text().strip()
+    with serving(state, folder, stderr=subprocess.PIPE) as served, open_stream(served) as (chunks, job):
+        assert "made a new" in line_with(served, "server.pem")
+        until(lambda: presented(served) == (folder / "server.pem").read_text().strip() != before)
+        assert call(served, "StopJob", pb.StopJobRequest(id=job)) == pb.StopJobResponse()
+        assert list(chunks) == []
+
+
+def test_a_server_that_cannot_renew_warns_of_the_end(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    server_that_ends_in(folder, 20)
+    (folder / "server-ca.key").unlink()
+    before = (folder / "server.pem").read_bytes()
+    with serving(state, folder, stderr=subprocess.PIPE) as served:
+        assert "is valid until" in line_with(served, f"warning: a certificate in {folder}/server.pem")
+    assert (folder / "server.pem").read_bytes() == before
+
+
 # --- 12. Command line -----------------------------------------------------------------------------------
 # The lines and exit codes that scripts rely on.
 
