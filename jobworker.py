@@ -63,6 +63,7 @@ TYPE_CHECKING = False  # `typing` is not imported: every fork of the launcher wo
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import binascii
     import concurrent.futures as concurrent
     import ctypes
     import datetime
@@ -124,6 +125,7 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
     "argparse": "argparse",
     "concurrent": "concurrent.futures",
     "asyncio": "asyncio",
+    "binascii": "binascii",
     "ctypes": "ctypes",
     "datetime": "datetime",
     "ipaddress": "ipaddress",
@@ -3091,13 +3093,26 @@ def read_file(path: pathlib.Path) -> bytes:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
 
 
+def read_key(path: pathlib.Path) -> bytes:
+    """The bytes of a file that holds a key. As ssh does, it refuses a file of this user's that others can read."""
+    try:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            content = file.read()
+    except OSError as error:
+        raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
+    if facts.st_uid == os.geteuid() and facts.st_mode & 0o077:
+        raise JobWorkerError(f"others can read the key in {path}; `chmod 600 {path}` keeps it to you")
+    return content
+
+
 def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
     """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
     path = folder / f"{name}.key"
     if not path.exists():
         raise JobWorkerError(f"{path} is missing: only the folder that made the authority can issue with it")
     try:
-        key = serialization.load_pem_private_key(read_file(path), password=None)
+        key = serialization.load_pem_private_key(read_key(path), password=None)
         certificate = x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem"))
         return CertifiedKey(certificate, key)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
@@ -3134,7 +3149,7 @@ def renew_server_certificate(folder: pathlib.Path) -> str:
         old = x509.load_pem_x509_certificate(read_file(path))
         if not ends_soon(old) or not (folder / "server-ca.key").exists():
             return ""
-        key: Any = serialization.load_pem_private_key(read_file(folder / "server.key"), password=None)
+        key: Any = serialization.load_pem_private_key(read_key(folder / "server.key"), password=None)
         authority = load_authority(folder, "server-ca")
         names = [str(name.value) for name in extension(old, x509.SubjectAlternativeName) or ()]
     except (ValueError, TypeError, JobWorkerError, exceptions.UnsupportedAlgorithm):
@@ -3147,6 +3162,24 @@ def renew_server_certificate(folder: pathlib.Path) -> str:
     made = issue_server_certificate(authority, usable, key)
     write_file(path, made.certificate_pem(), 0o644)
     return f"made a new {path}, valid until {day_of(made.certificate)}; the old one was valid until {day_of(old)}"
+
+
+def bundle_of(folder: pathlib.Path, made: CertifiedKey, host: str, port: int) -> bytes:
+    """All that a client needs in one PEM: the server's address as a comment, key, certificate, server authority."""
+    authorities = b"".join(pem_blocks(read_file(folder / "server-ca.pem"), b"CERTIFICATE"))
+    address = f"# jobworker server: {written_address(host, port)}\n".encode()
+    return address + made.key_pem() + made.certificate_pem() + authorities
+
+
+def written_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_named(folder: pathlib.Path, host: str) -> bool:
+    """Whether server.pem holds this host name or address, so that a client can verify it."""
+    certificate = x509.load_pem_x509_certificate(read_file(folder / "server.pem"))
+    names = extension(certificate, x509.SubjectAlternativeName) or ()
+    return str(general_name(host).value).lower() in [str(name.value).lower() for name in names]
 
 
 def ends_soon(certificate: x509.Certificate) -> bool:
@@ -3179,7 +3212,7 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
     pem, key_path = folder / "server.pem", folder / "server.key"
     try:
         certificates = x509.load_pem_x509_certificates(read_file(pem))
-        key = serialization.load_pem_private_key(read_file(key_path), password=None)
+        key = serialization.load_pem_private_key(read_key(key_path), password=None)
         authorities = x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         raise JobWorkerError(
@@ -4123,22 +4156,120 @@ CLIENT_OPTIONS = [
 
 
 @dataclasses.dataclass(frozen=True)
+class Credentials:
+    """What a client shows and trusts, as PEM, the files that it came from, and the server's address if one is known."""
+
+    key: bytes
+    certificate: bytes
+    authorities: bytes
+    file: str
+    authorities_file: str
+    server: str = ""
+
+    def warning(self) -> str:
+        """A sentence where the certificate, or an authority of the server, is at its end or near it; else empty."""
+        soon = time.strftime("%Y%m%d", time.gmtime(time.time() + WARN_DAYS * DAY))
+        for file, content, remedy in (
+            (self.file, self.certificate, "on the server, `identity NAME --renew` makes a new one"),
+            (self.authorities_file, self.authorities, "ask the server's admin for the new authority"),
+        ):
+            with contextlib.suppress(ValueError, IndexError):  # what cannot be read has its sentence elsewhere
+                until = min(map(last_day, pem_blocks(content, b"CERTIFICATE")))
+                if until <= soon:
+                    day = f"{until[:4]}-{until[4:6]}-{until[6:]}"
+                    return f"warning: the certificate in {file} is valid until {day}; {remedy}"
+        return ""
+
+
+def read_credentials(certs: pathlib.Path, identity: str) -> Credentials:
+    """The credentials in one file, or of a NAME in the folder `certs`. Raises JobWorkerError."""
+    if "/" in identity or identity.endswith(".pem"):
+        return read_bundle(pathlib.Path(identity))
+    authorities, key, certificate = certs / "server-ca.pem", certs / f"{identity}.key", certs / f"{identity}.pem"
+    try:
+        files = read_file(authorities), read_key(key), read_file(certificate)
+    except JobWorkerError as error:
+        hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {certs}"
+        raise error if "others can read" in str(error) else JobWorkerError(f"{error}; {hint}") from None
+    return Credentials(files[1], files[2], files[0], str(certificate), str(authorities))
+
+
+def read_bundle(path: pathlib.Path) -> Credentials:
+    """One file with a key, the client's certificate, and then the server's authorities. Certificates after the first
+    one that no authority of its own has signed are the client's intermediates.
+    """
+    content = read_key(path)
+    keys = [
+        block
+        for label in (b"PRIVATE KEY", b"EC PRIVATE KEY", b"RSA PRIVATE KEY")
+        for block in pem_blocks(content, label)
+    ]
+    certificates = pem_blocks(content, b"CERTIFICATE")
+    if len(keys) != 1 or len(certificates) < 2:
+        raise JobWorkerError(
+            f"{path} is no file of an identity: it needs a key, its certificate and a server authority, in PEM; "
+            f"`identity NAME --bundle` makes one"
+        )
+    try:
+        roots = [block for block in certificates[1:] if is_self_signed(block)] or certificates[1:]
+    except (ValueError, IndexError):
+        raise JobWorkerError(f"{path} holds a certificate that cannot be read") from None
+    chain = [block for block in certificates if block not in roots]
+    server = re.search(rb"^# jobworker server: (\S+)", content, re.MULTILINE)
+    address = server[1].decode("utf-8", "replace") if server else ""
+    return Credentials(keys[0], b"".join(chain), b"".join(roots), str(path), str(path), address)
+
+
+def der_elements(content: bytes) -> list[tuple[int, bytes]]:
+    """The elements in DER (X.690, 8.1), each with its tag. A client reads this little itself, since the x509 package
+    would add 60 ms or more to each call.
+    """
+    found, position = [], 0
+    while position < len(content):
+        tag, size = content[position], content[position + 1]
+        position += 2
+        if size & 0x80:
+            length = size & 0x7F
+            size = int.from_bytes(content[position : position + length], "big")
+            position += length
+        found.append((tag, content[position : position + size]))
+        position += size
+    return found
+
+
+def certificate_fields(block: bytes) -> list[tuple[int, bytes]]:
+    """Serial, algorithm, issuer, validity, subject and the rest of a certificate (RFC 5280, 4.1)."""
+    certificate = der_elements(binascii.a2b_base64(block.split(b"-----")[2]))[0][1]
+    fields = der_elements(der_elements(certificate)[0][1])
+    return fields[1:] if fields[0][0] == 0xA0 else fields
+
+
+def is_self_signed(block: bytes) -> bool:
+    fields = certificate_fields(block)
+    return fields[2] == fields[4]
+
+
+def last_day(block: bytes) -> str:
+    """The day on which a certificate ends, as `20271231` (RFC 5280, 4.1.2.5)."""
+    tag, moment = der_elements(certificate_fields(block)[3][1])[1]
+    text = moment.decode("ascii")
+    if tag == 0x17:
+        text = ("19" if text[:2] >= "50" else "20") + text
+    return text[:8]
+
+
+@dataclasses.dataclass(frozen=True)
 class ClientOptions:
-    """The server, and the client's identity: the NAME of NAME.pem and NAME.key in the folder `certs`."""
+    """The server, and the client's credentials."""
 
     host: str
     port: int
-    certs: pathlib.Path
-    identity: str
+    credentials: Credentials
     retry_for: float = 60.0
 
     @property
     def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def identity_files(self) -> tuple[pathlib.Path, pathlib.Path]:
-        return self.certs / f"{self.identity}.pem", self.certs / f"{self.identity}.key"
+        return written_address(self.host, self.port)
 
 
 class Sink:
@@ -4166,13 +4297,10 @@ class Client:
 
     def __enter__(self) -> Self:
         prepare_grpc()
-        certificate, key = self._options.identity_files
-        hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {self._options.certs}"
-        try:
-            files = [read_file(path) for path in (self._options.certs / "server-ca.pem", key, certificate)]
-        except JobWorkerError as error:
-            raise JobWorkerError(f"{error}; {hint}") from None
-        self._credentials = grpc.ssl_channel_credentials(*files)
+        own = self._options.credentials
+        self._credentials = grpc.ssl_channel_credentials(own.authorities, own.key, own.certificate)
+        if warning := own.warning():
+            say(warning)
         return self
 
     def __exit__(
@@ -4285,19 +4413,22 @@ def why_unreachable(options: ClientOptions) -> str:
 
 
 def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
-    certificate, key = map(str, options.identity_files)
-    context = ssl.create_default_context(cafile=str(options.certs / "server-ca.pem"))
+    own = options.credentials
+    context = ssl.create_default_context(cadata=own.authorities.decode("ascii", "replace"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
-        context.load_cert_chain(certificate, key)
+        with open(os.memfd_create("credentials"), "wb") as file:  # the ssl package reads keys from files only
+            file.write(own.certificate + own.key)
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
         with context.wrap_socket(raw, server_hostname=options.host) as channel:
             with contextlib.suppress(ConnectionResetError):
                 # In TLS 1.3 the server judges the client after the handshake. HTTP/2's first frame means: accepted.
                 if channel.recv(1):
                     return ""
             return (
-                f"{options.address} refuses {certificate}: it is out of date, not for clients, not from the client "
+                f"{options.address} refuses {own.file}: it is out of date, not for clients, not from the client "
                 f"authority of that server, or has an extension that is marked as critical and that TLS does not know"
             )
     except ssl.SSLCertVerificationError as error:
@@ -4306,11 +4437,10 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
                 f"the certificate of {options.address} is not for {options.host!r}; on the server, "
                 f"`serve --name {options.host}` makes one that is"
             )
-        authority = options.certs / "server-ca.pem"
-        return f"the certificate of {options.address} is not trusted by {authority}: {error.verify_message}"
+        return f"the certificate of {options.address} is not trusted by {own.authorities_file}: {error.verify_message}"
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"{options.address} does not speak TLS 1.3 with {certificate}: {reason}"
+        return f"{options.address} does not speak TLS 1.3 with {own.file}: {reason}"
 
 
 # --- 14. Command line -----------------------------------------------------------------------------------
@@ -4410,6 +4540,19 @@ def write_out(chunk: bytes) -> None:
             select.select([], [1], [])
 
 
+def print_line(text: str) -> None:
+    """Print one line of what a server or a file said. Every verb prints such text with this function, or as JSON with
+    the next, so that no control character reaches a terminal.
+    """
+    print(printable(text))
+
+
+def printable_json(value: Any, indent: int | None = None) -> str:
+    """JSON that a terminal shows as it is. JSON leaves DEL, C1 and the marks of direction unescaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return CONTROL.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
 # -- Options that several verbs have
 
 Row: TypeAlias = "tuple[str, Callable[[str], Any], str, Any, str]"  # flag, type, metavar, default, help
@@ -4442,15 +4585,17 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
         "--server",
         type=host_and_port,
         metavar="HOST[:PORT]",
-        default=os.environ.get("JOBWORKER_SERVER", "localhost"),
-        help=f"the server's address (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})",
+        default=os.environ.get("JOBWORKER_SERVER") or None,
+        help=f"the server's address (env JOBWORKER_SERVER; default: the one in the identity's file, else "
+        f"localhost:{DEFAULT_PORT})",
     )
     parser.add_argument(
         "-r",
         "--identity",
-        metavar="NAME",
-        default="user",
-        help="use NAME.pem and NAME.key of the folder (default: user)",
+        metavar="NAME|FILE",
+        default=os.environ.get("JOBWORKER_IDENTITY") or "user",
+        help="use NAME.pem and NAME.key of the folder, or one file that `identity --bundle` made (a word with a slash, "
+        "or ending in .pem; it needs no --certs and no --server) (env JOBWORKER_IDENTITY; default: user)",
     )
     parser.add_argument(
         "--retry-for",
@@ -4509,9 +4654,15 @@ def find_job(client: Client, word: str) -> str:
 
 
 def client_of(options: argparse.Namespace) -> Client:
-    host, port = options.server
     certs = pathlib.Path(options.certs) if options.certs else default_certs()
-    return Client(ClientOptions(host or "localhost", port, certs, options.identity, options.retry_for))
+    credentials = read_credentials(certs, options.identity)
+    host, port = options.server or ("", DEFAULT_PORT)
+    if (host, port) == ("", DEFAULT_PORT) and credentials.server:
+        try:
+            host, port = host_and_port(credentials.server)
+        except argparse.ArgumentTypeError as error:
+            raise JobWorkerError(f"the server's address in {credentials.file} is wrong: {error}") from None
+    return Client(ClientOptions(host or "localhost", port, credentials, options.retry_for))
 
 
 # -- serve
@@ -4714,7 +4865,8 @@ def run_start(options: argparse.Namespace) -> int:
     with client_of(options) as client:
         job_id = client.call("StartJob", start_request(options), pb.StartJobResponse).ID
     try:
-        print(f"started JobID: {job_id}", flush=True)
+        print_line(f"started JobID: {job_id}")
+        sys.stdout.flush()
     except OSError as error:
         raise JobWorkerError(f"started job {job_id}, but standard output cannot be written: {error.strerror}") from None
     return 0
@@ -4856,7 +5008,7 @@ def run_stop(options: argparse.Namespace) -> int:
         for job_id in chosen_jobs(client, options):
             request = pb.StopJobRequest(id=job_id, signal=name, grace=grace)
             client.call("StopJob", request, pb.StopJobResponse, timeout=grace + CALL_SECONDS)
-            print(f"stopped Job: {job_id}")
+            print_line(f"stopped Job: {job_id}")
     return 0
 
 
@@ -4885,11 +5037,11 @@ def run_status(options: argparse.Namespace) -> int:
         job_id = chosen_job(client, options)
         status = client.call("GetJobStatus", pb.GetStatusRequest(id=job_id), pb.GetStatusResponse)
     if options.json:
-        print(json.dumps(status_facts(job_id, status), ensure_ascii=False, indent=2))
+        print(printable_json(status_facts(job_id, status), indent=2))
     elif options.verbose:
         print_facts(status_facts(job_id, status))
     else:
-        print(f"jobID: {job_id}, status: {pb.Status.Name(status.status)}, exitCode: {status.exitcode}")
+        print_line(f"jobID: {job_id}, status: {status_name(status.status)}, exitCode: {status.exitcode}")
     return 0
 
 
@@ -4898,11 +5050,11 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     for key, value in facts.items():
         words = re.sub(r"([A-Z])", lambda found: f" {found[1].lower()}", key)
         if isinstance(value, dict):
-            print(f"{indent}{words}:")
+            print_line(f"{indent}{words}:")
             print_facts(value, f"{indent}  ")
         elif value not in (None, "", []):
             text = shlex.join(value) if key == "command" else "; ".join(value) if key == "notes" else value
-            print(f"{indent}{words + ':':<18} {text}")
+            print_line(f"{indent}{words + ':':<18} {text}")
 
 
 def add_wait_arguments(parser: argparse.ArgumentParser) -> None:
@@ -4967,9 +5119,9 @@ def print_list(
     OUTPUT are rates.
     """
     if options.quiet:
-        lines = [status.id for status in found]
+        lines = [printable(status.id) for status in found]
     elif options.json:
-        lines = [json.dumps(status_facts(status.id, status), ensure_ascii=False) for status in found]
+        lines = [printable_json(status_facts(status.id, status)) for status in found]
     elif os.isatty(1):
         rows = [LIST_COLUMNS, *(list_row(status, status.id[:8], before) for status in found)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(LIST_COLUMNS))]
@@ -4998,9 +5150,9 @@ def list_row(
     cpu, output = totals if before is None else rates(status, before)
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
-    state = pb.Status.Name(status.status) + (f" ({status.reason})" if status.reason else "")
+    state = status_name(status.status) + (f" ({status.reason})" if status.reason else "")
     memory = status.memory_current if running else status.memory_peak
-    return (
+    columns = (
         job_id,
         status.name or "-",
         status.owner,
@@ -5011,13 +5163,9 @@ def list_row(
         cpu,
         size_text(memory),
         output,
-        printable(shlex.join([status.cmd, *status.args])),
+        shlex.join([status.cmd, *status.args]),
     )
-
-
-def printable(text: str) -> str:
-    """A text whose control characters are escaped, so that it cannot move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return tuple(map(printable, columns))
 
 
 def duration_text(milliseconds: int) -> str:
@@ -5037,12 +5185,17 @@ def size_text(size: int) -> str:
     return str(size)
 
 
+def status_name(number: int) -> str:
+    """A status of the wire in words. A newer server may send a number that this client does not know."""
+    return pb.Status.Name(number) if number in pb.Status.values() else f"UNKNOWN({number})"
+
+
 def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
     """A status as `--json` prints it: times in UTC (ISO 8601), null for a value that is unknown or not enforced."""
     return {
         "id": job_id,
         "name": status.name or None,
-        "status": pb.Status.Name(status.status),
+        "status": status_name(status.status),
         "exitCode": status.exitcode,
         "reason": status.reason or None,
         "signal": status.signal or None,
@@ -5141,7 +5294,7 @@ def run_rm(options: argparse.Namespace) -> int:
     with client_of(options) as client:
         for job_id in chosen_jobs(client, options):
             client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
-            print(f"removed Job: {job_id}")
+            print_line(f"removed Job: {job_id}")
     return 0
 
 
@@ -5171,6 +5324,15 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
     )
     days = f"how many days the certificate is valid (default: {LEAF_DAYS})"
     parser.add_argument("--days", type=as_days, metavar="N", default=LEAF_DAYS, help=days)
+    parser.add_argument(
+        "--bundle",
+        nargs="?",
+        type=host_and_port,
+        const=("", DEFAULT_PORT),
+        metavar="HOST[:PORT]",
+        help="print one file for the client (key, certificate, server authority, the server's address; "
+        "default: this machine's name); no file of the identity is left here",
+    )
     parser.add_argument("--list", action="store_true", help="print the identities of this folder as a table")
 
 
@@ -5190,10 +5352,23 @@ def run_identity(options: argparse.Namespace) -> int:
             roles = ["admin" if options.admin else "user"]
         made = issue_identity(authority, name, roles, options.days)
         old = [each for each in known if read_identity(each)[0] == name]  # so that it can be revoked, once overwritten
+        bundle = checked_bundle(folder, made, options.bundle) if options.bundle else b""
         record_issued(folder, [*old, made.certificate])
-        write_pair(folder, name, made)
+        if not bundle:
+            write_pair(folder, name, made)
+    if bundle:
+        write_out(bundle)
+        return 0
     print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
     return 0
+
+
+def checked_bundle(folder: pathlib.Path, made: CertifiedKey, server: tuple[str, int]) -> bytes:
+    """The client's one file. Warns where server.pem is for other names, since the client would refuse the server."""
+    host = server[0] or socket.gethostname()
+    if not is_named(folder, host):
+        say(f"warning: {folder / 'server.pem'} is not for {host!r}; `serve --name {host}` makes one that is")
+    return bundle_of(folder, made, host, server[1])
 
 
 def checked_name(name: str, *, renew: bool) -> str:
@@ -5315,7 +5490,7 @@ def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_unit(options: argparse.Namespace) -> int:
     more = options.serve_options[1:] if options.serve_options[:1] == ["--"] else options.serve_options
-    words = [os.path.abspath(sys.executable), os.path.abspath(sys.argv[0]), "serve", *more]
+    words = [os.path.abspath(sys.executable), "-I", os.path.abspath(sys.argv[0]), "serve", *more]
     quoted = " ".join(
         word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$")
         for word in words
@@ -5395,7 +5570,12 @@ VERBS = {
         add_identity_arguments,
         run_identity,
         "make a certificate for one more client",
-        ("identity alice", "identity boss --admin", "identity alice --renew --days 90", "identity --list"),
+        (
+            "identity alice --bundle box >box.pem",
+            "identity boss --admin",
+            "identity alice --renew --days 90",
+            "identity --list",
+        ),
     ),
     "revoke": Verb(
         add_revoke_arguments,
@@ -5518,4 +5698,6 @@ def program() -> NoReturn:
 
 
 if __name__ == "__main__":
+    if sys.flags.isolated:  # `python3 -I` of the unit leaves out the folder of this module, in which gen/ is
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     program()

@@ -4388,6 +4388,174 @@ def test_a_server_that_cannot_renew_warns_of_the_end(state, certs, tmp_path):
     assert (folder / "server.pem").read_bytes() == before
 
 
+def bundle_for(folder, name, server, *words):
+    """One file, as `identity NAME --bundle` prints it."""
+    done = Served(None, 0, folder).run("identity", name, "--bundle", server, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def alone(folder, *words, umask=0o077, script='exec "$@"', **more):
+    """A client in a folder of its own that knows of no server and of no certificates."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("JOBWORKER_")}
+    return subprocess.run(
+        ["sh", "-c", script, "sh", *PROGRAM, *words], cwd=folder, env={**kept, "HOME": str(folder), **more}, umask=umask,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+
+
+def test_the_whole_enrolment_is_one_line_and_one_file_is_a_client(shared, tmp_path):
+    server = own_folder(shared.certs, tmp_path)
+    home = tmp_path / "empty"
+    home.mkdir()
+    line = f'"$@" identity alice --certs {server} --bundle {shared.address} > box.pem'
+    done = alone(home, script=line)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {path.name for path in home.iterdir()} == {"box.pem"}
+    assert not list(server.glob("alice*"))
+    assert set(re.findall("-----BEGIN (.*)-----", (home / "box.pem").read_text())) == {"PRIVATE KEY", "CERTIFICATE"}
+    started = alone(home, "start", "-r", "box.pem", "echo", "hers")
+    assert (started.returncode, started.stderr) == (0, "")
+    job = started.stdout.split()[-1]
+    assert alone(home, "stream", job, JOBWORKER_IDENTITY="./box.pem").stdout == "hers\n"
+    assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").owner == "alice"
+    elsewhere = alone(home, "status", job, "-r", "./box.pem", "--server", "localhost:1")
+    one_sentence(elsewhere, "cannot connect to localhost:1")
+    words_of(server, "revoke", str(home / "box.pem"))
+    rows = table_of(words_of(server, "identity", "--list"))
+    assert [row["REVOKED"] for row in rows if row["NAME"] == "alice"] == ["yes"]
+
+
+def test_a_bundle_names_the_machine_and_is_renewed_and_a_server_of_other_names_is_warned_of(certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    done = Served(None, 0, folder).run("identity", "alice", "--bundle")
+    assert done.stdout.startswith(f"# jobworker server: {socket.gethostname()}:8010\n")
+    done = Served(None, 0, folder).run("identity", "alice", "--renew", "--bundle", "other.example:8011")
+    assert done.stdout.startswith("# jobworker server: other.example:8011\n")
+    assert "server.pem is not for 'other.example'; `serve --name other.example`" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "[::1]:8010" in bundle_for(folder, "bob", "::1")
+
+
+SPOILED = [  # what is done to a client's one file; what is said
+    ("no key", lambda text: re.sub("-----BEGIN PRIVATE.*END PRIVATE KEY-----", "", text, flags=re.DOTALL), "is no file of an identity"),
+    ("empty", lambda _: "", "is no file of an identity"),
+    ("no authority", lambda text: text[: text.index("-----END CERT") + 26], "is no file of an identity"),
+    ("a certificate that is none", lambda text: re.sub("(CERTIFICATE-----\n)M[^-]*(-----END CERTIFICATE-----\n)$", r"\1AAAA\n\2", text), "cannot be read"),
+    ("a wrong address", lambda text: text.replace("server: ", "server: a:b:c:"), "the server's address in"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "spoil", "told"), SPOILED, ids=[row[0] for row in SPOILED])
+def test_a_spoiled_file_of_an_identity_is_told_in_one_sentence(certs, tmp_path, what, spoil, told):
+    text = bundle_for(own_folder(certs, tmp_path), "alice", "localhost")
+    assert spoil(text) != text
+    (tmp_path / "box.pem").write_text(spoil(text))
+    (tmp_path / "box.pem").chmod(0o600)
+    one_sentence(alone(tmp_path, "status", ID, "-r", "box.pem"), "box.pem", told)
+
+
+def test_a_file_that_openssl_made_in_the_old_form_of_keys_is_a_client_too(shared, tmp_path):
+    key = openssl("ec", "-in", shared.certs / "user.key")  # BEGIN EC PRIVATE KEY
+    content = key + b"".join((shared.certs / name).read_bytes() for name in ("user.pem", "server-ca.pem"))
+    (tmp_path / "box.pem").write_bytes(content)
+    (tmp_path / "box.pem").chmod(0o600)
+    done = alone(tmp_path, "status", ID, "-r", "box.pem", JOBWORKER_SERVER=shared.address)
+    one_sentence(done, f"there is no job {ID}")
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604])
+def test_a_key_that_others_can_read_is_refused_by_client_and_server_with_the_remedy(state, shared, tmp_path, mode):
+    folder = own_folder(shared.certs, tmp_path)
+    for name in ("user.key", "server.key", "client-ca.key"):
+        (folder / name).chmod(mode)
+    one_sentence(shared.run("status", ID, "--certs", str(folder)), f"`chmod 600 {folder}/user.key`")
+    one_sentence(serve_once(folder, state), f"`chmod 600 {folder}/server.key`")
+    one_sentence(shared.run("identity", "x", "--certs", str(folder)), f"`chmod 600 {folder}/client-ca.key`")
+    (folder / "client-ca.key").chmod(0o600)
+    (tmp_path / "box.pem").write_text(bundle_for(folder, "alice", shared.address))
+    (tmp_path / "box.pem").chmod(mode)
+    one_sentence(alone(tmp_path, "status", ID, "-r", "box.pem"), "`chmod 600 box.pem`")
+    (tmp_path / "box.pem").chmod(0o600)
+    one_sentence(alone(tmp_path, "status", ID, "-r", "box.pem"), f"there is no job {ID}")
+
+
+@pytest.mark.parametrize(("days", "warned"), [(20, True), (29, True), (40, False)])
+def test_a_client_warns_once_a_call_before_its_end(shared, tmp_path, days, warned):
+    folder = own_folder(shared.certs, tmp_path)
+    (tmp_path / "box.pem").write_text(bundle_for(folder, "alice", shared.address, "--days", str(days)))
+    (tmp_path / "box.pem").chmod(0o600)
+    told = alone(tmp_path, "status", ID, "-r", "box.pem").stderr.splitlines()
+    end = datetime.datetime.now(datetime.timezone.utc).date() + datetime.timedelta(days=days)
+    warning = f"jobworker: warning: the certificate in box.pem is valid until {end}; on the server, `identity NAME --renew` makes a new one"
+    assert told == [*([warning] if warned else []), f"jobworker: there is no job {ID}"]
+
+
+DANGEROUS = "".join(
+    map(chr, [*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)])
+)
+
+
+def test_no_control_character_is_printable():
+    assert not set(jobworker.printable(DANGEROUS)) & set(DANGEROUS)
+    assert not set(jobworker.printable_json({"name": DANGEROUS})) & (set(DANGEROUS) - {"\n"})
+    assert json.loads(jobworker.printable_json([DANGEROUS])) == [DANGEROUS]
+    assert jobworker.printable("ünï☃ \U0001f600") == "ünï☃ \U0001f600"
+
+
+class Hostile(grpc.GenericRpcHandler):
+    """A server that answers with what harms a terminal."""
+
+    def service(self, details):
+        reply = {
+            "StartJob": pb.StartJobResponse(ID=DANGEROUS),
+            "GetJobStatus": pb.GetStatusResponse(status=7, owner=DANGEROUS, reason=DANGEROUS, cmd="\x1b]0;owned\x07"),
+        }.get(details.method.rsplit("/", 1)[1])
+
+        def handle(_, context):
+            if reply is None:
+                context.abort(grpc.StatusCode.INTERNAL, DANGEROUS.replace("\0", ""))
+            return reply
+
+        return grpc.unary_unary_rpc_method_handler(
+            handle, response_serializer=lambda message: message.SerializeToString()
+        )
+
+
+@pytest.mark.parametrize(("words", "status"), [(("status", ID), 0), (("status", "--json", ID), 0), (("stop", ID), 1), (("start", "x"), 0), (("rm", ID), 1)],
+                         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
+def test_nothing_that_a_hostile_server_says_reaches_the_terminal_raw(certs, words, status):
+    pair = jobworker_pair(certs, "server")
+    credentials = grpc.ssl_server_credentials([pair], (certs / "client-ca.pem").read_bytes(), True)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads, handlers=[Hostile()])
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        server.start()
+        done = Served(None, port, certs).run(*words)
+        server.stop(None).wait()
+    assert done.returncode == status, done.stderr
+    assert not (set(done.stdout) | set(done.stderr)) & (set(DANGEROUS) - {"\n"})
+    assert "Traceback" not in done.stderr
+    if words[0] == "status":
+        assert "UNKNOWN(7)" in done.stdout
+
+
+def test_the_unit_s_python_runs_no_code_that_its_environment_names(state, certs, tmp_path):
+    lines = unit(
+        "--", "--certs", str(certs), "--state", str(state), "--listen", "127.0.0.1:0", "--without", "auto"
+    ).splitlines()
+    command = shlex.split(next(line for line in lines if line.startswith("ExecStart=")).removeprefix("ExecStart="))
+    assert command[1] == "-I"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "grpc.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    process = subprocess.Popen([*command, "--stop-jobs"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    assert process.stdout.readline().startswith("jobworker: serving on ")
+    process.terminate()
+    process.communicate(timeout=PATIENCE)
+    assert not (tmp_path / "ran").exists()
+
+
 # --- 12. Command line -----------------------------------------------------------------------------------
 # The lines and exit codes that scripts rely on.
 
@@ -4766,7 +4934,7 @@ def test_a_unit_restarts_its_server_and_leaves_its_jobs_alone():
     ):
         assert line in lines
     assert not any(line.startswith("Delegate=") for line in lines)
-    assert f'ExecStart={sys.executable} {HERE}/jobworker.py serve --state "/srv/my jobs/100%% $$HOME"' in lines
+    assert f'ExecStart={sys.executable} -I {HERE}/jobworker.py serve --state "/srv/my jobs/100%% $$HOME"' in lines
     assert "WantedBy=default.target" in unit("--user").splitlines()
 
 
