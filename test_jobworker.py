@@ -3946,11 +3946,11 @@ def signed_anew(authority, made, body):
     return jobworker.to_pem(x509.load_der_x509_certificate(whole))
 
 
-def client_builder(authority, *, key=None, roles=UTF8, critical=False, more=(), days=99):
+def client_builder(authority, *, key=None, roles=USER_ROLE, critical=False, more=(), days=99):
     """A client's certificate that waits for its signature, and its key."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mallory")])
-    builder = unsigned(authority, name, key.public_key(), -1, days)
+    builder = certificate_builder(authority, name, key.public_key(), -1, days)
     builder = builder.add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
     for oid, value, mark in ((jobworker.ROLES_OID, roles, critical), *more):
         builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=mark)
@@ -4270,7 +4270,7 @@ def test_an_authority_s_removal_at_a_reload_ends_its_clients_streams(state, cert
         open_stream(served, "new") as (others, other),
     ):
         (folder / "client-ca.pem").write_bytes(second.certificate_pem())
-        assert "are read again" in reloaded(served)
+        assert "are read again" in reload(served)
         status, sentence = how_it_ended(chunks)
         assert (status, "not from an authority" in sentence) == ("PERMISSION_DENIED", True)
         assert call(served, "StopJob", pb.StopJobRequest(id=other), role="new") == pb.StopJobResponse()
@@ -4304,9 +4304,9 @@ def test_a_renewed_identity_has_a_new_key_and_serial_the_same_roles_and_can_be_r
 ):
     folder = own_folder(certs, tmp_path)
     words_of(folder, "identity", "chief", "--admin")
-    old = jobworker_pair(folder, "chief")
+    old = key_and_certificate(folder, "chief")
     words_of(folder, "identity", "chief", "--renew")
-    new = jobworker_pair(folder, "chief")
+    new = key_and_certificate(folder, "chief")
     assert old[0] != new[0]
     rows = [row for row in table_of(words_of(folder, "identity", "--list")) if row["NAME"] == "chief"]
     assert len({row["SERIAL"] for row in rows}) == 2
@@ -4358,7 +4358,7 @@ def test_serve_renews_its_certificate_at_a_start_with_the_same_names_and_key(sta
     with serving(state, folder, stderr=subprocess.PIPE) as served:
         assert served.run("status", ID).stderr == f"jobworker: there is no job {ID}\n"
         assert "made a new" in line_with(served, "server.pem")
-    assert served_names(folder) == {"localhost", "box.example"}
+    assert names_in_server_certificate(folder) == {"localhost", "box.example"}
     assert (folder / "server.key").read_bytes() == key
     made = x509.load_pem_x509_certificate((folder / "server.pem").read_bytes())
     assert not jobworker.ends_soon(made)
@@ -4370,7 +4370,7 @@ def test_serve_renews_its_certificate_while_it_runs(state, certs, tmp_path):
     before = (folder / "server.pem").read_text().strip()
     with serving(state, folder, stderr=subprocess.PIPE) as served, open_stream(served) as (chunks, job):
         assert "made a new" in line_with(served, "server.pem")
-        until(lambda: presented(served) == (folder / "server.pem").read_text().strip() != before)
+        until(lambda: presented_certificate(served) == (folder / "server.pem").read_text().strip() != before)
         assert call(served, "StopJob", pb.StopJobRequest(id=job)) == pb.StopJobResponse()
         assert list(chunks) == []
 
@@ -4522,7 +4522,7 @@ class Hostile(grpc.GenericRpcHandler):
 @pytest.mark.parametrize(("words", "status"), [(("status", ID), 0), (("status", "--json", ID), 0), (("stop", ID), 1), (("start", "x"), 0), (("rm", ID), 1)],
                          ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
 def test_nothing_that_a_hostile_server_says_reaches_the_terminal_raw(certs, words, status):
-    pair = jobworker_pair(certs, "server")
+    pair = key_and_certificate(certs, "server")
     credentials = grpc.ssl_server_credentials([pair], (certs / "client-ca.pem").read_bytes(), True)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         server = grpc.server(threads, handlers=[Hostile()])
