@@ -63,6 +63,7 @@ TYPE_CHECKING = False  # `typing` is not imported: every fork of the launcher wo
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import binascii
     import concurrent.futures as concurrent
     import ctypes
     import datetime
@@ -125,6 +126,7 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
     "argparse": "argparse",
     "concurrent": "concurrent.futures",
     "asyncio": "asyncio",
+    "binascii": "binascii",
     "ctypes": "ctypes",
     "datetime": "datetime",
     "ipaddress": "ipaddress",
@@ -300,15 +302,23 @@ def disk_error(doing: str, error: OSError) -> JobWorkerError:
     return ExhaustedError(f"{doing}: {error.strerror}") if exhausted else KernelError(doing, error)
 
 
-def say(sentence: str) -> None:
-    """Write one line to standard error.
+# What a terminal would obey: C0, DEL, C1, the line separators, and the marks that change the direction of a text.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-    A newline in the sentence is escaped, so that a job's or an owner's name cannot forge a second line. A log that
-    cannot be written (a full disk, a closed pipe) must not stop the server, so errors are ignored.
+
+def printable(text: str) -> str:
+    """A text in which every control character is escaped. Names and sentences come from other people, and a terminal
+    would obey an escape sequence in them. A newline would forge a second line.
     """
-    line = sentence.replace("\n", "\\n")
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(sentence: str) -> None:
+    """Write one line to standard error. A log that cannot be written (a full disk, a closed pipe) must not stop the
+    server, so errors are ignored.
+    """
     with contextlib.suppress(OSError):
-        print(f"jobworker: {line}", file=sys.stderr, flush=True)
+        print(f"jobworker: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def read_whole(path: str) -> bytes:
@@ -785,11 +795,12 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 
 
 # --- 4. Output and inotify ------------------------------------------------------------------------------
-# Owns the one inotify descriptor of the process, and the reading of outputs that clients follow. It never writes an
+# Owns the class of inotify descriptors, and the reading of outputs that clients follow. It never writes an
 # output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
 # the job's owner in this process (`Worker`) wakes it. The source is inotify(7).
 
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
+IN_FOLDER = 0x2CC  # IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE: a file in a folder has changed
 
 
 @functools.cache
@@ -836,7 +847,7 @@ class Bell:
 
 
 class Inotify:
-    """The one inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask."""
+    """One inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask."""
 
     def __init__(self, overflowed: Callable[[], None]) -> None:
         self._overflowed = overflowed
@@ -3259,7 +3270,11 @@ def not_found_hint(command: str, searched: str) -> str:
 
 DAY = 86400
 AUTHORITY_DAYS, LEAF_DAYS = 3650, 365
+WARN_DAYS = 30  # before its end a certificate is renewed, or the server and the client warn
+CRL_FILE = "client-crl.pem"  # the certificate revocation list (RFC 5280, 5): the clients that the server refuses
+ISSUED_FILE = "issued.pem"  # every certificate that `identity` made, so that a renewed one can still be revoked
 ROLES_OID = "1.2.840.10070.8.1"
+WEAK_DIGESTS = ("md5", "sha1")
 SERVED_FILES = ("server.pem", "server.key", "client-ca.pem")  # a server needs these
 MADE_FILES = (
     "server-ca.pem",
@@ -3306,7 +3321,7 @@ def to_pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(each.public_bytes(serialization.Encoding.PEM) for each in certificates)
 
 
-def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
+def extension(certificate: x509.Certificate | x509.CertificateRevocationList, kind: type[Any]) -> Any:
     """The value of a certificate's extension, or None."""
     try:
         return certificate.extensions.get_extension_for_class(kind).value
@@ -3315,12 +3330,19 @@ def extension(certificate: x509.Certificate, kind: type[Any]) -> Any:
 
 
 def issue(
-    name: str, days: int, issuer: CertifiedKey | None, extensions: Sequence[tuple[x509.ExtensionType, bool]]
+    name: str,
+    days: float,
+    issuer: CertifiedKey | None,
+    extensions: Sequence[tuple[x509.ExtensionType, bool]],
+    key: ec.EllipticCurvePrivateKey | None = None,
 ) -> CertifiedKey:
-    """A new P-256 key and its certificate. The issuer signs it; without an issuer it signs itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    """A certificate for a key, which is a new P-256 key by default. The issuer signs it; without an issuer it signs
+    itself. It is valid no longer than its issuer.
+    """
+    key = key or ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
+    until = now + datetime.timedelta(days=days)
     signer = issuer.key if issuer else key
     builder = (
         x509.CertificateBuilder()
@@ -3329,14 +3351,17 @@ def issue(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(min(until, issuer.certificate.not_valid_after_utc) if issuer else until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
     for value, critical in extensions:
         builder = builder.add_extension(value, critical=critical)
-    digest = None if isinstance(signer, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
-    return CertifiedKey(builder.sign(signer, digest), key)
+    return CertifiedKey(builder.sign(signer, digest_for(signer)), key)
+
+
+def digest_for(key: Any) -> hashes.SHA256 | None:
+    return None if isinstance(key, (ed25519.Ed25519PrivateKey, ed448.Ed448PrivateKey)) else hashes.SHA256()
 
 
 def key_usage(*allowed: str) -> x509.KeyUsage:
@@ -3358,18 +3383,20 @@ def leaf_extensions(purpose: x509.ObjectIdentifier) -> list[tuple[x509.Extension
     ]
 
 
-def issue_server_certificate(authority: CertifiedKey, names: Sequence[str]) -> CertifiedKey:
-    """A certificate for a server that has these host names and addresses."""
+def issue_server_certificate(authority: CertifiedKey, names: Sequence[str], key: Any = None) -> CertifiedKey:
+    """A certificate for a server that has these host names and addresses, for its key or a new one."""
     alternatives = x509.SubjectAlternativeName([general_name(name) for name in names])
     basics = leaf_extensions(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
-    return issue("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)])
+    return issue("jobworker server", LEAF_DAYS, authority, [*basics, (alternatives, False)], key)
 
 
-def issue_identity(authority: CertifiedKey, name: str, roles: Sequence[str]) -> CertifiedKey:
-    """A certificate for a client. Its common name is the owner of the client's jobs."""
+def issue_identity(authority: CertifiedKey, name: str, roles: Sequence[str], days: float = LEAF_DAYS) -> CertifiedKey:
+    """A certificate for a client. Its common name is the owner of the client's jobs. Raises UsageError."""
+    if CONTROL.search(name):
+        raise UsageError(f"{name!r} has a control character, which no name of an identity may have")
     roles_extension = x509.UnrecognizedExtension(x509.ObjectIdentifier(ROLES_OID), encode_roles(roles))
     basics = leaf_extensions(x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH)
-    return issue(name, LEAF_DAYS, authority, [*basics, (roles_extension, False)])
+    return issue(name, days, authority, [*basics, (roles_extension, False)])
 
 
 def general_name(name: str) -> x509.GeneralName:
@@ -3419,7 +3446,7 @@ def prepare_folder(folder: pathlib.Path, names: Sequence[str]) -> str:
             raise JobWorkerError(
                 f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or use an empty one"
             )
-        return add_names(folder, names) if names else ""
+        return (add_names(folder, names) if names else "") or renew_server_certificate(folder)
     except OSError as error:
         raise JobWorkerError(
             f"cannot use the certificate folder {folder}: {error.filename or ''} {error.strerror}"
@@ -3455,15 +3482,33 @@ def fill_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 def write_pair(folder: pathlib.Path, name: str, pair: CertifiedKey) -> None:
     """Write NAME.key and NAME.pem, each by an atomic rename. Only its owner can read the key."""
-    for suffix, content, mode in ((".key", pair.key_pem(), 0o600), (".pem", pair.certificate_pem(), 0o644)):
-        path = folder / f"{name}{suffix}"
-        new = folder / f".{name}{suffix}-{os.getpid()}"
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(new, path)
+    write_file(folder / f"{name}.key", pair.key_pem(), 0o600)
+    write_file(folder / f"{name}.pem", pair.certificate_pem(), 0o644)
+
+
+def write_file(path: pathlib.Path, content: bytes, mode: int) -> None:
+    """Replace a file by an atomic rename."""
+    new = path.with_name(f".{path.name}-{os.getpid()}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(new, path)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: pathlib.Path) -> Iterator[None]:
+    """Hold a folder's lock (flock(2)): two commands at the same time would lose one entry of its lists."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise JobWorkerError(f"cannot use the certificate folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_file(path: pathlib.Path) -> bytes:
@@ -3473,17 +3518,39 @@ def read_file(path: pathlib.Path) -> bytes:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
 
 
+def read_key(path: pathlib.Path) -> bytes:
+    """The bytes of a file that holds a key. As ssh does, it refuses a file of this user's that others can read."""
+    try:
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            content = file.read()
+    except OSError as error:
+        raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
+    if facts.st_uid == os.geteuid() and facts.st_mode & 0o077:
+        raise JobWorkerError(f"others can read the key in {path}; `chmod 600 {path}` keeps it to you")
+    return content
+
+
 def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
     """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
     path = folder / f"{name}.key"
     if not path.exists():
         raise JobWorkerError(f"{path} is missing: only the folder that made the authority can issue with it")
     try:
-        key = serialization.load_pem_private_key(read_file(path), password=None)
+        key = serialization.load_pem_private_key(read_key(path), password=None)
         certificate = x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem"))
         return CertifiedKey(certificate, key)  # type: ignore[arg-type]
     except (ValueError, TypeError) as error:
         raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
+
+
+def load_authorities(folder: pathlib.Path) -> list[x509.Certificate]:
+    """The client authorities of a folder. Raises JobWorkerError."""
+    path = folder / "client-ca.pem"
+    try:
+        return x509.load_pem_x509_certificates(read_file(path))
+    except ValueError as error:
+        raise JobWorkerError(f"{path} cannot be read: {error}") from None
 
 
 def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
@@ -3498,8 +3565,71 @@ def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
     return f"made a new {folder / 'server.pem'} for {', '.join(names)}"
 
 
-def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Certificate]]:
-    """The server's key and certificates as PEM, and the authorities of its clients.
+def renew_server_certificate(folder: pathlib.Path) -> str:
+    """Make a new server.pem where at most WARN_DAYS are left and the folder can issue one. It keeps the key, so that
+    one rename renews it. Returns a sentence that says so, or nothing.
+    """
+    path = folder / "server.pem"
+    try:
+        old = x509.load_pem_x509_certificate(read_file(path))
+        if not ends_soon(old) or not (folder / "server-ca.key").exists():
+            return ""
+        key: Any = serialization.load_pem_private_key(read_key(folder / "server.key"), password=None)
+        authority = load_authority(folder, "server-ca")
+        names = [str(name.value) for name in extension(old, x509.SubjectAlternativeName) or ()]
+    except (ValueError, TypeError, JobWorkerError, exceptions.UnsupportedAlgorithm):
+        return ""  # `read_server_folder` has the sentence for it
+    longer = authority.certificate.not_valid_after_utc > old.not_valid_after_utc
+    usable = list(filter(is_general_name, names))
+    ours = can_be_served(key) and key.public_key() == old.public_key() and is_issued_by(old, authority.certificate)
+    if not (ours and longer and usable):
+        return ""
+    made = issue_server_certificate(authority, usable, key)
+    write_file(path, made.certificate_pem(), 0o644)
+    return f"made a new {path}, valid until {day_of(made.certificate)}; the old one was valid until {day_of(old)}"
+
+
+def bundle_of(folder: pathlib.Path, made: CertifiedKey, host: str, port: int) -> bytes:
+    """All that a client needs in one PEM: the server's address as a comment, key, certificate, server authority."""
+    authorities = b"".join(pem_blocks(read_file(folder / "server-ca.pem"), b"CERTIFICATE"))
+    address = f"# jobworker server: {written_address(host, port)}\n".encode()
+    return address + made.key_pem() + made.certificate_pem() + authorities
+
+
+def written_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_named(folder: pathlib.Path, host: str) -> bool:
+    """Whether server.pem holds this host name or address, so that a client can verify it."""
+    certificate = x509.load_pem_x509_certificate(read_file(folder / "server.pem"))
+    names = extension(certificate, x509.SubjectAlternativeName) or ()
+    return str(general_name(host).value).lower() in [str(name.value).lower() for name in names]
+
+
+def ends_soon(certificate: x509.Certificate) -> bool:
+    return certificate.not_valid_after_utc.timestamp() - time.time() <= WARN_DAYS * DAY
+
+
+def day_of(certificate: x509.Certificate) -> str:
+    return certificate.not_valid_after_utc.date().isoformat()
+
+
+def end_warnings(folder: pathlib.Path) -> Iterator[str]:
+    """A sentence for each certificate that a server lives by and that ends soon."""
+    for name, remedy in (
+        ("server.pem", "`serve` renews it where server-ca.key is and lives longer"),
+        ("server-ca.pem", "make a new authority, and give it to every client before that day"),
+        ("client-ca.pem", "make a new authority, and a new identity for every client before that day"),
+    ):
+        for block in pem_blocks((folder / name).read_bytes() if (folder / name).is_file() else b"", b"CERTIFICATE"):
+            certificate = x509.load_pem_x509_certificate(block)
+            if ends_soon(certificate):
+                yield f"warning: a certificate in {folder / name} is valid until {day_of(certificate)}; {remedy}"
+
+
+def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Certificate], float]:
+    """The server's key and certificates as PEM, the authorities of its clients, and when its certificate ends.
 
     The PEM is written anew from what was parsed: gRPC refuses text that the parser here accepts, for example a
     byte-order mark before it. Raises JobWorkerError, which names the file, where gRPC cannot serve them.
@@ -3507,7 +3637,7 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
     pem, key_path = folder / "server.pem", folder / "server.key"
     try:
         certificates = x509.load_pem_x509_certificates(read_file(pem))
-        key = serialization.load_pem_private_key(read_file(key_path), password=None)
+        key = serialization.load_pem_private_key(read_key(key_path), password=None)
         authorities = x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         raise JobWorkerError(
@@ -3521,7 +3651,150 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
     if not since <= time.time() <= until:
         raise JobWorkerError(f"{pem} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
     form, encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    return key.private_bytes(serialization.Encoding.PEM, form, encryption), to_pem(*certificates), authorities
+    key_pem = key.private_bytes(serialization.Encoding.PEM, form, encryption)
+    return key_pem, to_pem(*certificates), authorities, until
+
+
+def read_identity(leaf: x509.Certificate) -> tuple[str, frozenset[str], str]:
+    """The name and the roles in a client's certificate, and what is wrong with them."""
+    names = [str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)]
+    purposes = extension(leaf, x509.ExtendedKeyUsage)
+    found = next((each for each in leaf.extensions if each.oid.dotted_string == ROLES_OID), None)
+    roles = decode_roles(found.value.value) if found else frozenset()
+    fault = ""
+    if purposes is None or x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH not in purposes:
+        fault = "the client's certificate is not for clients: it lacks the purpose clientAuth"
+    elif len(names) != 1 or not names[0]:
+        fault = f"the client's certificate has {len(names)} common names and must have one"
+    elif CONTROL.search(names[0]):
+        fault = f"the client's certificate has a control character in its common name, {printable(names[0])}"
+    elif found and found.critical:
+        fault = f"the client's certificate marks its extension {ROLES_OID} as critical, which no TLS library accepts"
+    elif not roles:
+        fault = f"{names[0]!r} has no role here: its certificate's extension {ROLES_OID} names none"
+    return (names[0] if names else ""), roles, fault
+
+
+def pem_blocks(content: bytes, label: bytes) -> list[bytes]:
+    """The complete PEM blocks with this label. A block that a crash cut off is left out."""
+    return re.findall(b"-----BEGIN %b-----[A-Za-z0-9+/=\\s]+-----END %b-----\n?" % (label, label), content)
+
+
+def record_issued(folder: pathlib.Path, certificates: Iterable[x509.Certificate]) -> None:
+    """Append certificates to the list of those that were made. It begins with a newline: an earlier record may be cut
+    off.
+    """
+    with (folder / ISSUED_FILE).open("ab") as file:
+        file.write(b"\n" + to_pem(*certificates))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def issued_certificates(folder: pathlib.Path, authority: x509.Certificate) -> list[x509.Certificate]:
+    """Every client's certificate of this authority that the folder has, in its list or in a file; the oldest first."""
+    found = {}
+    for path in [folder / ISSUED_FILE, *sorted(folder.glob("*.pem"))]:
+        for block in pem_blocks(path.read_bytes() if path.is_file() else b"", b"CERTIFICATE"):
+            with contextlib.suppress(ValueError):
+                certificate = x509.load_pem_x509_certificate(block)
+                if is_issued_by(certificate, authority) and certificate.subject != authority.subject:
+                    found[certificate.serial_number] = certificate
+    return sorted(found.values(), key=lambda certificate: certificate.not_valid_before_utc)
+
+
+def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether the issuer's key signed a certificate. The x509 package verifies no SHA-1 and no MD5. So the name decides
+    there, and `weakness` then refuses the chain with a sentence of its own.
+    """
+    if has_weak_digest(certificate):
+        return certificate.issuer == issuer.subject
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, exceptions.InvalidSignature, exceptions.UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def has_weak_digest(certificate: x509.Certificate) -> bool:
+    digest = certificate.signature_hash_algorithm
+    return digest is not None and digest.name in WEAK_DIGESTS
+
+
+def read_revocation_lists(
+    folder: pathlib.Path, authorities: Sequence[x509.Certificate]
+) -> list[x509.CertificateRevocationList]:
+    """The lists in `client-crl.pem`; none without that file. Raises JobWorkerError where it cannot be relied on."""
+    path = folder / CRL_FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise JobWorkerError(f"cannot read {path}: {error.strerror}") from None
+    blocks = pem_blocks(content, b"X509 CRL")
+    if not blocks:
+        raise JobWorkerError(f"{path} cannot be read: it holds no revocation list (X509 CRL) in PEM")
+    try:
+        lists = [x509.load_pem_x509_crl(block) for block in blocks]
+        for each in lists:
+            signers = [authority for authority in authorities if authority.subject == each.issuer]
+            if not any(each.is_signature_valid(authority.public_key()) for authority in signers):  # type: ignore[arg-type]
+                raise JobWorkerError(f"{path} is not signed by an authority in client-ca.pem")
+            if any(value.critical for value in each.extensions):
+                raise JobWorkerError(
+                    f"{path} is a partial list (a delta, or of one kind), and the server needs a whole one"
+                )
+    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
+        raise JobWorkerError(f"{path} cannot be read: {error}") from None
+    return lists
+
+
+Revoked: TypeAlias = "frozenset[tuple[bytes, int]]"  # the issuer's name in DER, and the serial
+
+
+def renewable_roles(known: Sequence[x509.Certificate], name: str, revoked: Revoked) -> list[str]:
+    """The roles of the newest certificate of this name that is not revoked. Raises JobWorkerError."""
+    for each in reversed(known):
+        subject, roles, _ = read_identity(each)
+        if subject == name and mark_of(each) not in revoked:
+            return [role for role in ROLES if role in roles]
+    raise JobWorkerError(
+        f"there is no certificate of {name!r} to renew; `identity {printable(name)}` makes a first one"
+    )
+
+
+def revoked_of(lists: Iterable[x509.CertificateRevocationList]) -> Revoked:
+    return frozenset((each.issuer.public_bytes(), entry.serial_number) for each in lists for entry in each)
+
+
+def mark_of(certificate: x509.Certificate) -> tuple[bytes, int]:
+    """By what a revocation list names a certificate."""
+    return certificate.issuer.public_bytes(), certificate.serial_number
+
+
+def add_to_revocation_list(folder: pathlib.Path, authority: CertifiedKey, serials: Iterable[int]) -> None:
+    """Write `client-crl.pem` anew with more serials. It keeps the entries that it has, and other authorities' lists."""
+    present = read_revocation_lists(folder, load_authorities(folder))
+    own = [each for each in present if each.is_signature_valid(authority.certificate.public_key())]  # type: ignore[arg-type]
+    numbers = [value.crl_number for each in own if (value := extension(each, x509.CRLNumber))]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(authority.certificate.subject)
+        .last_update(now - datetime.timedelta(days=1))
+        .next_update(now + datetime.timedelta(days=AUTHORITY_DAYS))
+        .add_extension(x509.CRLNumber(max(numbers, default=0) + 1), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
+    )
+    entries = {entry.serial_number: entry for each in own for entry in each}
+    for serial in serials:
+        fresh = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now)
+        entries.setdefault(serial, fresh.build())
+    for entry in entries.values():
+        builder = builder.add_revoked_certificate(entry)
+    made = [builder.sign(authority.key, digest_for(authority.key)), *(each for each in present if each not in own)]
+    content = b"".join(each.public_bytes(serialization.Encoding.PEM) for each in made)
+    write_file(folder / CRL_FILE, content, 0o644)
 
 
 def validity(chain: Sequence[x509.Certificate]) -> tuple[float, float]:
@@ -3557,36 +3830,89 @@ def valid_authorities_first(authorities: Iterable[x509.Certificate]) -> bytes:
 # the dictionary that holds the results of the TLS handshake.
 
 LONGEST_CHAIN = 5  # intermediates that are tried; the number of possible chains grows with their factorial
+SHORTEST_RSA = 2048  # bits; NIST SP 800-57 allows no fewer
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """What a server judges its clients by now: the client authorities, as PEM, and the revoked certificates."""
+
+    authorities: bytes = b""
+    revoked: Revoked = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class PeerCertificate:
     """What a client's certificate says, and when a chain to an authority is valid."""
 
-    names: tuple[str, ...]
-    roles: frozenset[str]
-    client_auth: bool
-    validities: tuple[tuple[float, float], ...]  # of each chain to an authority: since and until when it is valid
+    fault: str = ""  # what is wrong with it at any time, as a sentence
+    name: str = ""
+    roles: frozenset[str] = frozenset()
+    chains: tuple[PeerChain, ...] = ()
 
-    def valid_at(self, moment: float) -> bool:
-        return any(since <= moment <= until for since, until in self.validities)
+
+@dataclasses.dataclass(frozen=True)
+class PeerChain:
+    """A chain to an authority: when all of it is valid, and by what a revocation list names its certificates."""
+
+    since: float
+    until: float
+    marks: Revoked
 
 
 @functools.lru_cache(maxsize=4096)
 def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
-    """Parse a peer's certificate. The cache saves this work, since each call of a client brings the same bytes."""
+    """Judge a peer's certificate. It never raises, whatever the bytes are. The cache saves this work, since each call
+    of a client brings the same bytes.
+    """
+    try:
+        return judge_peer_certificate(pem, chain, authorities)
+    except x509.DuplicateExtension as error:
+        oid = error.oid.dotted_string
+        return PeerCertificate(f"the client's certificate, or one behind it, has more than one extension {oid}")
+    except (
+        ValueError,
+        TypeError,
+        exceptions.UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.UnsupportedGeneralNameType,
+    ):
+        return PeerCertificate("the client's certificate cannot be read")
+
+
+def judge_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerCertificate:
     leaf = x509.load_pem_x509_certificate(pem)
-    purposes = extension(leaf, x509.ExtendedKeyUsage)
-    roles = next((e.value.value for e in leaf.extensions if e.oid.dotted_string == ROLES_OID), b"")
     sent = x509.load_pem_x509_certificates(chain) if chain.strip() else []
     intermediates = list(dict.fromkeys(sent))[:LONGEST_CHAIN]
-    chains = chains_to(x509.load_pem_x509_certificates(authorities), leaf, intermediates)
+    chains = list(chains_to(x509.load_pem_x509_certificates(authorities), leaf, intermediates))
+    strong = [chain for chain in chains if not weakness(chain)]
+    name, roles, fault = read_identity(leaf)
+    if not chains:
+        fault = "the client's certificate is not from an authority that this server trusts now"
+    elif not strong:
+        fault = weakness(chains[0])
     return PeerCertificate(
-        names=tuple(str(name.value) for name in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)),
-        roles=decode_roles(roles),
-        client_auth=purposes is not None and x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
-        validities=tuple(map(validity, chains)),
+        fault, name, roles, tuple(PeerChain(*validity(chain), frozenset(map(mark_of, chain))) for chain in strong)
     )
+
+
+def weakness(chain: Sequence[x509.Certificate]) -> str:
+    """Why a chain can be forged, as a sentence; empty: it cannot. The last certificate is an authority that this server
+    was given, so its own signature is of no importance (RFC 5280, 6.1).
+    """
+    for certificate in chain:
+        key = certificate.public_key()
+        if isinstance(key, rsa.RSAPublicKey) and key.key_size < SHORTEST_RSA:
+            return f"{subject_of(certificate)} has an RSA key of {key.key_size} bits; it needs {SHORTEST_RSA}"
+    for certificate in filter(has_weak_digest, chain[:-1]):
+        digest = certificate.signature_hash_algorithm
+        name = digest.name.upper() if digest else ""
+        return f"{subject_of(certificate)} is signed with {name}, which can be forged; use SHA-256"
+    return ""
+
+
+def subject_of(certificate: x509.Certificate) -> str:
+    return f"the certificate {printable(certificate.subject.rfc4514_string())!r}"
 
 
 def chains_to(
@@ -3608,48 +3934,98 @@ def is_authority(certificate: x509.Certificate) -> bool:
     return basics is not None and basics.ca
 
 
-def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, exceptions.InvalidSignature):
-        return False
-    return True
-
-
 @dataclasses.dataclass(frozen=True)
 class Caller:
-    """The caller: the common name of the client's certificate, and whether its roles include `admin`."""
+    """The caller: the common name of the client's certificate, whether its roles include `admin`, and until when the
+    certificate is valid, in seconds since 1970.
+    """
 
     name: str
     admin: bool
+    until: float = 0.0
 
     def may_see(self, owner: str) -> bool:
         return self.admin or self.name == owner
 
 
-def authenticate(tls: Mapping[str, Iterable[bytes]], authorities: bytes) -> Caller:
+def authenticate(tls: Mapping[str, Iterable[bytes]], trust: Trust) -> Caller:
     """The caller of one call. Every call is checked, since a connection outlives certificates.
 
-    `tls` is gRPC's auth context, `authorities` the PEM of those in force now. Raises DeniedError.
+    `tls` is gRPC's auth context. Raises DeniedError.
     """
     if list(tls.get("ssl_tls_version", ())) != [b"TLSv1.3"]:
         raise DeniedError("this connection is not TLS 1.3")
-    pem = b"".join(tls.get("x509_pem_cert", ()))
-    try:
-        peer = read_peer_certificate(pem, b"".join(tls.get("x509_pem_cert_chain", ())), authorities)
-    except ValueError:
-        raise DeniedError("the client's certificate cannot be read") from None
-    if not peer.validities:
-        raise DeniedError("the client's certificate is not from an authority that this server trusts now")
-    if not peer.valid_at(time.time()):
+    leaf, sent = (b"".join(tls.get(key, ())) for key in ("x509_pem_cert", "x509_pem_cert_chain"))
+    peer = read_peer_certificate(leaf, sent, trust.authorities)
+    if peer.fault:
+        raise DeniedError(peer.fault)
+    now = time.time()
+    valid = [chain for chain in peer.chains if chain.since <= now <= chain.until]
+    if not valid:
         raise DeniedError("the client's certificate, or an authority behind it, is out of date")
-    if not peer.client_auth:
-        raise DeniedError("the client's certificate is not for clients: it lacks the purpose clientAuth")
-    if len(peer.names) != 1 or not peer.names[0]:
-        raise DeniedError(f"the client's certificate has {len(peer.names)} common names and must have one")
-    if not peer.roles:
-        raise DeniedError(f"{peer.names[0]!r} has no role here: its certificate's extension {ROLES_OID} names none")
-    return Caller(peer.names[0], "admin" in peer.roles)
+    trusted = [chain for chain in valid if not chain.marks & trust.revoked]
+    if not trusted:
+        raise DeniedError(f"the client's certificate of {peer.name!r} is revoked")
+    return Caller(peer.name, "admin" in peer.roles, max(chain.until for chain in trusted))
+
+
+class OpenCall:
+    """A call that has not ended: the task that answers it, and why it is ended by force."""
+
+    def __init__(self, tls: Mapping[str, Iterable[bytes]], task: asyncio.Task[Any]) -> None:
+        self.tls = tls
+        self.task = task
+        self.refusal: DeniedError | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Gate:
+    """Admits calls, and ends those that are open when their certificate is no longer good: it expired, it was revoked,
+    or its authority was removed.
+    """
+
+    def __init__(self) -> None:
+        self.trust = Trust()
+        self._open: set[OpenCall] = set()
+
+    def use(self, trust: Trust) -> None:
+        """Judge by this from now on, the open calls too."""
+        self.trust = trust
+        for call in list(self._open):
+            self._judge(call)
+
+    @contextlib.contextmanager
+    def admitted(self, tls: Mapping[str, Iterable[bytes]]) -> Iterator[Caller]:
+        """The caller, for as long as one call lasts. Raises DeniedError, at the begin or in the midst of it."""
+        caller = authenticate(tls, self.trust)
+        task = asyncio.current_task()
+        call = OpenCall(tls, task)  # type: ignore[arg-type]  # gRPC runs each call in a task
+        self._open.add(call)
+        self._wait_for_end(call, caller.until)
+        try:
+            yield caller
+        except asyncio.CancelledError:
+            if call.refusal is None:
+                raise
+            raise call.refusal from None
+        finally:
+            self._open.discard(call)
+            if call.timer:
+                call.timer.cancel()
+
+    def _wait_for_end(self, call: OpenCall, until: float) -> None:
+        if call.timer:
+            call.timer.cancel()
+        # 10 ms more, since the timer's clock may be ahead of the one that certificates go by.
+        call.timer = asyncio.get_running_loop().call_later(until - time.time() + 0.01, self._judge, call)
+
+    def _judge(self, call: OpenCall) -> None:
+        try:
+            self._wait_for_end(call, authenticate(call.tls, self.trust).until)
+        except DeniedError as error:
+            call.refusal = error
+            self._open.discard(call)
+            call.task.cancel()  # `admitted` turns this into the refusal
 
 
 def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
@@ -3709,11 +4085,11 @@ def optional(message: Any, field: str) -> Any:
 
 
 class Service:
-    """WorkerService over a `Worker`. `authorities` returns the PEM of the client authorities that are in force."""
+    """WorkerService over a `Worker`, for the callers that the gate admits."""
 
-    def __init__(self, worker: Worker, authorities: Callable[[], bytes]) -> None:
+    def __init__(self, worker: Worker, gate: Gate) -> None:
         self._worker = worker
-        self._authorities = authorities
+        self._gate = gate
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -3741,7 +4117,8 @@ class Service:
     async def _checked(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Caller]:
         """Identify the caller, run the call, and turn every error into a status with one sentence."""
         try:
-            yield authenticate(context.auth_context(), self._authorities())
+            with self._gate.admitted(context.auth_context()) as caller:
+                yield caller
         except CannotRunError as error:
             metadata = ((SHELL_CODE_KEY, str(error.shell_code)),)
             await context.abort(grpc.StatusCode[error.status], shortened(str(error)), metadata)
@@ -3962,21 +4339,88 @@ def import_everything() -> None:
 
 
 class ServerCertificates:
-    """The certificates in force. A reload reads the folder again."""
+    """The certificates in force. A reload reads the folder again. A changed revocation list is in force at once."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, gate: Gate) -> None:
         self._folder = folder
-        self.authorities = b""
+        self._gate = gate
+        self._authorities: list[x509.Certificate] = []
         self._configuration: Any = None
         self._changed = False
+        self._server_until = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._list: bytes | None = None  # the revocation list as it was read last
+        self._inotify = Inotify(self._check_list)
 
     def load(self) -> None:
         """Read the folder. Raises JobWorkerError, and then what was in force stays in force."""
-        key, certificates, authorities = read_server_folder(self._folder)
+        key, certificates, authorities, until = read_server_folder(self._folder)
+        self._list = self._read_list()
+        revoked = revoked_of(read_revocation_lists(self._folder, authorities))
         ordered = valid_authorities_first(authorities)
         self._configuration = grpc.ssl_server_certificate_configuration([(key, certificates)], ordered)
         self._changed = True
-        self.authorities = ordered
+        self._authorities, self._server_until = authorities, until
+        self._gate.use(Trust(ordered, revoked))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Renew server.pem in time, and watch the revocation list: its folder, and where it is a link the folder that
+        it leads to.
+        """
+        self._inotify.open()
+        try:
+            for folder in {os.path.realpath(self._folder), os.path.dirname(os.path.realpath(self._folder / CRL_FILE))}:
+                self._inotify.watch(folder, IN_FOLDER, lambda _mask: self._check_list())
+            self._check_list()  # it may have changed after `load`
+            self.renew()
+            yield
+        finally:
+            if self._timer:
+                self._timer.cancel()
+            self._inotify.close()
+
+    def renew(self) -> None:
+        """Renew server.pem when its time comes, and warn of what else ends. It looks again once a day, since a clock
+        may be set.
+        """
+        try:
+            made = renew_server_certificate(self._folder)
+            if made:
+                say(made)
+                self.load()
+            for warning in end_warnings(self._folder):
+                say(warning)
+        except (JobWorkerError, OSError, ValueError) as error:
+            say(f"{self._folder}/server.pem cannot be renewed: {error}")
+        left = self._server_until - WARN_DAYS * DAY - time.time()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(min(left, DAY) + 0.01 if left > 0 else DAY, self.renew)
+
+    def _read_list(self) -> bytes | None:
+        try:
+            return (self._folder / CRL_FILE).read_bytes()
+        except OSError:
+            return None
+
+    def _check_list(self) -> None:
+        """Put a changed revocation list in force. One that is gone or unreadable changes nothing: an accident must
+        admit no client that was revoked.
+        """
+        content = self._read_list()
+        if content == self._list:
+            return
+        self._list = content
+        if content is None:
+            say(f"the revocation list stays as it was: {self._folder / CRL_FILE} cannot be read")
+            return
+        try:
+            revoked = revoked_of(read_revocation_lists(self._folder, self._authorities))
+        except JobWorkerError as error:
+            say(f"the revocation list stays as it was: {error}")
+            return
+        self._gate.use(dataclasses.replace(self._gate.trust, revoked=revoked))
+        say(f"the revocation list is read again; it has {count_of(len(revoked), 'entry', 'entries')}")
 
     def credentials(self) -> grpc.ServerCredentials:
         self._changed = False
@@ -4002,18 +4446,20 @@ async def serve(options: ServeOptions) -> int:
     import_everything()
     gc.enable()  # the bootstrap of a .pyz disables it
     gc.freeze()
-    certificates = ServerCertificates(options.certs)
+    gate = Gate()
+    certificates = ServerCertificates(options.certs, gate)
     certificates.load()
     ended = asyncio.Event()
     async with Worker(options.worker) as worker:
         raise_file_limit()
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities).handlers(),))
+        server.add_generic_rpc_handlers((Service(worker, gate).handlers(),))
         address = bind(server, options.listen, certificates.credentials())
         await server.start()
         handle_signals(ended, certificates)
-        announce(worker, address)
-        await ended.wait()
+        with certificates.watched():
+            announce(worker, address)
+            await ended.wait()
         notify("STOPPING=1")
         if options.stop_jobs:
             await worker.stop_all(by="serve --stop-jobs")
@@ -4136,22 +4582,120 @@ CLIENT_OPTIONS = [
 
 
 @dataclasses.dataclass(frozen=True)
+class Credentials:
+    """What a client shows and trusts, as PEM, the files that it came from, and the server's address if one is known."""
+
+    key: bytes
+    certificate: bytes
+    authorities: bytes
+    file: str
+    authorities_file: str
+    server: str = ""
+
+    def warning(self) -> str:
+        """A sentence where the certificate, or an authority of the server, is at its end or near it; else empty."""
+        soon = time.strftime("%Y%m%d", time.gmtime(time.time() + WARN_DAYS * DAY))
+        for file, content, remedy in (
+            (self.file, self.certificate, "on the server, `identity NAME --renew` makes a new one"),
+            (self.authorities_file, self.authorities, "ask the server's admin for the new authority"),
+        ):
+            with contextlib.suppress(ValueError, IndexError):  # what cannot be read has its sentence elsewhere
+                until = min(map(last_day, pem_blocks(content, b"CERTIFICATE")))
+                if until <= soon:
+                    day = f"{until[:4]}-{until[4:6]}-{until[6:]}"
+                    return f"warning: the certificate in {file} is valid until {day}; {remedy}"
+        return ""
+
+
+def read_credentials(certs: pathlib.Path, identity: str) -> Credentials:
+    """The credentials in one file, or of a NAME in the folder `certs`. Raises JobWorkerError."""
+    if "/" in identity or identity.endswith(".pem"):
+        return read_bundle(pathlib.Path(identity))
+    authorities, key, certificate = certs / "server-ca.pem", certs / f"{identity}.key", certs / f"{identity}.pem"
+    try:
+        files = read_file(authorities), read_key(key), read_file(certificate)
+    except JobWorkerError as error:
+        hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {certs}"
+        raise error if "others can read" in str(error) else JobWorkerError(f"{error}; {hint}") from None
+    return Credentials(files[1], files[2], files[0], str(certificate), str(authorities))
+
+
+def read_bundle(path: pathlib.Path) -> Credentials:
+    """One file with a key, the client's certificate, and then the server's authorities. Certificates after the first
+    one that no authority of its own has signed are the client's intermediates.
+    """
+    content = read_key(path)
+    keys = [
+        block
+        for label in (b"PRIVATE KEY", b"EC PRIVATE KEY", b"RSA PRIVATE KEY")
+        for block in pem_blocks(content, label)
+    ]
+    certificates = pem_blocks(content, b"CERTIFICATE")
+    if len(keys) != 1 or len(certificates) < 2:
+        raise JobWorkerError(
+            f"{path} is no file of an identity: it needs a key, its certificate and a server authority, in PEM; "
+            f"`identity NAME --bundle` makes one"
+        )
+    try:
+        roots = [block for block in certificates[1:] if is_self_signed(block)] or certificates[1:]
+    except (ValueError, IndexError):
+        raise JobWorkerError(f"{path} holds a certificate that cannot be read") from None
+    chain = [block for block in certificates if block not in roots]
+    server = re.search(rb"^# jobworker server: (\S+)", content, re.MULTILINE)
+    address = server[1].decode("utf-8", "replace") if server else ""
+    return Credentials(keys[0], b"".join(chain), b"".join(roots), str(path), str(path), address)
+
+
+def der_elements(content: bytes) -> list[tuple[int, bytes]]:
+    """The elements in DER (X.690, 8.1), each with its tag. A client reads this little itself, since the x509 package
+    would add 60 ms or more to each call.
+    """
+    found, position = [], 0
+    while position < len(content):
+        tag, size = content[position], content[position + 1]
+        position += 2
+        if size & 0x80:
+            length = size & 0x7F
+            size = int.from_bytes(content[position : position + length], "big")
+            position += length
+        found.append((tag, content[position : position + size]))
+        position += size
+    return found
+
+
+def certificate_fields(block: bytes) -> list[tuple[int, bytes]]:
+    """Serial, algorithm, issuer, validity, subject and the rest of a certificate (RFC 5280, 4.1)."""
+    certificate = der_elements(binascii.a2b_base64(block.split(b"-----")[2]))[0][1]
+    fields = der_elements(der_elements(certificate)[0][1])
+    return fields[1:] if fields[0][0] == 0xA0 else fields
+
+
+def is_self_signed(block: bytes) -> bool:
+    fields = certificate_fields(block)
+    return fields[2] == fields[4]
+
+
+def last_day(block: bytes) -> str:
+    """The day on which a certificate ends, as `20271231` (RFC 5280, 4.1.2.5)."""
+    tag, moment = der_elements(certificate_fields(block)[3][1])[1]
+    text = moment.decode("ascii")
+    if tag == 0x17:
+        text = ("19" if text[:2] >= "50" else "20") + text
+    return text[:8]
+
+
+@dataclasses.dataclass(frozen=True)
 class ClientOptions:
-    """The server, and the client's identity: the NAME of NAME.pem and NAME.key in the folder `certs`."""
+    """The server, and the client's credentials."""
 
     host: str
     port: int
-    certs: pathlib.Path
-    identity: str
+    credentials: Credentials
     retry_for: float = 60.0
 
     @property
     def address(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def identity_files(self) -> tuple[pathlib.Path, pathlib.Path]:
-        return self.certs / f"{self.identity}.pem", self.certs / f"{self.identity}.key"
+        return written_address(self.host, self.port)
 
 
 class Sink:
@@ -4179,13 +4723,10 @@ class Client:
 
     def __enter__(self) -> Self:
         prepare_grpc()
-        certificate, key = self._options.identity_files
-        hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {self._options.certs}"
-        try:
-            files = [read_file(path) for path in (self._options.certs / "server-ca.pem", key, certificate)]
-        except JobWorkerError as error:
-            raise JobWorkerError(f"{error}; {hint}") from None
-        self._credentials = grpc.ssl_channel_credentials(*files)
+        own = self._options.credentials
+        self._credentials = grpc.ssl_channel_credentials(own.authorities, own.key, own.certificate)
+        if warning := own.warning():
+            say(warning)
         return self
 
     def __exit__(
@@ -4298,20 +4839,23 @@ def why_unreachable(options: ClientOptions) -> str:
 
 
 def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
-    certificate, key = map(str, options.identity_files)
-    context = ssl.create_default_context(cafile=str(options.certs / "server-ca.pem"))
+    own = options.credentials
+    context = ssl.create_default_context(cadata=own.authorities.decode("ascii", "replace"))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
-        context.load_cert_chain(certificate, key)
+        with open(os.memfd_create("credentials"), "wb") as file:  # the ssl package reads keys from files only
+            file.write(own.certificate + own.key)
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
         with context.wrap_socket(raw, server_hostname=options.host) as channel:
             with contextlib.suppress(ConnectionResetError):
                 # In TLS 1.3 the server judges the client after the handshake. HTTP/2's first frame means: accepted.
                 if channel.recv(1):
                     return ""
             return (
-                f"{options.address} refuses {certificate}: it is out of date, not for clients, or not from "
-                f"the client authority of that server"
+                f"{options.address} refuses {own.file}: it is out of date, not for clients, not from the client "
+                f"authority of that server, or has an extension that is marked as critical and that TLS does not know"
             )
     except ssl.SSLCertVerificationError as error:
         if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
@@ -4319,11 +4863,10 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
                 f"the certificate of {options.address} is not for {options.host!r}; on the server, "
                 f"`serve --name {options.host}` makes one that is"
             )
-        authority = options.certs / "server-ca.pem"
-        return f"the certificate of {options.address} is not trusted by {authority}: {error.verify_message}"
+        return f"the certificate of {options.address} is not trusted by {own.authorities_file}: {error.verify_message}"
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"{options.address} does not speak TLS 1.3 with {certificate}: {reason}"
+        return f"{options.address} does not speak TLS 1.3 with {own.file}: {reason}"
 
 
 # --- 14. Command line -----------------------------------------------------------------------------------
@@ -4423,6 +4966,19 @@ def write_out(chunk: bytes) -> None:
             select.select([], [1], [])
 
 
+def print_line(text: str) -> None:
+    """Print one line of what a server or a file said. Every verb prints such text with this function, or as JSON with
+    the next, so that no control character reaches a terminal.
+    """
+    print(printable(text))
+
+
+def printable_json(value: Any, indent: int | None = None) -> str:
+    """JSON that a terminal shows as it is. JSON leaves DEL, C1 and the marks of direction unescaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return CONTROL.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
 # -- Options that several verbs have
 
 Row: TypeAlias = "tuple[str, Callable[[str], Any], str, Any, str]"  # flag, type, metavar, default, help
@@ -4455,15 +5011,17 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
         "--server",
         type=host_and_port,
         metavar="HOST[:PORT]",
-        default=os.environ.get("JOBWORKER_SERVER", "localhost"),
-        help=f"the server's address (env JOBWORKER_SERVER; default: localhost:{DEFAULT_PORT})",
+        default=os.environ.get("JOBWORKER_SERVER") or None,
+        help=f"the server's address (env JOBWORKER_SERVER; default: the one in the identity's file, else "
+        f"localhost:{DEFAULT_PORT})",
     )
     parser.add_argument(
         "-r",
         "--identity",
-        metavar="NAME",
-        default="user",
-        help="use NAME.pem and NAME.key of the folder (default: user)",
+        metavar="NAME|FILE",
+        default=os.environ.get("JOBWORKER_IDENTITY") or "user",
+        help="use NAME.pem and NAME.key of the folder, or one file that `identity --bundle` made (a word with a slash, "
+        "or ending in .pem; it needs no --certs and no --server) (env JOBWORKER_IDENTITY; default: user)",
     )
     parser.add_argument(
         "--retry-for",
@@ -4522,9 +5080,15 @@ def find_job(client: Client, word: str) -> str:
 
 
 def client_of(options: argparse.Namespace) -> Client:
-    host, port = options.server
     certs = pathlib.Path(options.certs) if options.certs else default_certs()
-    return Client(ClientOptions(host or "localhost", port, certs, options.identity, options.retry_for))
+    credentials = read_credentials(certs, options.identity)
+    host, port = options.server or ("", DEFAULT_PORT)
+    if (host, port) == ("", DEFAULT_PORT) and credentials.server:
+        try:
+            host, port = host_and_port(credentials.server)
+        except argparse.ArgumentTypeError as error:
+            raise JobWorkerError(f"the server's address in {credentials.file} is wrong: {error}") from None
+    return Client(ClientOptions(host or "localhost", port, credentials, options.retry_for))
 
 
 # -- serve
@@ -4735,7 +5299,8 @@ def run_start(options: argparse.Namespace) -> int:
     with client_of(options) as client:
         job_id = client.call("StartJob", start_request(options), pb.StartJobResponse).ID
     try:
-        print(f"started JobID: {job_id}", flush=True)
+        print_line(f"started JobID: {job_id}")
+        sys.stdout.flush()
     except OSError as error:
         raise JobWorkerError(f"started job {job_id}, but standard output cannot be written: {error.strerror}") from None
     return 0
@@ -4877,7 +5442,7 @@ def run_stop(options: argparse.Namespace) -> int:
         for job_id in chosen_jobs(client, options):
             request = pb.StopJobRequest(id=job_id, signal=name, grace=grace)
             client.call("StopJob", request, pb.StopJobResponse, timeout=grace + CALL_SECONDS)
-            print(f"stopped Job: {job_id}")
+            print_line(f"stopped Job: {job_id}")
     return 0
 
 
@@ -4906,11 +5471,11 @@ def run_status(options: argparse.Namespace) -> int:
         job_id = chosen_job(client, options)
         status = client.call("GetJobStatus", pb.GetStatusRequest(id=job_id), pb.GetStatusResponse)
     if options.json:
-        print(json.dumps(status_facts(job_id, status), ensure_ascii=False, indent=2))
+        print(printable_json(status_facts(job_id, status), indent=2))
     elif options.verbose:
         print_facts(status_facts(job_id, status))
     else:
-        print(f"jobID: {job_id}, status: {pb.Status.Name(status.status)}, exitCode: {status.exitcode}")
+        print_line(f"jobID: {job_id}, status: {status_name(status.status)}, exitCode: {status.exitcode}")
     return 0
 
 
@@ -4919,11 +5484,11 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     for key, value in facts.items():
         words = re.sub(r"([A-Z])", lambda found: f" {found[1].lower()}", key)
         if isinstance(value, dict):
-            print(f"{indent}{words}:")
+            print_line(f"{indent}{words}:")
             print_facts(value, f"{indent}  ")
         elif value not in (None, "", []):
             text = shlex.join(value) if key == "command" else "; ".join(value) if key == "notes" else value
-            print(f"{indent}{words + ':':<18} {text}")
+            print_line(f"{indent}{words + ':':<18} {text}")
 
 
 def add_wait_arguments(parser: argparse.ArgumentParser) -> None:
@@ -4988,9 +5553,9 @@ def print_list(
     OUTPUT are rates.
     """
     if options.quiet:
-        lines = [status.id for status in found]
+        lines = [printable(status.id) for status in found]
     elif options.json:
-        lines = [json.dumps(status_facts(status.id, status), ensure_ascii=False) for status in found]
+        lines = [printable_json(status_facts(status.id, status)) for status in found]
     elif os.isatty(1):
         rows = [LIST_COLUMNS, *(list_row(status, status.id[:8], before) for status in found)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(LIST_COLUMNS))]
@@ -5019,9 +5584,9 @@ def list_row(
     cpu, output = totals if before is None else rates(status, before)
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
-    state = pb.Status.Name(status.status) + (f" ({status.reason})" if status.reason else "")
+    state = status_name(status.status) + (f" ({status.reason})" if status.reason else "")
     memory = status.memory_current if running else status.memory_peak
-    return (
+    columns = (
         job_id,
         status.name or "-",
         status.owner,
@@ -5032,13 +5597,9 @@ def list_row(
         cpu,
         size_text(memory),
         output,
-        printable(shlex.join([status.cmd, *status.args])),
+        shlex.join([status.cmd, *status.args]),
     )
-
-
-def printable(text: str) -> str:
-    """A text whose control characters are escaped, so that it cannot move a terminal's cursor."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return tuple(map(printable, columns))
 
 
 def duration_text(milliseconds: int) -> str:
@@ -5058,12 +5619,17 @@ def size_text(size: int) -> str:
     return str(size)
 
 
+def status_name(number: int) -> str:
+    """A status of the wire in words. A newer server may send a number that this client does not know."""
+    return pb.Status.Name(number) if number in pb.Status.values() else f"UNKNOWN({number})"
+
+
 def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
     """A status as `--json` prints it: times in UTC (ISO 8601), null for a value that is unknown or not enforced."""
     return {
         "id": job_id,
         "name": status.name or None,
-        "status": pb.Status.Name(status.status),
+        "status": status_name(status.status),
         "exitCode": status.exitcode,
         "reason": status.reason or None,
         "signal": status.signal or None,
@@ -5162,36 +5728,160 @@ def run_rm(options: argparse.Namespace) -> int:
     with client_of(options) as client:
         for job_id in chosen_jobs(client, options):
             client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
-            print(f"removed Job: {job_id}")
+            print_line(f"removed Job: {job_id}")
     return 0
 
 
 # -- identity, unit
 
 
+def as_days(text: str) -> int:
+    days = as_count(text)
+    if not 1 <= days <= AUTHORITY_DAYS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to {AUTHORITY_DAYS}")
+    return days
+
+
 def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
     add_certs_arguments(parser)
     parser.add_argument(
-        "name", metavar="NAME", help="the common name: the owner of the client's jobs, and the name of its files"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="the common name: the owner of the client's jobs, and the name of its files",
     )
     parser.add_argument(
         "--admin", action="store_true", help="it may see and stop the jobs of all owners (default: its own)"
     )
+    parser.add_argument(
+        "--renew", action="store_true", help="make a new key and certificate for a name that exists, with its roles"
+    )
+    days = f"how many days the certificate is valid (default: {LEAF_DAYS})"
+    parser.add_argument("--days", type=as_days, metavar="N", default=LEAF_DAYS, help=days)
+    parser.add_argument(
+        "--bundle",
+        nargs="?",
+        type=host_and_port,
+        const=("", DEFAULT_PORT),
+        metavar="HOST[:PORT]",
+        help="print one file for the client (key, certificate, server authority, the server's address; "
+        "default: this machine's name); no file of the identity is left here",
+    )
+    parser.add_argument("--list", action="store_true", help="print the identities of this folder as a table")
 
 
 def run_identity(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.certs) if options.certs else default_certs()
-    name = utf8_text(options.name)
-    if not re.fullmatch(r"[^/\0]{1,64}", name) or name.startswith(".") or f"{name}.pem" in MADE_FILES:
+    if options.list:
+        return list_identities(folder)
+    name = checked_name(utf8_text(options.name or ""), renew=options.renew)
+    with locked_folder(folder):
+        authority = load_authority(folder, "client-ca")
+        known = issued_certificates(folder, authority.certificate)
+        revoked = revoked_of(read_revocation_lists(folder, load_authorities(folder)))
+        if options.renew:
+            roles = renewable_roles(known, name, revoked)
+        else:
+            check_new_name(folder, name, known, revoked)
+            roles = ["admin" if options.admin else "user"]
+        made = issue_identity(authority, name, roles, options.days)
+        old = [each for each in known if read_identity(each)[0] == name]  # so that it can be revoked, once overwritten
+        bundle = checked_bundle(folder, made, options.bundle) if options.bundle else b""
+        record_issued(folder, [*old, made.certificate])
+        if not bundle:
+            write_pair(folder, name, made)
+    if bundle:
+        write_out(bundle)
+        return 0
+    print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
+    return 0
+
+
+def checked_bundle(folder: pathlib.Path, made: CertifiedKey, server: tuple[str, int]) -> bytes:
+    """The client's one file. Warns where server.pem is for other names, since the client would refuse the server."""
+    host = server[0] or socket.gethostname()
+    if not is_named(folder, host):
+        say(f"warning: {folder / 'server.pem'} is not for {host!r}; `serve --name {host}` makes one that is")
+    return bundle_of(folder, made, host, server[1])
+
+
+def checked_name(name: str, *, renew: bool) -> str:
+    """A name that an identity may have. Raises UsageError."""
+    if CONTROL.search(name):
+        raise UsageError(f"{name!r} has a control character, which no name of an identity may have")
+    in_use = f"{name}.pem" in {*MADE_FILES, ISSUED_FILE, CRL_FILE} and not (renew and name in ROLES)
+    if not re.fullmatch(r"[^/]{1,64}", name) or name.startswith(".") or in_use:
         raise UsageError(
             f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that is in use here"
         )
-    if (folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists():
+    return name
+
+
+def check_new_name(folder: pathlib.Path, name: str, known: Sequence[x509.Certificate], revoked: Revoked) -> None:
+    """Refuse a name whose files or jobs another certificate has. Raises JobWorkerError."""
+    mine = [each for each in known if read_identity(each)[0] == name]
+    remedy = f"`identity {name} --renew` makes a new one, `revoke {name}` ends it"
+    for each in mine:
+        if mark_of(each) not in revoked and each.not_valid_after_utc.timestamp() > time.time():
+            raise JobWorkerError(f"{name!r} exists already, valid until {day_of(each)}; {remedy}")
+    if not mine and ((folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists()):
         raise JobWorkerError(f"{folder / name}.pem exists already")
-    authority = load_authority(folder, "client-ca")
-    write_pair(folder, name, issue_identity(authority, name, ["admin" if options.admin else "user"]))
-    print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
+
+
+def list_identities(folder: pathlib.Path) -> int:
+    """Print every client's certificate that the folder knows of, and what else its revocation list has."""
+    authorities = load_authorities(folder)
+    revoked = revoked_of(read_revocation_lists(folder, authorities))
+    known = {mark_of(each): each for authority in authorities for each in issued_certificates(folder, authority)}
+    rows = [("NAME", "ROLES", "SERIAL", "FROM", "UNTIL", "REVOKED")]
+    for mark, each in known.items():
+        name, roles, _ = read_identity(each)
+        since = each.not_valid_before_utc.date().isoformat()
+        revocation = "yes" if mark in revoked else "no"
+        rows.append((printable(name), ",".join(sorted(roles)), f"{mark[1]:x}", since, day_of(each), revocation))
+    rows += [("-", "-", f"{mark[1]:x}", "-", "-", "yes") for mark in sorted(revoked - set(known))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def add_revoke_arguments(parser: argparse.ArgumentParser) -> None:
+    add_certs_arguments(parser)
+    parser.add_argument(
+        "identity",
+        metavar="NAME|SERIAL|FILE",
+        help="an identity's name (all its certificates), one certificate's serial in hexadecimal, or its file (a word "
+        "with a slash, or ending in .pem)",
+    )
+
+
+def run_revoke(options: argparse.Namespace) -> int:
+    folder = pathlib.Path(options.certs) if options.certs else default_certs()
+    with locked_folder(folder):
+        authority = load_authority(folder, "client-ca")
+        serials = chosen_serials(folder, authority.certificate, utf8_text(options.identity))
+        add_to_revocation_list(folder, authority, serials)
+    written = ", ".join(f"{serial:x}" for serial in serials)
+    print(f"revoked {printable(options.identity)}: {written}; a server of {folder} refuses it from now on")
+    return 0
+
+
+def chosen_serials(folder: pathlib.Path, authority: x509.Certificate, word: str) -> list[int]:
+    """The serials of the certificates that a word stands for. Raises JobWorkerError."""
+    if "/" in word or word.endswith(".pem"):
+        blocks = pem_blocks(read_file(pathlib.Path(word)), b"CERTIFICATE")
+        certificate = x509.load_pem_x509_certificate(blocks[0]) if blocks else None
+        if certificate is None or not is_issued_by(certificate, authority):
+            raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
+        return [certificate.serial_number]
+    known = [each for each in issued_certificates(folder, authority) if read_identity(each)[0] == word]
+    if known:
+        return [each.serial_number for each in known]
+    serial = word.removeprefix("0x").replace(":", "")
+    if re.fullmatch("[0-9a-fA-F]{8,40}", serial):
+        return [int(serial, 16)]
+    raise JobWorkerError(f"{folder} has no certificate of {word!r}; `identity --list` prints names and serials")
 
 
 UNIT = """\
@@ -5234,7 +5924,7 @@ def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_unit(options: argparse.Namespace) -> int:
     more = options.serve_options[1:] if options.serve_options[:1] == ["--"] else options.serve_options
-    words = [os.path.abspath(sys.executable), os.path.abspath(sys.argv[0]), "serve", *more]
+    words = [os.path.abspath(sys.executable), "-I", os.path.abspath(sys.argv[0]), "serve", *more]
     quoted = " ".join(
         word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$")
         for word in words
@@ -5314,7 +6004,18 @@ VERBS = {
         add_identity_arguments,
         run_identity,
         "make a certificate for one more client",
-        ("identity alice", "identity boss --admin"),
+        (
+            "identity alice --bundle box >box.pem",
+            "identity boss --admin",
+            "identity alice --renew --days 90",
+            "identity --list",
+        ),
+    ),
+    "revoke": Verb(
+        add_revoke_arguments,
+        run_revoke,
+        "refuse a client's certificate from now on",
+        ("revoke alice", "revoke 5f0c2a77d1", "revoke ./alice.pem"),
     ),
     "unit": Verb(
         add_unit_arguments,
@@ -5431,4 +6132,6 @@ def program() -> NoReturn:
 
 
 if __name__ == "__main__":
+    if sys.flags.isolated:  # `python3 -I` of the unit leaves out the folder of this module, in which gen/ is
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     program()
