@@ -5046,8 +5046,6 @@ def test_the_unit_s_python_runs_no_code_that_its_environment_names(state, certs,
     assert not (tmp_path / "ran").exists()
 
 
-# --- 12. Command line -----------------------------------------------------------------------------------
-# The lines and exit codes that scripts rely on.
 # --- Command line ---------------------------------------------------------------------------------------
 # Options, errors, and the lines and exit codes that scripts rely on.
 
