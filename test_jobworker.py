@@ -2547,6 +2547,21 @@ LIKE_PYZ = (
 )  # the Python that built the .pyz, without its packages
 
 
+PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
+
+
+def serve_words(state, certs, *options, program=PROGRAM, port=0):
+    """The command line of a server on this port of the loopback address (0: a free one)."""
+    words = ("serve", "--certs", certs, "--state", state, "--listen", f"127.0.0.1:{port}", "--without", "auto")
+    return [*map(str, (*program, *words)), "--reserve", "0", *options]
+
+
+def port_of(line):
+    """The port in the line that a server prints when it listens."""
+    assert line.startswith("jobworker: serving on "), line
+    return int(line.split(",")[0].rsplit(":", 1)[1])
+
+
 class ClientProcess(subprocess.Popen):
     """A client process that is killed at the end of its block."""
 
@@ -2591,33 +2606,15 @@ class Served:
         )
 
 
-PROGRAM = (sys.executable, str(HERE / "jobworker.py"))
-
-
 @contextlib.contextmanager
 def serving(state, certs, *options, program=PROGRAM, end=signal.SIGTERM, port=0, **popen):
     """A server process that stops its jobs and ends with the block."""
-    words = [
-        "serve",
-        "--certs",
-        certs,
-        "--state",
-        state,
-        "--listen",
-        f"127.0.0.1:{port}",
-        "--without",
-        "auto",
-        "--reserve",
-        "0",
-    ]
     process = subprocess.Popen(
-        [*program, *map(str, words), "--stop-jobs", *options],
+        serve_words(state, certs, "--stop-jobs", *options, program=program, port=port),
         stdin=subprocess.DEVNULL, text=True, **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen},
     )  # fmt: skip
     try:
-        line = process.stdout.readline()
-        assert line.startswith("jobworker: serving on "), line
-        yield Served(process, int(line.split(",")[0].rsplit(":", 1)[1]), Path(certs))
+        yield Served(process, port_of(process.stdout.readline()), Path(certs))
     finally:
         if process.poll() is None:
             process.send_signal(end)
@@ -3508,22 +3505,8 @@ def test_certificates_identities_and_jobs_survive_a_restart(state, certs):
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stream_continues_at_its_byte_when_the_next_server_runs(state, certs, port, end):
     """The job goes on without a server: a Ctrl-C at `serve` does not reach it."""
-    words = [
-        *PROGRAM,
-        "serve",
-        "--certs",
-        certs,
-        "--state",
-        state,
-        "--listen",
-        f"127.0.0.1:{port}",
-        "--without",
-        "auto",
-    ]
-    first = subprocess.Popen(
-        list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert first.stdout.readline()
+    first = spawn(state, certs, port)
+    assert port_of(first.stdout.readline()) == port
     served = Served(first, port, certs)
     job = served.start("--", "sh", "-c", "mkfifo gate; echo before; read line <gate; echo after; exit 6")
     with served.popen("stream", job, stderr=subprocess.DEVNULL) as stream:
@@ -3709,22 +3692,8 @@ def test_the_server_drops_a_client_that_no_longer_answers(state, certs):
 
 
 def test_a_server_that_ends_tells_its_followers_and_the_job_goes_on(state, certs, port):
-    words = [
-        *PROGRAM,
-        "serve",
-        "--certs",
-        certs,
-        "--state",
-        state,
-        "--listen",
-        f"127.0.0.1:{port}",
-        "--without",
-        "auto",
-    ]
-    server = subprocess.Popen(
-        list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert server.stdout.readline().startswith("jobworker: serving on ")
+    server = spawn(state, certs, port, stderr=subprocess.PIPE)
+    assert port_of(server.stdout.readline()) == port
     served = Served(server, port, certs)
     with channel_to(served) as channel:
         job = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", WAITS])).ID
@@ -3750,26 +3719,9 @@ def test_a_server_that_ends_tells_its_followers_and_the_job_goes_on(state, certs
 
 def test_control_c_in_the_terminal_of_serve_does_not_reach_jobs(state, certs):
     master, terminal = pty.openpty()
-    words = [
-        "setsid",
-        "--ctty",
-        *PROGRAM,
-        "serve",
-        "--certs",
-        certs,
-        "--state",
-        state,
-        "--listen",
-        "127.0.0.1:0",
-        "--without",
-        "auto",
-    ]
-    server = subprocess.Popen(
-        list(map(str, words)), stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    server = spawn(state, certs, 0, program=("setsid", "--ctty", *PROGRAM), stdin=terminal, stderr=subprocess.PIPE)
     os.close(terminal)
-    line = server.stdout.readline()
-    served = Served(server, int(line.split(",")[0].rsplit(":", 1)[1]), certs)
+    served = Served(server, port_of(server.stdout.readline()), certs)
     job = served.start("--", "sh", "-c", WAITS)
     with served.popen("stream", "--retry-for", "0", job, stderr=subprocess.DEVNULL) as client:
         assert client.stdout.readline() == b"ready\n"
@@ -3787,20 +3739,8 @@ def test_a_server_tells_its_service_manager_when_it_is_ready_and_when_it_stops(s
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
             manager.bind(address.replace("@", "\0"))
             manager.settimeout(PATIENCE)
-            words = [
-                *PROGRAM,
-                "serve",
-                "--certs",
-                certs,
-                "--state",
-                state,
-                "--listen",
-                f"127.0.0.1:{port}",
-                "--without",
-                "auto",
-                "--stop-jobs",
-            ]
-            command = f"exec {shlex.join(map(str, words))} {closed}"
+            words = serve_words(state, certs, "--stop-jobs", port=port)
+            command = f"exec {shlex.join(words)} {closed}"
             server = subprocess.Popen(["sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                       env={**os.environ, "NOTIFY_SOCKET": address})  # fmt: skip
             assert manager.recv(100) == b"READY=1"
@@ -6895,21 +6835,12 @@ def test_a_newer_pyz_takes_over_running_jobs_from_an_older_one(state, certs, por
 
 def spawn(state, certs, port, *options, program=PROGRAM, **popen):
     """Start a server whose jobs outlive it. It may not listen yet."""
-    words = [
-        "serve",
-        "--certs",
-        certs,
-        "--state",
-        state,
-        "--listen",
-        f"127.0.0.1:{port}",
-        "--without",
-        "auto",
-        "--reserve",
-        "0",
-    ]
-    return subprocess.Popen([*program, *map(str, words), *options], stdin=subprocess.DEVNULL, text=True,
-                            **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen})  # fmt: skip
+    words = serve_words(state, certs, *options, program=program, port=port)
+    return subprocess.Popen(
+        words,
+        text=True,
+        **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, **popen},
+    )
 
 
 def end(server, number=signal.SIGKILL):
@@ -6923,8 +6854,7 @@ def end(server, number=signal.SIGKILL):
 def killed_at_end(server, certs, port):
     """Wait until a server listens, and kill it at the end of the block."""
     try:
-        line = server.stdout.readline()
-        assert line.startswith("jobworker: serving on "), line
+        assert port_of(server.stdout.readline()) == port
         yield Served(server, port, Path(certs))
     finally:
         if server.poll() is None:
@@ -7069,7 +6999,7 @@ def syscall(*arguments):
     return result
 
 room = ctypes.create_string_buffer(16)
-place = ctypes.addressof(room).to_bytes(8, sys.byteorder) + (16).to_bytes(8, sys.byteorder)  # struct iovec
+vector = ctypes.addressof(room).to_bytes(8, sys.byteorder) + (16).to_bytes(8, sys.byteorder)  # struct iovec
 
 def pidfd(): return os.pidfd_open(shim)
 def handle():
@@ -7090,7 +7020,7 @@ tries = {
     "trace": lambda: syscall(101, 16, shim, 0, 0),
     "seize": lambda: syscall(101, 0x4206, shim, 0, 0),
     "memory": lambda: os.open(f"/proc/{shim}/mem", os.O_RDWR),
-    "read its memory": lambda: syscall(310, shim, place, 1, place, 1, 0),
+    "read its memory": lambda: syscall(310, shim, vector, 1, vector, 1, 0),
     "limits": lambda: resource.prlimit(shim, resource.RLIMIT_FSIZE, (0, 0)),
     "cpu time": lambda: resource.prlimit(shim, resource.RLIMIT_CPU, (1, 1)),
     "affinity": lambda: os.sched_setaffinity(shim, {0}),
