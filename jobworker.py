@@ -179,6 +179,7 @@ OUTPUT_LIMIT = GIB  # bytes of output; a job that prints more is ended
 KEEP_SECONDS = 7 * 86400.0  # how long an ended job is kept
 RESERVE = 0.05  # the share of the state folder's file system that jobs may not fill
 MAX_JOBS = 4096  # jobs that run at the same time
+OWNER_CALLS, OWNER_STREAMS = 64, 512  # calls and streams that one owner has open at the same time
 SHIMS_IO_LIMIT = 512 * MIB  # bytes a second that all shims together may write
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
@@ -3019,6 +3020,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
 # through `Service._checked`, which identifies the caller before anything else happens.
 
 SERVICE_NAME = "proto.WorkerService"
+STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
 
 
 def frame_result(chunk: bytes) -> bytes:
@@ -3057,17 +3059,53 @@ def optional(message: Any, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
 
 
+class OpenCalls:
+    """The open calls of each owner, and how many one owner may have. A call is open until its answer was sent."""
+
+    def __init__(self, most: int, kind: str) -> None:
+        self._most = most
+        self._kind = kind  # "calls" or "streams"
+        self._open: dict[str, int] = {}
+
+    def enter(self, owner: str, context: grpc.aio.ServicerContext[Any, Any]) -> int:
+        """Count a call until gRPC is done with it. Returns how many are open. Raises ExhaustedError."""
+        count = self._open.get(owner, 0)
+        if count >= self._most:
+            raise ExhaustedError(
+                f"{owner!r} has {count} {self._kind} open, and `serve --owner-{self._kind}` allows no more"
+            )
+        self._open[owner] = count + 1
+        context.add_done_callback(lambda _: self._leave(owner))  # type: ignore[arg-type]
+        return count + 1
+
+    def _leave(self, owner: str) -> None:
+        self._open[owner] -= 1
+        if not self._open[owner]:
+            del self._open[owner]
+
+
+@dataclasses.dataclass(frozen=True)
+class CallLimits:
+    """How many calls and how many streams one owner may have open."""
+
+    calls: int = OWNER_CALLS
+    streams: int = OWNER_STREAMS
+
+
 class Service:
     """WorkerService over a `Worker`. `authorities` returns the PEM of the client authorities that are in force."""
 
-    def __init__(self, worker: Worker, authorities: Callable[[], bytes]) -> None:
+    def __init__(self, worker: Worker, authorities: Callable[[], bytes], limits: CallLimits = CallLimits()) -> None:
         self._worker = worker
         self._authorities = authorities
+        self._calls = OpenCalls(limits.calls, "calls")
+        self._streams = OpenCalls(limits.streams, "streams")
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self._checked(context) as caller:
+                    self._calls.enter(caller.name, context)
                     return await answer(caller, parse_request(request, message))
 
             return grpc.unary_unary_rpc_method_handler(
@@ -3121,9 +3159,11 @@ class Service:
 
     async def _stream(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with self._checked(context) as caller:
+            self._streams.enter(caller.name, context)
             request = parse_request(pb.GetStreamRequest, message)
             job = allowed_job(self._worker, caller, request.id)
             offset = min(request.offset, 1 << 62)  # larger than any file, and still an offset for the kernel
+            await context.send_initial_metadata(STREAM_METADATA)
             async with contextlib.aclosing(self._worker.stream(job, offset)) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
@@ -3171,6 +3211,8 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
 LARGEST_MESSAGE = 4 * MIB  # bytes of a request; the kernel takes half of that as arguments
+CONNECTION_CALLS = 100  # open calls of one connection
+WAITING_CALLS = 1_000_000  # more than 10,000 connections can have open
 KEEPALIVE_OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
@@ -3184,6 +3226,10 @@ SERVER_OPTIONS = [
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),  # a silent connection holds a descriptor
     ("grpc.so_reuseport", 0),  # without it a second server binds the same port and no error is reported
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_concurrent_streams", CONNECTION_CALLS),
+    # Above 1000 waiting calls gRPC cancels some at random, and so the calls of other callers.
+    ("grpc.server.max_pending_requests", WAITING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", WAITING_CALLS),
 ]
 RELOAD_SECONDS = 0.1  # see ServerCertificates._fetch
 LATER_MODULES = (  # modules that the packages import at their first use
@@ -3199,6 +3245,7 @@ class ServeOptions:
     listen: tuple[str, int]
     certs: pathlib.Path
     stop_jobs: bool = False
+    calls: CallLimits = CallLimits()
 
 
 def prepare_grpc() -> None:
@@ -3281,7 +3328,7 @@ async def serve(options: ServeOptions) -> int:
     async with Worker(options.worker) as worker:
         raise_file_limit()
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities).handlers(),))
+        server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities, options.calls).handlers(),))
         address = bind(server, options.listen, certificates.credentials())
         await server.start()
         handle_signals(ended, certificates)
@@ -3469,10 +3516,13 @@ class Client:
             ask = channel.unary_stream(
                 f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of
             )
-            for chunk in ask(pb.GetStreamRequest(id=job_id, offset=position)):
+            stream = ask(pb.GetStreamRequest(id=job_id, offset=position))
+            self._reached = bool(stream.initial_metadata())  # a server of an earlier version sends none
+            for chunk in stream:
                 self._reached = True
                 write(chunk)
                 position += len(chunk)
+            check_complete(channel, job_id, position)
 
         self._with_retries(attempt)
 
@@ -3486,6 +3536,8 @@ class Client:
                     return attempt(channel)
             except grpc.RpcError as error:
                 failure = self._explained(error, retried=lost_at > 0)
+            except UnavailableError as error:
+                failure = error
             if failure.status != "UNAVAILABLE" or self._options.retry_for == 0:
                 raise failure
             if not lost_at or self._reached:
@@ -3510,11 +3562,35 @@ class Client:
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
             failure: JobWorkerError = UnavailableError(sentence) if retried else JobWorkerError(sentence)
             return failure
-        if status == "UNAVAILABLE":
-            return UnavailableError(details)
+        if is_loss(status, details):
+            return UnavailableError(details or status)
         if status == "DEADLINE_EXCEEDED":
             return JobWorkerError(f"{self._options.address} did not answer within {CALL_SECONDS:.0f} s")
         return JobWorkerError(details or status)
+
+
+def is_loss(status: str, details: str) -> bool:
+    """Whether gRPC's error means that the server or the connection was lost.
+
+    A server that ends may reset a call before it has sent a status. gRPC reports that as CANCELLED, which this client
+    never asks for, as INTERNAL or as UNKNOWN.
+    """
+    return status in ("UNAVAILABLE", "CANCELLED") or bool(re.search("RST_STREAM|GOAWAY|Stream removed", details))
+
+
+def check_complete(channel: grpc.Channel, job_id: str, position: int) -> None:
+    """Raise UnavailableError where a stream ended before its job did, or before the last byte."""
+    ask = channel.unary_unary(
+        f"/{SERVICE_NAME}/GetJobStatus", pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
+    )
+    try:
+        status = ask(pb.GetStatusRequest(id=job_id), timeout=CALL_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            return  # the job was deleted, and its streams had every byte before that
+        raise
+    if status.status == pb.RUNNING or status.output_bytes > position:
+        raise UnavailableError("the stream ended before the job's output did")
 
 
 def why_unreachable(options: ClientOptions) -> str:
@@ -3771,6 +3847,10 @@ KEEPING_OPTIONS: list[Row] = [
     ("--reserve", as_share, "SHARE", RESERVE, "the share of the disk that jobs may not fill (default: 5%%)"),
     ("--max-jobs", as_count, "N", MAX_JOBS, f"jobs that run at the same time (default: {MAX_JOBS})"),
 ]
+OWNER_OPTIONS: list[Row] = [
+    ("--owner-calls", as_count, "N", OWNER_CALLS, f"calls that are open at the same time (default: {OWNER_CALLS})"),
+    ("--owner-streams", as_count, "N", OWNER_STREAMS, f"streams that are open (default: {OWNER_STREAMS})"),
+]
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -3784,6 +3864,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
         limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
     add_rows(limits, ENDING_OPTIONS)
+    add_rows(parser.add_argument_group("bounds of all that one owner has"), OWNER_OPTIONS)
     keep = parser.add_argument_group("retention")
     add_rows(keep, KEEPING_OPTIONS)
     keep.add_argument(
@@ -3798,16 +3879,20 @@ def run_serve(options: argparse.Namespace) -> int:
     made = prepare_folder(certs, options.name)
     if made:
         say(made)
-    return asyncio.run(serve(ServeOptions(worker, options.listen, certs, options.stop_jobs)))
+    calls = CallLimits(options.owner_calls, options.owner_streams)
+    return asyncio.run(serve(ServeOptions(worker, options.listen, certs, options.stop_jobs, calls)))
+
+
+OWNER_NAMES = tuple(flag[2:].replace("-", "_") for flag, *_ in OWNER_OPTIONS)
 
 
 def worker_options(options: argparse.Namespace) -> WorkerOptions:
     limits = {name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
     defaults = Limits(**limits)
     caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
-    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs"):
+    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs", *OWNER_NAMES):
         if getattr(options, name) == 0:
-            raise UsageError(f"--{name.replace('_', '-')} 0 would let no job run")
+            raise UsageError(f"--{name.replace('_', '-')} 0 would let nothing run")
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
         state=pathlib.Path(options.state or default_state()).absolute(),

@@ -2966,6 +2966,177 @@ def test_a_server_that_is_full_says_so_and_what_allows_more(state, certs):
         assert (status, "disk" in sentence or "free" in sentence) == ("RESOURCE_EXHAUSTED", True), sentence
 
 
+# --- Bounds on what a caller may take ---------------------------------------------------------------------
+# One caller attacks, and a good client beside it must be answered each time.
+
+
+@contextlib.contextmanager
+def good_client(served, role="user2"):
+    """A client that asks for a status again and again while the block runs; what it was answered, counted."""
+    answers, over = collections.Counter(), threading.Event()
+    with channel_to(served, role=role) as channel:
+        job = ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
+
+        def ask_on():
+            while not over.is_set():
+                answer = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job))
+                answers[answer[0] if isinstance(answer, tuple) else "OK"] += 1
+
+        thread = threading.Thread(target=ask_on)
+        thread.start()
+        try:
+            yield answers
+        finally:
+            over.set()
+            thread.join()
+
+
+def many_calls(served):
+    """3,000 calls at once on one connection."""
+
+    async def attack():
+        pair = jobworker_pair(served.certs, "user")
+        credentials = grpc.ssl_channel_credentials((served.certs / "server-ca.pem").read_bytes(), *pair)
+        async with grpc.aio.secure_channel(served.address, credentials) as channel:
+            call_ = channel.unary_unary("/proto.WorkerService/GetJobStatus")
+            message = pb.GetStatusRequest(id=ID).SerializeToString()
+            await asyncio.gather(*(call_(message) for _ in range(3000)), return_exceptions=True)
+
+    asyncio.run(attack())
+
+
+def rapid_reset(served):
+    """10,000 calls that are reset at once (CVE-2023-44487)."""
+    begin, reset = headers("/proto.WorkerService/GetJobStatus"), b"\0\0\0\x08"
+    with tls_to(served) as connection, contextlib.suppress(OSError):
+        connection.sendall(PREFACE)
+        for number in range(1, 20001, 2):
+            connection.sendall(frame(1, 4, number, begin) + frame(3, 0, number, reset))
+        connection.settimeout(1)
+        while connection.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize("attack", [many_calls, rapid_reset])
+def test_calls_without_number_cancel_no_other_caller_s_call(shared, attack):
+    with good_client(shared) as answers:
+        for _ in range(3):
+            attack(shared)
+    assert set(answers) == {"OK"}
+    assert answers["OK"] > 10
+
+
+@contextlib.contextmanager
+def open_streams(served, job, count, role="user"):
+    """So many streams, all begun: an iterator each, and the status of those that were refused."""
+    with contextlib.ExitStack() as stack:
+        streams = []
+        for number in range(count):
+            if number % 50 == 0:
+                channel = stack.enter_context(channel_to(served, role=role))
+            stream = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+            streams.append(stream(pb.GetStreamRequest(id=job).SerializeToString()))
+            stack.callback(streams[-1].cancel)
+        yield streams
+
+
+def test_an_owner_s_open_streams_are_bounded_and_nobody_else_s(state, certs):
+    with serving(state, certs, "--owner-streams", "3") as served:
+        job = served.start("--", "sh", "-c", WAITS)
+        with open_streams(served, job, 3) as streams:
+            assert [next(stream)[2:] for stream in streams] == [b"ready\n"] * 3
+            status, sentence = call(served, "GetOutputStream", pb.GetStreamRequest(id=job))
+            assert (status, sentence) == (
+                "RESOURCE_EXHAUSTED",
+                "'user' has 3 streams open, and `serve --owner-streams` allows no more",
+            )
+            with open_streams(served, job, 1, "admin") as (other,):
+                assert next(other)[2:] == b"ready\n"
+        until(lambda: watches_of(served) == 1)
+        with open_streams(served, job, 3) as streams:
+            assert [next(stream)[2:] for stream in streams] == [b"ready\n"] * 3
+
+
+def test_an_owner_s_open_calls_are_bounded_and_nobody_else_s(state, certs):
+    with serving(state, certs, "--owner-calls", "2") as served, channel_to(served) as channel:
+        script = "trap '' TERM; echo $$; exec sleep 1000"
+        job = served.start("--", "sh", "-c", script)
+        process = int(first_line(served, job))
+        shim = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+        os.kill(shim, signal.SIGSTOP)  # so that a stop waits
+        try:
+            stops = [
+                channel.unary_unary("/proto.WorkerService/StopJob").future(
+                    pb.StopJobRequest(id=job).SerializeToString()
+                )
+                for _ in range(2)
+            ]
+            until(lambda: call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0:1] == ("RESOURCE_EXHAUSTED",))
+            assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").status == pb.RUNNING
+        finally:
+            os.kill(shim, signal.SIGCONT)
+        assert [stop.result(PATIENCE) for stop in stops] == [b"", b""]
+        until(lambda: not isinstance(call(served, "GetJobStatus", pb.GetStatusRequest(id=job)), tuple))
+
+
+async def serve_faulty(certs, faults):
+    """A gRPC server of one job that printed `whole`: each stream ends in the way that is next in `faults`."""
+    left = iter(faults)
+
+    async def stream(message, context):
+        offset, fault = pb.GetStreamRequest.FromString(message).offset, next(left, None)
+        await context.send_initial_metadata(jobworker.STREAM_METADATA)
+        if fault == "begun":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+        await context.write(pb.GetStreamResponse(result=b"whole"[offset : offset + 2]))
+        if fault == "silent":
+            return
+        if fault:
+            await context.abort(grpc.StatusCode[fault], "a reset")
+        await context.write(pb.GetStreamResponse(result=b"whole"[offset + 2 :]))
+
+    async def status(message, context):
+        return pb.GetStatusResponse(status=pb.FINISHED, output_bytes=5)
+
+    server = grpc.aio.server()
+    calls = {
+        "GetOutputStream": grpc.unary_stream_rpc_method_handler(stream, None, pb.GetStreamResponse.SerializeToString),
+        "GetJobStatus": grpc.unary_unary_rpc_method_handler(status, None, pb.GetStatusResponse.SerializeToString),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("proto.WorkerService", calls),))
+    pair = tuple(Path(certs, f"server.{kind}").read_bytes() for kind in ("key", "pem"))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+
+
+@contextlib.contextmanager
+def faulty_server(certs, faults):
+    """`serve_faulty` in a process of its own, since gRPC's threads stay."""
+    program = f"import asyncio, test_jobworker as t; asyncio.run(t.serve_faulty({str(certs)!r}, {faults!r}))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE) as process:
+        try:
+            yield Served(process, int(process.stdout.readline()), certs)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("fault", ["CANCELLED", "UNAVAILABLE", "silent"])
+def test_a_stream_that_the_server_ends_early_is_resumed_at_its_byte(certs, fault):
+    with faulty_server(certs, [fault]) as served:
+        done = served.run("stream", ID)
+    assert (done.returncode, done.stdout) == (0, "whole"), done.stderr
+    assert "was lost" in done.stderr
+
+
+def test_each_loss_of_a_stream_has_the_whole_time_to_retry_also_of_a_job_that_prints_nothing(certs):
+    with faulty_server(certs, ["begun", "begun"]) as served:
+        done = served.run("stream", ID)
+    assert (done.returncode, done.stdout) == (0, "whole"), done.stderr
+    assert done.stderr.count("was lost") == 2
+
+
 # --- 9. Server ------------------------------------------------------------------------------------------
 # What a server does when it ends, starts again, or finds another one in its place.
 
