@@ -188,11 +188,13 @@ JOB_ID_VARIABLE = "JOBWORKER_JOB_ID"
 JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 ROLES = ("admin", "user")
 
-READ_BYTES = 256 * KIB  # one read of an output, and so the largest message of a stream
+READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
+STREAMS_BYTES = 4 * MIB  # from here on the streams of one owner have smaller messages
 COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers; lines that come faster share a message
 # Requests to the launcher that are under way at the same time. A send fails when the socket's buffer is full, and the
 # buffer holds 64 packets of PACKET_BYTES.
 START_SLOTS, FINISH_SLOTS = 48, 16
+ARGUMENTS_BYTES = 2 * MIB  # of a command and its arguments: a quarter of the stack's limit (execve(2))
 STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
 
 # systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
@@ -288,6 +290,15 @@ def read_whole(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return b"".join(iter(functools.partial(os.read, descriptor, 64 * KIB), b""))
+    finally:
+        os.close(descriptor)
+
+
+def read_start(path: str, size: int) -> bytes:
+    """The first `size` bytes of a file. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, size)
     finally:
         os.close(descriptor)
 
@@ -880,12 +891,12 @@ class Tail:
             self._disarm()
         return self._followers
 
-    def read(self, offset: int) -> bytes:
-        """Up to READ_BYTES bytes from `offset`; none at the end of the file."""
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset`; none at the end of the file."""
         if self._last_read[0] == offset and self._last_read[1]:
-            return self._last_read[1]
+            return self._last_read[1][:size]
         try:
-            chunk = os.pread(self._descriptor, READ_BYTES, offset)
+            chunk = os.pread(self._descriptor, size, offset)
         except OSError as error:
             raise KernelError(f"cannot read {self._path}", error) from error
         if chunk:
@@ -955,6 +966,7 @@ NEXT_PHASES: dict[str, tuple[str, ...]] = {  # the phases of a job, and which ma
     "done": (),  # no process of the job is left, and its output is complete
 }
 FALLOC_FL_KEEP_SIZE = 1
+SPEC_HEAD_BYTES = 64 * KIB  # of a job.json that the server reads or keeps; arguments can make it 12 MiB long
 EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
 
 
@@ -979,9 +991,17 @@ class Spec:
     reserve: int  # bytes of the file system that the output leaves free
     splice: bool  # whether the kernel reports a splice into the output to followers
     created: float
+    args_left_out: int = 0  # how many arguments more job.json holds; see `SPEC_HEAD_BYTES`
 
     def to_json(self) -> bytes:
-        return json.dumps({**vars(self), "limits": vars(self.limits)}).encode()
+        """The contents of job.json. The arguments come last, so that a reader can leave most of them out."""
+        plain = {**vars(self), "limits": vars(self.limits), "arg_count": self.arg_count}
+        del plain["args"], plain["args_left_out"]
+        return json.dumps({**plain, "args": self.args}).encode()
+
+    @property
+    def arg_count(self) -> int:
+        return len(self.args) + self.args_left_out
 
     @classmethod
     def from_json(cls, text: bytes) -> Spec | None:
@@ -994,9 +1014,19 @@ class Spec:
             known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
             tuples = {name: tuple(plain[name]) for name in ("args", "groups", "controllers")}
             limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
-            return cls(**{**known, **tuples, "limits": Limits(**limits)})
+            left_out = plain.get("arg_count", len(tuples["args"])) - len(tuples["args"])
+            return cls(**{**known, **tuples, "limits": Limits(**limits), "args_left_out": left_out})
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    @classmethod
+    def from_head(cls, text: bytes) -> Spec | None:
+        """The spec in a job.json, with those arguments that its first SPEC_HEAD_BYTES hold."""
+        if len(text) <= SPEC_HEAD_BYTES:
+            return cls.from_json(text)
+        # A quotation mark inside of a JSON string has a backslash before it, so both texts stand between strings only.
+        before, mark, args = text[:SPEC_HEAD_BYTES].partition(b', "args": [')
+        return cls.from_json(before + mark + args[: args.rfind(b'", "') + 1] + b"]}")
 
     def programs(self) -> list[str]:
         """The paths where the command is searched, in this order."""
@@ -1168,6 +1198,25 @@ class JobFolder:
             return None
         except OSError as error:
             raise KernelError(f"cannot read {self.path}/job.json", error) from error
+
+    def read_head(self) -> Spec | None:
+        """The spec without most of the arguments of a long one; None as for `read_spec`. It takes a bounded time."""
+        try:
+            text = read_start(f"{self.path}/job.json", SPEC_HEAD_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise KernelError(f"cannot read {self.path}/job.json", error) from error
+        # A long job.json of version 1.0.0 has its arguments in the middle, and is read as a whole.
+        return Spec.from_head(text) or (self.read_spec() if len(text) > SPEC_HEAD_BYTES else None)
+
+    def read_owner(self) -> str | None:
+        """The owner in job.json, at a tenth of the cost of the whole spec; None where it is not found."""
+        try:
+            found = re.search(rb'"owner": ("(?:[^"\\]|\\.)*")', read_start(f"{self.path}/job.json", 4 * KIB))
+        except OSError:
+            return None
+        return str(json.loads(found[1])) if found else None
 
     def read_events(self) -> Events:
         try:
@@ -2009,8 +2058,10 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """What was asked for. Raises NoSuchJobError where job.json is gone or unreadable."""
-        spec = self._spec or self.folder.read_spec()
+        """What was asked for, without most of very many arguments. Raises NoSuchJobError where job.json is gone or
+        unreadable.
+        """
+        spec = self._spec or self.folder.read_head()
         if spec is None:
             raise NoSuchJobError(self.id)
         return spec
@@ -2020,6 +2071,13 @@ class Job:
         if self._owner is None:
             self._owner = sys.intern(self.spec.owner)
         return self._owner
+
+    def read_owner(self) -> None:
+        """Read the owner of an ended job now, so that no later call has to: by the time that it took, a caller could
+        tell that another owner has this id.
+        """
+        owner = self.folder.read_owner()
+        self._owner = None if owner is None else sys.intern(owner)
 
     def keep_spec(self, spec: Spec | None) -> None:
         """Keep the spec in memory while the job runs. The specs of ten thousand ended jobs stay on the disk."""
@@ -2205,6 +2263,8 @@ class Worker:
         if job is None:
             return None
         spec = job.spec
+        if spec.owner == request.owner and spec.args_left_out:
+            spec = job.folder.read_spec() or spec
         if (spec.owner, spec.command, spec.args) != (request.owner, request.command, request.args):
             raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
         return job
@@ -2251,6 +2311,8 @@ class Worker:
                 self._watch(job)
                 descriptors += self._make_cgroup(spec, handed_over)
                 self._launcher.send("start", job.folder, text, descriptors)
+            if len(text) > SPEC_HEAD_BYTES:
+                job.keep_spec(Spec.from_head(text))
             undo.pop_all()
         return job
 
@@ -2306,20 +2368,22 @@ class Worker:
         while running := [job for job in self._table.values() if not job.ended]:
             await asyncio.gather(*(self.stop(job, by) for job in running))
 
-    async def stream(self, job: Job, offset: int = 0) -> AsyncGenerator[bytes, None]:
-        """The job's output from byte `offset` on. It ends when the job has ended and every byte was given."""
+    async def stream(self, job: Job, offset: int = 0, size: int = READ_BYTES) -> AsyncGenerator[bytes, None]:
+        """The job's output from byte `offset` on, at most `size` bytes at a time. It ends when the job has ended and
+        every byte was given.
+        """
         tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify)
         tail.acquire()
         try:
             while True:
                 complete = job.ended or not self._in_table(job)  # before the read, which then returns every byte
                 arm_count = tail.arm_count
-                if chunk := tail.read(offset):
+                if chunk := tail.read(offset, size):
                     offset += len(chunk)
                     yield chunk
                 elif complete:
                     return
-                if complete or len(chunk) == READ_BYTES:
+                if complete or len(chunk) == size:
                     continue
                 if not self._inotify.is_open:
                     raise UnavailableError("the server is stopping; the job goes on")
@@ -2382,7 +2446,7 @@ class Worker:
             return
         elif phase in ("", "failed"):  # the command never ran
             self._delete(job)
-        elif job.folder.read_spec() is None:
+        elif job.folder.read_head() is None:
             quarantine(job.folder.path, self.options.state)
             self._remove_from_table(job)
         else:
@@ -2435,7 +2499,7 @@ class Worker:
     def _delete(self, job: Job) -> None:
         """Delete a job: its cgroup, its folder, its row in the table. No other function deletes a job."""
         try:
-            spec = job.folder.read_spec()
+            spec = job.folder.read_head()
             if spec is not None:
                 spec.processes().remove()
             job.folder.delete()
@@ -2456,6 +2520,7 @@ class Worker:
             self._table[name] = job
             job.events = job.folder.read_events()
             if job.ended:
+                job.read_owner()
                 ended.append(job)
             else:
                 self._take_over(job)
@@ -2468,7 +2533,7 @@ class Worker:
             self._watch(job)
         alive = job.folder.shim_lives()
         job.refresh(closed=not alive)
-        job.keep_spec(job.folder.read_spec())
+        job.keep_spec(job.folder.read_head())
         self._settle(job, alive=alive)
 
     async def _retain(self) -> None:
@@ -2517,10 +2582,11 @@ def check_request(request: JobRequest) -> None:
         check_id(request.id)
     if not request.command:
         raise BadRequestError("the command is empty")
-    for number, word in enumerate((request.command, *request.args)):
-        if "\0" in word:
-            where = "the command" if number == 0 else f"argument {number}"
-            raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
+    words = (request.command, *request.args)
+    if "\0" in "".join(words):
+        number = next(number for number, word in enumerate(words) if "\0" in word)
+        where = "the command" if number == 0 else f"argument {number}"
+        raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
     if request.timeout is not None and not 0 <= request.timeout < float("inf"):
         raise BadRequestError(f"the timeout {request.timeout} is not a number of seconds")
 
@@ -2592,7 +2658,7 @@ def start_failure(number: int, spec: Spec) -> JobWorkerError:
         )
     if number == errno.E2BIG:
         return BadRequestError(
-            f"{name!r} with its {len(spec.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+            f"{name!r} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {os.strerror(number)}")
@@ -3138,6 +3204,7 @@ class Service:
             )
 
     async def _start(self, caller: Caller, message: pb.StartJobRequest) -> pb.StartJobResponse:
+        check_size(message)
         if message.run_as and not caller.admin:
             raise DeniedError("only an admin may run a job as another account")
         request = JobRequest(
@@ -3159,14 +3226,34 @@ class Service:
 
     async def _stream(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with self._checked(context) as caller:
-            self._streams.enter(caller.name, context)
+            size = read_size(self._streams.enter(caller.name, context))
             request = parse_request(pb.GetStreamRequest, message)
             job = allowed_job(self._worker, caller, request.id)
             offset = min(request.offset, 1 << 62)  # larger than any file, and still an offset for the kernel
             await context.send_initial_metadata(STREAM_METADATA)
-            async with contextlib.aclosing(self._worker.stream(job, offset)) as chunks:
+            async with contextlib.aclosing(self._worker.stream(job, offset, size)) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
+
+
+def read_size(streams: int) -> int:
+    """The bytes of one message of a stream, by the number of streams that its owner has open.
+
+    gRPC holds two copies of a message that a client does not read. 512 unread streams of one owner held 283 MB when
+    each message had 256 KiB.
+    """
+    return max(SMALLEST_READ_BYTES, min(READ_BYTES, STREAMS_BYTES // streams))
+
+
+def check_size(message: pb.StartJobRequest) -> None:
+    """Refuse more arguments than the kernel takes, before each becomes an object. Raises BadRequestError.
+
+    The kernel counts 9 bytes more for each (execve(2)), and the wire at most 5.
+    """
+    if message.ByteSize() + 4 * len(message.args) > ARGUMENTS_BYTES + KIB:
+        raise BadRequestError(
+            f"{len(message.args)} arguments with the command are too long for the kernel (128 KiB each, 2 MiB in all)"
+        )
 
 
 def shortened(sentence: str) -> str:
@@ -3201,8 +3288,16 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         io_limit=enforced.get("io"),
         timeout=spec.timeout,
         max_output=spec.max_output,
-        notes=status.notes,
+        notes=(*status.notes, *left_out_note(spec)),
     )
+
+
+def left_out_note(spec: Spec) -> list[str]:
+    if not spec.args_left_out:
+        return []
+    return [
+        f"{spec.args_left_out} more arguments are not shown here: a status shows {SPEC_HEAD_BYTES // KIB} KiB of them"
+    ]
 
 
 # --- 12. Server -----------------------------------------------------------------------------------------
@@ -3210,7 +3305,7 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
 # certificate: the folder that it is given is complete.
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
-LARGEST_MESSAGE = 4 * MIB  # bytes of a request; the kernel takes half of that as arguments
+LARGEST_MESSAGE = ARGUMENTS_BYTES + 64 * KIB  # bytes of a request
 CONNECTION_CALLS = 100  # open calls of one connection
 WAITING_CALLS = 1_000_000  # more than 10,000 connections can have open
 KEEPALIVE_OPTIONS = [

@@ -3137,6 +3137,106 @@ def test_each_loss_of_a_stream_has_the_whole_time_to_retry_also_of_a_job_that_pr
     assert done.stderr.count("was lost") == 2
 
 
+@functools.cache
+def many_words(size):
+    """Arguments of control characters: each takes six bytes in job.json."""
+    return ["\x01" * 1000] * (size // 1000)
+
+
+def test_a_status_shows_a_bounded_part_of_many_arguments_and_says_so(shared):
+    arguments = many_words(1_900_000)
+    for command, state_ in (("sleep", pb.RUNNING), ("true", pb.FINISHED)):
+        words = ["1000", *arguments] if command == "sleep" else arguments
+        request = pb.StartJobRequest(cmd="sh", args=["-c", f"echo $#; exec {command} 1000", "sh", *words])
+        job = call(shared, "StartJob", request).ID
+        with open_streams(shared, job, 1) as (stream,):
+            assert next(stream)[2:] == b"%d\n" % len(words)
+            if command == "true":
+                assert list(stream) == []
+            status = call(shared, "GetJobStatus", pb.GetStatusRequest(id=job))
+        assert status.status == state_
+        assert status.ByteSize() <= 64 * KIB + KIB
+        assert list(status.args) == list(request.args)[: len(status.args)]
+        assert 10 < len(status.args) < len(request.args)
+        assert f"{len(request.args) - len(status.args)} more arguments are not shown" in status.notes[-1]
+        request.id = job  # all arguments are compared
+        assert job == call(shared, "StartJob", request).ID
+        request.args.append("one more")
+        assert call(shared, "StartJob", request)[0] == "ALREADY_EXISTS"
+        call(shared, "StopJob", pb.StopJobRequest(id=job))
+
+
+@pytest.mark.parametrize("words", [
+    [], [""], ["a"] * 30_000, ["x" * 100_000], ['", "'] * 20_000, ['\\", "args": ["'] * 10_000, ['"'] * 40_000, ["\\"] * 40_000, ["☃" * 30_000] * 3,
+], ids=lambda words: f"{len(words)} of {words[:1]!s:.20}")  # fmt: skip
+def test_the_head_of_a_spec_has_the_first_arguments_and_knows_how_many_more_there_are(tmp_path, words):
+    spec = a_spec(args=tuple(words), owner=', "args": [')
+    text = spec.to_json()
+    assert jobworker.Spec.from_json(text) == spec
+    head = jobworker.Spec.from_head(text)
+    assert head.args == spec.args[: len(head.args)]
+    assert head.arg_count == len(words)
+    assert len(head.to_json()) <= jobworker.SPEC_HEAD_BYTES + 100
+    (tmp_path / "job.json").write_bytes(text)
+    folder = jobworker.JobFolder(str(tmp_path))
+    assert (folder.read_head(), folder.read_owner()) == (head, spec.owner)
+    first_version = {**json.loads(text)}
+    del first_version["arg_count"]
+    (tmp_path / "job.json").write_text(json.dumps({"args": first_version.pop("args"), **first_version}))
+    assert folder.read_head() == spec
+
+
+@pytest.mark.parametrize("count", [250_000, 1_000_000, 2_090_000])
+def test_more_arguments_than_the_kernel_takes_are_refused_before_they_are_unpacked(shared, monkeypatch, count):
+    answer = call(shared, "StartJob", pb.StartJobRequest(cmd="true", args=[""] * count))
+    assert (answer[0], "larger" in answer[1] or "too long" in answer[1]) in {
+        ("INVALID_ARGUMENT", True),
+        ("RESOURCE_EXHAUSTED", True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "count"), [(["x"] * 200_000, 200_000), (["x" * 100_000] * 20, 20)], ids=["many", "long"]
+)
+def test_as_many_arguments_as_the_kernel_takes_are_taken(shared, words, count):
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo $#", "sh", *words])).ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"%d\n" % count
+
+
+def anonymous_memory(served):
+    return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{served.process.pid}/status").read_text())[1]) << 10
+
+
+def unread(served, method, message, count):
+    """A connection with so many calls whose answers it does not take: its HTTP/2 window is 0."""
+    connection = tls_to(served)
+    connection.sendall(PREFACE[:24] + frame(4, 0, 0, struct.pack(">HI", 4, 0)))
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    for number in range(1, 2 * count, 2):
+        connection.sendall(frame(1, 4, number, headers(f"/proto.WorkerService/{method}")) + frame(0, 1, number, body))
+    return connection
+
+
+@pytest.mark.parametrize(("method", "most"), [("GetJobStatus", 32 * MIB), ("GetOutputStream", 96 * MIB)])
+def test_answers_that_are_not_read_cost_bounded_memory(state, certs, method, most):
+    with serving(state, certs) as served, contextlib.ExitStack() as stack:
+        request = pb.StartJobRequest(
+            cmd="sh", args=["-c", "head -c 3000000 /dev/zero; exec sleep 1000", *many_words(1_900_000)]
+        )
+        job = call(served, "StartJob", request).ID
+        with open_streams(served, job, 1) as (stream,):
+            next(stream)
+            message = pb.GetStatusRequest(id=job).SerializeToString()
+            before = anonymous_memory(served)
+            with good_client(served) as answers:
+                for _ in range(15):
+                    stack.enter_context(unread(served, method, message, 100))
+                asked = answers["OK"]
+                until(lambda: answers["OK"] > asked + 200)
+            assert set(answers) == {"OK"}
+            assert anonymous_memory(served) - before < most
+
+
 # --- 9. Server ------------------------------------------------------------------------------------------
 # What a server does when it ends, starts again, or finds another one in its place.
 
