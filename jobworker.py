@@ -191,6 +191,8 @@ ROLES = ("admin", "user")
 READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
 STREAMS_BYTES = 4 * MIB  # from here on the streams of one owner have smaller messages
 COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers; lines that come faster share a message
+FOLLOWER_SECONDS = 0.0002  # for each follower that is woken, until the next wake-up; a message costs the server 0.1 ms
+WAKE_GROUP = 16  # followers that are woken at the same time
 # Requests to the launcher that are under way at the same time. A send fails when the socket's buffer is full, and the
 # buffer holds 64 packets of PACKET_BYTES.
 START_SLOTS, FINISH_SLOTS = 48, 16
@@ -745,6 +747,7 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 # output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
 # the job's owner in this process (`Worker`) wakes it. The source is inotify(7).
 
+SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
 
 
@@ -792,10 +795,16 @@ class Bell:
 
 
 class Inotify:
-    """The one inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask."""
+    """The one inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask.
+
+    A callback that raises for want of descriptors or memory is called again later, with a growing pause.
+    """
 
     def __init__(self, overflowed: Callable[[], None]) -> None:
         self._overflowed = overflowed
+        self._missed: dict[int, int] = {}  # the masks of events whose callback raised, by their watch
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_seconds = SHORTEST_RETRY_SECONDS
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._descriptor = -1
 
@@ -817,6 +826,9 @@ class Inotify:
             os.close(self._descriptor)
             self._descriptor = -1
             self._callbacks.clear()
+            self._missed.clear()
+            if self._retry is not None:
+                self._retry.cancel()
 
     def watch(self, path: str, mask: int, callback: Callable[[int], None]) -> int:
         """Watch a file and return the watch descriptor. The kernel keeps one watch a file: a second one replaces it."""
@@ -829,6 +841,7 @@ class Inotify:
 
     def unwatch(self, watch: int) -> None:
         """End a watch. The kernel may have ended it already: the file is gone, or a one-shot event was sent."""
+        self._missed.pop(watch, None)
         if self._callbacks.pop(watch, None) is not None and self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 libc_call("inotify_rm_watch", self._descriptor, watch)
@@ -850,12 +863,47 @@ class Inotify:
             self._deliver(watch, mask)
 
     def _deliver(self, watch: int, mask: int) -> None:
-        if mask & IN_Q_OVERFLOW:
-            self._overflowed()
-        elif mask & IN_IGNORED:
-            self._callbacks.pop(watch, None)
-        elif callback := self._callbacks.get(watch):  # a watch that was ended may still have an event in the queue
-            callback(mask)
+        mask |= self._missed.pop(watch, 0)
+        try:
+            if mask & IN_Q_OVERFLOW:
+                self._overflowed()
+            elif mask & IN_IGNORED:
+                self._callbacks.pop(watch, None)
+            elif callback := self._callbacks.get(watch):  # a watch that was ended may still have an event in the queue
+                callback(mask)
+        except (JobWorkerError, OSError) as error:
+            self._missed[watch] = mask
+            if self._retry is None:
+                say(f"{error}; trying again until it works")
+                self._schedule_retry()
+
+    def _schedule_retry(self) -> None:
+        self._retry = asyncio.get_running_loop().call_later(self._retry_seconds, self._deliver_missed)
+        self._retry_seconds = min(LONGEST_RETRY_SECONDS, 2 * self._retry_seconds)
+
+    def _deliver_missed(self) -> None:
+        """Call again the callbacks that raised. The timer runs only while there are any."""
+        for watch in list(self._missed):
+            self._deliver(watch, 0)
+        if self._missed:
+            self._schedule_retry()
+        else:
+            self._retry, self._retry_seconds = None, SHORTEST_RETRY_SECONDS
+
+
+class Pace:
+    """When the followers of an output may be woken. All outputs share it, so that followers never take more than half
+    of the event loop: 900 followers of a job that prints each 3 ms kept every other caller waiting for 9 s.
+    """
+
+    def __init__(self) -> None:
+        self._free_at = 0.0  # by the loop's clock
+
+    def take(self, now: float, followers: int) -> float:
+        """Take the next time for so many followers."""
+        due = max(now, self._free_at)
+        self._free_at = due + followers * FOLLOWER_SECONDS
+        return due
 
 
 class Tail:
@@ -864,9 +912,10 @@ class Tail:
     The descriptor outlives the removal of the file. `acquire` and `release` count the followers.
     """
 
-    def __init__(self, path: str, inotify: Inotify) -> None:
+    def __init__(self, path: str, inotify: Inotify, pace: Pace) -> None:
         self._path = path
         self._inotify = inotify
+        self._pace = pace
         self._followers = 0
         self._descriptor = -1
         self._last_read = (0, b"")  # an offset and the bytes there: followers at the same byte share one read
@@ -875,13 +924,15 @@ class Tail:
         self.arm_count = 0  # a read before the last arming may have missed bytes that were written in between
         self._bell = Bell()
 
-    def acquire(self) -> None:
+    def acquire(self) -> float:
+        """Add one follower. Returns the seconds that it waits after a wake-up: not all may read at the same time."""
         if self._followers == 0:
             try:
                 self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise KernelError(f"cannot open {self._path}", error) from error
+                raise disk_error(f"cannot open {self._path}", error) from error
         self._followers += 1
+        return (self._followers - 1) // WAKE_GROUP * WAKE_GROUP * FOLLOWER_SECONDS
 
     def release(self) -> int:
         """Remove one follower and return how many are left."""
@@ -916,13 +967,14 @@ class Tail:
         return True
 
     def _grew(self, _mask: int) -> None:
-        """Wake the followers now, or COALESCE_SECONDS after the last wake-up. Until then the tail stays armed, so that
-        a follower that reaches the end meanwhile waits for the same wake-up.
+        """Wake the followers now, or when it is their time: at the earliest COALESCE_SECONDS after the last wake-up.
+        Until then the tail stays armed, so that a follower that reaches the end meanwhile waits for the same wake-up.
         """
         loop = asyncio.get_running_loop()
-        remaining = self._woken_at + COALESCE_SECONDS - loop.time()
-        if remaining > 0:
-            loop.call_later(remaining, self.wake)
+        now = loop.time()
+        due = max(self._woken_at + COALESCE_SECONDS, self._pace.take(now, self._followers))
+        if due > now:
+            loop.call_at(due, self.wake)
         else:
             self.wake()
 
@@ -1197,7 +1249,7 @@ class JobFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise KernelError(f"cannot read {self.path}/job.json", error) from error
+            raise disk_error(f"cannot read {self.path}/job.json", error) from error
 
     def read_head(self) -> Spec | None:
         """The spec without most of the arguments of a long one; None as for `read_spec`. It takes a bounded time."""
@@ -1206,7 +1258,7 @@ class JobFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise KernelError(f"cannot read {self.path}/job.json", error) from error
+            raise disk_error(f"cannot read {self.path}/job.json", error) from error
         # A long job.json of version 1.0.0 has its arguments in the middle, and is read as a whole.
         return Spec.from_head(text) or (self.read_spec() if len(text) > SPEC_HEAD_BYTES else None)
 
@@ -1224,7 +1276,7 @@ class JobFolder:
         except FileNotFoundError:
             return Events()
         except OSError as error:
-            raise KernelError(f"cannot read {self.path}/events", error) from error
+            raise disk_error(f"cannot read {self.path}/events", error) from error
 
     def has_events(self) -> bool:
         return os.path.exists(f"{self.path}/events")
@@ -1236,7 +1288,7 @@ class JobFolder:
         except OSError as error:
             if error.errno in (errno.ENXIO, errno.ENOENT):
                 return False
-            raise KernelError(f"cannot open {self.path}/control", error) from error
+            raise disk_error(f"cannot open {self.path}/control", error) from error
         try:
             with contextlib.suppress(BlockingIOError):  # the FIFO is full of requests, and one of them is enough
                 os.write(descriptor, request.to_line())
@@ -1250,8 +1302,10 @@ class JobFolder:
         """Whether `control` has a reader. A descriptor on its way to the launcher counts as one."""
         try:
             os.close(self._open_control())
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENOENT):
+                return False
+            raise disk_error(f"cannot open {self.path}/control", error) from error
         return True
 
     def _open_control(self) -> int:
@@ -1395,7 +1449,7 @@ class Launcher:
                 )  # fmt: skip
             except OSError as error:
                 ours.close()
-                raise KernelError(f"cannot run {sys.executable} as the launcher", error) from error
+                raise disk_error(f"cannot run {sys.executable} as the launcher", error) from error
         self._channel = ours
 
     @property
@@ -2180,6 +2234,7 @@ class Worker:
         self._resources = contextlib.AsyncExitStack()
         self._tree = CgroupTree(None, frozenset(), ())
         self._inotify = Inotify(self._check_all)
+        self._pace = Pace()
         self._launcher = Launcher()
         self._accounts = Accounts(options.state)
         self._retention = Retention(options.keep, options.keep_bytes)
@@ -2372,8 +2427,8 @@ class Worker:
         """The job's output from byte `offset` on, at most `size` bytes at a time. It ends when the job has ended and
         every byte was given.
         """
-        tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify)
-        tail.acquire()
+        tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify, self._pace)
+        delay = tail.acquire()
         try:
             while True:
                 complete = job.ended or not self._in_table(job)  # before the read, which then returns every byte
@@ -2389,6 +2444,8 @@ class Worker:
                     raise UnavailableError("the server is stopping; the job goes on")
                 if not tail.arm() and tail.arm_count == arm_count:
                     await tail.changed()
+                    if delay and self._inotify.is_open:
+                        await asyncio.sleep(delay)
         finally:
             if tail.release() == 0:
                 job.tail = None
@@ -2487,6 +2544,12 @@ class Worker:
                 job.finisher_waits = False
                 if self._inotify.is_open:
                     say(f"job {job.id} is not finished yet: {error}")
+                    job.finishers -= 1  # no finisher had the request
+                    asyncio.get_running_loop().call_later(LONGEST_RETRY_SECONDS, self._finish_again, job)
+
+    def _finish_again(self, job: Job) -> None:
+        if self._inotify.is_open and self._in_table(job) and not job.ended:
+            self._settle(job, alive=False)
 
     def _remove_from_table(self, job: Job) -> None:
         """Remove a job from the table, and wake every task that waits for it."""
@@ -3306,6 +3369,7 @@ def left_out_note(spec: Spec) -> list[str]:
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
 LARGEST_MESSAGE = ARGUMENTS_BYTES + 64 * KIB  # bytes of a request
+FEW_FILES = 4096  # descriptors; with fewer, `serve` warns
 CONNECTION_CALLS = 100  # open calls of one connection
 WAITING_CALLS = 1_000_000  # more than 10,000 connections can have open
 KEEPALIVE_OPTIONS = [
@@ -3421,8 +3485,9 @@ async def serve(options: ServeOptions) -> int:
     certificates.load()
     ended = asyncio.Event()
     async with Worker(options.worker) as worker:
-        raise_file_limit()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        files = raise_file_limit()
+        # The rest is for outputs that are followed and for starts: connections alone never use all descriptors.
+        server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", files * 3 // 4)])
         server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities, options.calls).handlers(),))
         address = bind(server, options.listen, certificates.credentials())
         await server.start()
@@ -3483,11 +3548,14 @@ def has_ipv6() -> bool:
     return True
 
 
-def raise_file_limit() -> None:
-    """Allow as many descriptors as the hard limit: each follower has one. The launcher keeps the limit of before."""
+def raise_file_limit() -> int:
+    """Allow as many descriptors as the hard limit, which is returned: each follower has one. The launcher keeps the
+    limit of before.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def handle_signals(ended: asyncio.Event, certificates: ServerCertificates) -> None:
@@ -3516,6 +3584,12 @@ def announce(worker: Worker, address: str) -> None:
     """Report on standard output that the server listens, and on standard error what it cannot give to jobs."""
     for note in worker.notes():
         say(f"warning: on this server {note}")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < FEW_FILES:
+        say(
+            f"warning: this server may open {hard} descriptors, and each connection and each output that is followed "
+            f"takes one; `ulimit -Hn` or LimitNOFILE= gives more"
+        )
     account = Account.of_server()
     systemd = os.path.isdir("/run/systemd/system")  # sd_booted(3)
     if systemd and account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):

@@ -3237,6 +3237,112 @@ def test_answers_that_are_not_read_cost_bounded_memory(state, certs, method, mos
             assert anonymous_memory(served) - before < most
 
 
+@contextlib.contextmanager
+def no_descriptors():
+    """No new descriptor while the block runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def line_in_log(capfd, words, log):
+    """Wait until this process has said something on its standard error."""
+    while words not in log[0]:
+        await asyncio.sleep(0.01)
+        log[0] += capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["ended", "lost"])
+@in_loop
+async def test_an_end_that_comes_when_no_descriptor_is_free_is_seen_when_one_is(state, capfd, lost):
+    log = [""]
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell("echo $PPID; exec sleep 1000"))
+        shim = int(await said(worker, job, b"\n"))
+        stream = asyncio.create_task(output(worker, job))
+        await asyncio.sleep(0)
+        control = os.open(worker.job(job).folder.path + "/control", os.O_WRONLY)
+        with no_descriptors():
+            if lost:
+                os.kill(shim, signal.SIGKILL)
+            else:
+                os.write(control, b"kill alice\n")
+            await line_in_log(capfd, "trying again", log)
+            with pytest.raises(ExhaustedError):
+                await worker.stop(worker.job(job))
+        os.close(control)
+        assert await stream == b"%d\n" % shim
+        assert ending(worker, job) == (("FINISHED", 255, "LOST") if lost else ("STOPPED", 137, ""))
+    assert "Traceback" not in log[0] + capfd.readouterr().err
+
+
+def test_connections_that_say_nothing_take_no_job_s_end_and_no_stream(state, certs, tmp_path):
+    files = 128
+
+    def few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+    log = tmp_path / "log"
+    with log.open("w") as errors, serving(state, certs, preexec_fn=few_files, stderr=errors) as served:
+        jobs = [served.start("--", "sh", "-c", "echo $$; exec sleep 1000") for _ in range(4)]
+        processes = [int(first_line(served, job)) for job in jobs]
+        with channel_to(served) as channel, contextlib.ExitStack() as stack:
+            stream = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+            chunks = stream(pb.GetStreamRequest(id=jobs[0]).SerializeToString())
+            next(chunks)
+            for _ in range(2 * files):
+                stack.enter_context(socket.create_connection(("localhost", served.port)))
+            for process in processes:
+                os.kill(process, signal.SIGTERM)
+            assert list(chunks) == []
+            for job in jobs:
+                until(lambda: ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job)).exitcode == 143)  # noqa: B023
+            assert ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
+    assert "Traceback" not in log.read_text()
+    assert f"may open {files} descriptors" in log.read_text()
+
+
+def test_many_followers_of_a_job_that_prints_fast_keep_nobody_waiting(shared):
+    """The good client is answered far more often than the followers are woken."""
+    ticks = "import os, time\nwhile True:\n  time.sleep(0.003)\n  os.write(1, b'%020d\\n' % time.monotonic_ns())"
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=["-c", ticks])).ID
+    received = collections.Counter()
+
+    async def follow(channel, number):
+        chunks = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+        async for _ in chunks(pb.GetStreamRequest(id=job).SerializeToString()):
+            received[number] += 1
+
+    async def everybody(answers):
+        pair = jobworker_pair(shared.certs, "user")
+        credentials = grpc.ssl_channel_credentials((shared.certs / "server-ca.pem").read_bytes(), *pair)
+        async with contextlib.AsyncExitStack() as stack:
+            channels = [
+                await stack.enter_async_context(grpc.aio.secure_channel(shared.address, credentials, DEFAULT_CHANNEL))
+                for _ in range(6)
+            ]
+            tasks = [asyncio.create_task(follow(channels[number % 6], number)) for number in range(450)]
+            while len(received) < len(tasks):
+                await asyncio.sleep(0.05)
+            before, asked = received.total(), answers["OK"]
+            while received.total() < before + 5 * len(tasks):
+                await asyncio.sleep(0.05)
+            woken = (received.total() - before) / len(tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            return (answers["OK"] - asked) / woken
+
+    with good_client(shared) as answers:
+        answered = asyncio.run(everybody(answers))
+    assert set(answers) == {"OK"}
+    assert answered > 3
+    call(shared, "StopJob", pb.StopJobRequest(id=job))
+
+
 # --- 9. Server ------------------------------------------------------------------------------------------
 # What a server does when it ends, starts again, or finds another one in its place.
 
