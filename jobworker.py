@@ -179,6 +179,10 @@ OUTPUT_LIMIT = GIB  # bytes of output; a job that prints more is ended
 KEEP_SECONDS = 7 * 86400.0  # how long an ended job is kept
 RESERVE = 0.05  # the share of the state folder's file system that jobs may not fill
 MAX_JOBS = 4096  # jobs that run at the same time
+ADMIN_JOBS = 16  # jobs that admins may start beyond MAX_JOBS
+IO_FLOOR = MIB  # bytes a second; below it a kill waits for minutes until written pages have reached the disk
+NO_BOUND = (1 << 63) - 1
+OWNER_MEMORY, OWNER_PIDS = 0.75, 0.25  # shares of the machine's memory and of its process numbers, for one owner
 OWNER_CALLS, OWNER_STREAMS = 64, 512  # calls and streams that one owner has open at the same time
 SHIMS_IO_LIMIT = 512 * MIB  # bytes a second that all shims together may write
 
@@ -211,6 +215,16 @@ class Limits:
     memory: int = MEMORY_LIMIT
     pids: int = PIDS_LIMIT
     io: int = IO_LIMIT
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerLimits:
+    """What all jobs of one owner may use together. 0: no bound."""
+
+    cpu: float = 0.0
+    memory: int = 0
+    pids: int = 0
+    jobs: int = 0  # that run at the same time
 
 
 # --- 2. Errors ----------------------------------------------------------------------------------------
@@ -434,6 +448,21 @@ class Cgroup:
                 if file != "memory.swap.max" or os.path.exists(f"{self.path}/{file}"):
                     kernel_write(f"{self.path}/{file}", value)
 
+    def limit_total(self, total: OwnerLimits, controllers: Iterable[str]) -> None:
+        """Bound what all cgroups below this one use together. Each has the same share of the CPUs."""
+        period = 100_000
+        values = {
+            "cpu": [
+                ("cpu.weight", "100"),
+                ("cpu.max", f"{max(1000, round(total.cpu * period)) if total.cpu else 'max'} {period}"),
+            ],
+            "memory": [("memory.max", str(total.memory or "max"))],
+            "pids": [("pids.max", str(total.pids or "max"))],
+        }
+        for controller in controllers:
+            for file, value in values.get(controller, []):
+                kernel_write(f"{self.path}/{file}", value)
+
     def attach(self, process: int) -> None:
         """Move a process into this cgroup. 0 is the caller."""
         kernel_write(f"{self.path}/cgroup.procs", str(process))
@@ -444,10 +473,22 @@ class Cgroup:
 
     def kill(self) -> None:
         """Send SIGKILL to every process in this cgroup and below at once, including processes that are forking."""
+        self._lift_io()
         if os.path.exists(f"{self.path}/cgroup.kill"):
             kernel_write(f"{self.path}/cgroup.kill", "1")
         elif os.path.isdir(self.path):
             self._kill_frozen()
+
+    def _lift_io(self) -> None:
+        """Remove io.max: a process cannot die before its writes are done, which took minutes at 20 kB a second."""
+        for line in kernel_read(f"{self.path}/io.max").splitlines():
+            with contextlib.suppress(KernelError):
+                kernel_write(f"{self.path}/io.max", f"{line.split()[0]} rbps=max wbps=max riops=max wiops=max")
+
+    def members(self) -> list[int]:
+        """The processes in this cgroup and below."""
+        folders = (folder for folder, _, _ in os.walk(self.path))
+        return [int(process) for folder in folders for process in kernel_read(f"{folder}/cgroup.procs").split()]
 
     def _kill_frozen(self) -> None:
         """Kill without cgroup.kill, which Linux has from 5.14. A frozen process cannot fork, and SIGKILL ends it."""
@@ -518,6 +559,15 @@ class ProcessTree:
 
     def __init__(self, job_id: str) -> None:
         self._variable = f"{JOB_ID_VARIABLE}={job_id}"
+
+    def members(self) -> list[int]:
+        """The processes that have the job's id in their environment."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, KernelError):
+                if self._variable in kernel_read(f"/proc/{name}/environ").split("\0"):
+                    found.append(int(name))
+        return found
 
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -623,6 +673,7 @@ class CgroupTree:
     root: str | None
     controllers: frozenset[str]
     disks: tuple[Disk, ...]
+    owner: OwnerLimits = OwnerLimits()  # of each owner's cgroup `u<uid>`
 
     def job_path(self, uid: int, job_id: str) -> str:
         """The path of a job's cgroup; empty where this machine gives none."""
@@ -638,6 +689,7 @@ class CgroupTree:
         owner = Cgroup(os.path.dirname(path))
         owner.create()
         owner.enable(self.controllers)  # an earlier server may have enabled fewer
+        owner.limit_total(self.owner, self.controllers)
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
         return cgroup
@@ -1185,12 +1237,16 @@ class StopRequest:
     by: str = ""
 
     def to_line(self) -> bytes:
-        return f"kill {encode_name(self.by)[:1000]}\n".encode()
+        # A shim of version 1.0.0 takes the reason for a name, and kills as well.
+        word = f"!{self.reason}" if self.reason else encode_name(self.by)[:1000]
+        return f"kill {word}\n".encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> StopRequest | None:
         words = line.decode("ascii", "replace").split(" ")
-        return cls(by=words[1]) if words[0] == "kill" and len(words) == 2 else None
+        if words[0] != "kill" or len(words) != 2:
+            return None
+        return cls(reason=words[1][1:]) if words[1].startswith("!") else cls(by=words[1])
 
 
 class JobFolder:
@@ -1314,6 +1370,14 @@ class JobFolder:
     def open_output(self) -> int:
         """A descriptor for the shim to write the output. Raises OSError."""
         return os.open(f"{self.path}/output", os.O_WRONLY | os.O_CLOEXEC)
+
+    def disk_bytes(self) -> int:
+        """The size of all files of the folder."""
+        total = 0
+        for name in self.FILES:
+            with contextlib.suppress(OSError):
+                total += os.lstat(f"{self.path}/{name}").st_size
+        return total
 
     def output_bytes(self) -> int:
         try:
@@ -1989,6 +2053,10 @@ class Accounts:
             if path.name.isdigit():
                 self._uids[path.read_bytes().decode("utf-8", "surrogateescape")] = int(path.name)
 
+    def homes(self) -> dict[str, str]:
+        """The home of each owner."""
+        return {owner: f"{self._homes}/{uid}" for owner, uid in self._uids.items()}
+
     def of(self, owner: str) -> Account:
         """The account of an owner, made at the owner's first job. Raises ExhaustedError or KernelError."""
         try:
@@ -2032,6 +2100,10 @@ def uid_range(folder: str) -> tuple[int, int]:
 # Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
 # jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
 
+DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
+MEASURED_STEPS = 200  # files that are measured before other tasks run; 200 take about 1 ms
+SYS_PIDFD_GETFD = 438
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
@@ -2048,6 +2120,7 @@ class WorkerOptions:
     keep_bytes: int = 0
     reserve: float = RESERVE
     max_jobs: int = MAX_JOBS
+    owner: OwnerLimits = OwnerLimits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2065,6 +2138,7 @@ class JobRequest:
     timeout: float | None = None
     max_output: int | None = None
     run_as: str = ""
+    admin: bool = False  # it may use the places that are kept for admins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2126,6 +2200,11 @@ class Job:
             self._owner = sys.intern(self.spec.owner)
         return self._owner
 
+    @property
+    def known_owner(self) -> str:
+        """The owner, as far as it was read; empty: not yet."""
+        return self._owner or ""
+
     def read_owner(self) -> None:
         """Read the owner of an ended job now, so that no later call has to: by the time that it took, a caller could
         tell that another owner has this id.
@@ -2162,7 +2241,7 @@ class Retention:
         self.bell = Bell()
 
     def add(self, job: Job) -> None:
-        self._sizes[job] = size = job.folder.output_bytes() if self._keep_bytes else 0
+        self._sizes[job] = size = job.folder.disk_bytes() if self._keep_bytes else 0
         self._total += size
         if len(self._sizes) == 1 or (self._keep_bytes and self._total > self._keep_bytes):
             self.bell.ring()
@@ -2231,6 +2310,9 @@ class Worker:
     def __init__(self, options: WorkerOptions) -> None:
         self.options = options
         self._table: dict[str, Job] = {}
+        self._running: dict[str, set[Job]] = {}  # of each owner
+        self._refused: set[str] = set()  # owners who used most of the disk when it was nearly full
+        self._begun = Bell()  # rings when a job begins to run
         self._resources = contextlib.AsyncExitStack()
         self._tree = CgroupTree(None, frozenset(), ())
         self._inotify = Inotify(self._check_all)
@@ -2250,7 +2332,8 @@ class Worker:
         async with contextlib.AsyncExitStack() as resources:
             make_state_folder(self.options.state)
             resources.callback(os.close, lock_state_folder(self.options.state))
-            self._tree = make_tree(self.options.cgroup, state_name(self.options.state), self.options.without)
+            tree = make_tree(self.options.cgroup, state_name(self.options.state), self.options.without)
+            self._tree = dataclasses.replace(tree, owner=self.options.owner)
             resources.callback(self._tree.remove_unused)
             self._accounts.open()
             self._inotify.open()
@@ -2260,6 +2343,7 @@ class Worker:
             resources.push_async_callback(self._tasks.cancel)
             self._recover()
             self._tasks.spawn(self._retain())
+            self._tasks.spawn(self._watch_disk())
             self._resources = resources.pop_all()
         return self
 
@@ -2327,9 +2411,8 @@ class Worker:
     def _make_spec(self, request: JobRequest) -> Spec:
         """The whole spec: the request, the defaults and caps, the account and the cgroup's path."""
         options = self.options
-        if self.running >= options.max_jobs:
-            raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
-        reserve = checked_reserve(options.state, options.reserve)
+        self._check_places(request)
+        reserve = checked_reserve(options.state, options.reserve, refused=request.owner in self._refused)
         account = self._account(request)
         job_id = request.id or new_job_id()
         return Spec(
@@ -2341,6 +2424,26 @@ class Worker:
             max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
         )  # fmt: skip
+
+    def _check_places(self, request: JobRequest) -> None:
+        """Raise ExhaustedError where this owner, or all owners, have as many jobs as they may. Some are for admins."""
+        own = len(self._running.get(request.owner, ()))
+        if self.running >= self.options.max_jobs + (ADMIN_JOBS if request.admin else 0):
+            raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
+        if 0 < self.options.owner.jobs <= own and not request.admin:
+            raise ExhaustedError(
+                f"{own} jobs of {request.owner!r} are running, and `serve --owner-jobs` allows no more"
+            )
+
+    def _count_running(self, job: Job) -> None:
+        self._running.setdefault(job.owner, set()).add(job)
+        self._begun.ring()
+
+    def _uncount_running(self, job: Job) -> None:
+        jobs = self._running.get(job.known_owner, set())
+        jobs.discard(job)
+        if not jobs:
+            self._running.pop(job.known_owner, None)
 
     def _account(self, request: JobRequest) -> Account:
         if os.geteuid() == 0:
@@ -2359,6 +2462,7 @@ class Worker:
             job.folder.create()
             undo.callback(self._delete, job)
             self._table[job.id] = job
+            self._count_running(job)
             with contextlib.ExitStack() as handed_over:
                 descriptors = job.folder.create_files(handed_over)
                 text = spec.to_json()
@@ -2403,11 +2507,11 @@ class Worker:
             notes=job_notes(spec.cgroup != "", spec.controllers, separate=spec.uid not in (0, os.geteuid())),
         )
 
-    async def stop(self, job: Job, by: str = "") -> None:
+    async def stop(self, job: Job, by: str = "", reason: str = "") -> None:
         """Kill the whole job, and return when it is dead. An ended job does not change."""
         if job.ended:
             return
-        if not job.folder.send_stop(StopRequest(by=by)):
+        if not job.folder.send_stop(StopRequest(reason, by)):
             job.refresh(closed=True)
             self._settle(job, alive=False)
         try:
@@ -2422,6 +2526,13 @@ class Worker:
         """Stop every running job at once, and those that are started meanwhile."""
         while running := [job for job in self._table.values() if not job.ended]:
             await asyncio.gather(*(self.stop(job, by) for job in running))
+
+    async def stop_holders_of(self, port: int) -> list[str]:
+        """Stop every running job that holds this TCP port. Returns their ids."""
+        running = [job for jobs in self._running.values() for job in jobs]
+        held = [job for job in running if any(holds_port(each, port) for each in job.spec.processes().members())]
+        await asyncio.gather(*(self.stop(job, by="serve") for job in held))
+        return [job.id for job in held]
 
     async def stream(self, job: Job, offset: int = 0, size: int = READ_BYTES) -> AsyncGenerator[bytes, None]:
         """The job's output from byte `offset` on, at most `size` bytes at a time. It ends when the job has ended and
@@ -2512,6 +2623,7 @@ class Worker:
     def _retire(self, job: Job) -> None:
         """Turn a running job into an ended one."""
         self._unwatch(job)
+        self._uncount_running(job)
         job.keep_spec(None)
         self._retention.add(job)
         job.ring()
@@ -2556,6 +2668,7 @@ class Worker:
         self._unwatch(job)
         if self._in_table(job):
             del self._table[job.id]
+        self._uncount_running(job)
         self._retention.discard(job)
         job.ring()
 
@@ -2596,7 +2709,10 @@ class Worker:
             self._watch(job)
         alive = job.folder.shim_lives()
         job.refresh(closed=not alive)
-        job.keep_spec(job.folder.read_head())
+        spec = job.folder.read_head()
+        job.keep_spec(spec)
+        if spec is not None:
+            self._count_running(job)
         self._settle(job, alive=alive)
 
     async def _retain(self) -> None:
@@ -2615,6 +2731,89 @@ class Worker:
             finally:
                 if timer is not None:
                     timer.cancel()
+
+    # -- The disk
+
+    async def _watch_disk(self) -> None:
+        """While jobs run, look at the disk once a second. Below the reserve, end the jobs of its main user."""
+        while True:
+            if not self._running:
+                await self._begun.wait()
+            await asyncio.sleep(DISK_SECONDS)
+            try:
+                disk = os.statvfs(self.options.state)
+                if is_short(disk, self.options.reserve):
+                    await self._free_disk(files=is_short_of_files(disk, self.options.reserve))
+                else:
+                    self._refused.clear()
+            except (JobWorkerError, OSError) as error:
+                say(f"the disk cannot be looked at: {error}")
+
+    async def _free_disk(self, *, files: bool) -> None:
+        used = await self._disk_use(files=files)
+        running = [owner for owner in used if self._running.get(owner)]
+        if not running:
+            return
+        owner = max(running, key=lambda name: used[name])
+        self._refused.add(owner)
+        jobs = list(self._running[owner])
+        say(f"the disk is nearly full, and {owner!r} uses most of it: ending {count_of(len(jobs), 'job', 'jobs')}")
+        await asyncio.gather(*(self.stop(job, reason="DISK_FULL") for job in jobs), return_exceptions=True)
+
+    async def _disk_use(self, *, files: bool) -> dict[str, float]:
+        """What each owner has on the disk, in bytes or in files: their homes, and all folders of their jobs."""
+        used: dict[str, float] = {}
+        folders = list(self._accounts.homes().items())
+        folders += [(job.known_owner, job.folder.path) for job in self._table.values()]
+        for owner, folder in folders:
+            used[owner] = used.get(owner, 0) + await measured(folder, files=files)
+        return used
+
+
+async def measured(folder: str, *, files: bool) -> float:
+    """The bytes, or the number of files, of a folder and all below. Other tasks run in between.
+
+    A path that is too long for the kernel cannot be looked into. It counts as infinite: no owner can hide files.
+    """
+    total, steps, folders = 0, 0, [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    steps += 1
+                    if steps % MEASURED_STEPS == 0:
+                        await asyncio.sleep(0)
+                    facts = entry.stat(follow_symlinks=False)
+                    total += 1 if files else facts.st_blocks * 512
+                    if stat.S_ISDIR(facts.st_mode):
+                        folders.append(entry.path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return float("inf")
+    await asyncio.sleep(0)
+    return total
+
+
+def holds_port(process: int, port: int) -> bool:
+    """Whether a process has a TCP socket with this local port. A socket that is bound and does not listen stands in no
+    file of /proc, so each socket is looked at with a copy of its descriptor (pidfd_getfd(2), Linux 5.6).
+    """
+    with contextlib.ExitStack() as resources, contextlib.suppress(OSError):
+        pidfd = os.pidfd_open(process)
+        resources.callback(os.close, pidfd)
+        for name in os.listdir(f"/proc/{process}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{process}/fd/{name}").startswith("socket:"):
+                    words = (ctypes.c_long(number) for number in (SYS_PIDFD_GETFD, pidfd, int(name), 0))
+                    with socket.socket(fileno=libc_call("syscall", *words)) as copy:
+                        tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+                        if tcp and copy.getsockname()[1] == port:
+                            return True
+    return False
+
+
+def count_of(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def check_kernel() -> None:
@@ -2666,6 +2865,8 @@ def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
 
 
 def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
+    if request.io is not None and 0 < request.io < IO_FLOOR:
+        raise BadRequestError(f"io {request.io} is not allowed: at least {IO_FLOOR} (1M), or a stop would take minutes")
     asked, default, cap = request, options.defaults, options.caps
     return Limits(
         cpu=capped("cpu", asked.cpu, default.cpu, cap.cpu),
@@ -2675,17 +2876,36 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
     )
 
 
-def checked_reserve(state: pathlib.Path, share: float) -> int:
-    """The bytes of the state folder's file system that jobs may not fill. Raises ExhaustedError where they did."""
+def is_short_of_files(disk: os.statvfs_result, share: float) -> bool:
+    """Whether less than this share of the inodes is free. Some file systems count none."""
+    return disk.f_files > 0 and (disk.f_favail == 0 or disk.f_favail < disk.f_files * share)
+
+
+def is_short(disk: os.statvfs_result, share: float) -> bool:
+    """Whether less than this share of a file system is free, in bytes or in inodes."""
+    return disk.f_bavail < disk.f_blocks * share or is_short_of_files(disk, share)
+
+
+def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
+    """The bytes of the state folder's file system that an output leaves free: half of the reserve.
+
+    Raises ExhaustedError below that half, and below the whole reserve for an owner who is `refused`.
+    """
     disk = os.statvfs(state)
-    reserve = int(disk.f_blocks * disk.f_frsize * share)
-    free = disk.f_bavail * disk.f_frsize
-    if free < reserve or disk.f_favail == 0 < disk.f_files:
+    reserve, free = int(disk.f_blocks * disk.f_frsize * share), disk.f_bavail * disk.f_frsize
+    bound = share if refused else share / 2
+    whose = ", and most of it is used by this owner" if refused else ""
+    if is_short_of_files(disk, bound):
         raise ExhaustedError(
-            f"the disk of {state} is nearly full: {free // MIB} MiB are free and {reserve // MIB} MiB are held in "
-            f"reserve (`serve --reserve`)"
+            f"the disk of {state} has few inodes left{whose}: {disk.f_favail} of {disk.f_files} are free, and "
+            f"{free // MIB} MiB; delete files or ended jobs"
         )
-    return reserve
+    if is_short(disk, bound):
+        raise ExhaustedError(
+            f"the disk of {state} is nearly full{whose}: {free // MIB} MiB are free and {reserve // MIB} MiB are held "
+            f"in reserve (`serve --reserve`)"
+        )
+    return reserve // 2
 
 
 def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool) -> tuple[str, ...]:
@@ -3272,6 +3492,7 @@ class Service:
             raise DeniedError("only an admin may run a job as another account")
         request = JobRequest(
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
+            admin=caller.admin,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
         )  # fmt: skip
         return pb.StartJobResponse(ID=(await self._worker.start(request)).id)
@@ -3489,7 +3710,7 @@ async def serve(options: ServeOptions) -> int:
         # The rest is for outputs that are followed and for starts: connections alone never use all descriptors.
         server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", files * 3 // 4)])
         server.add_generic_rpc_handlers((Service(worker, lambda: certificates.authorities, options.calls).handlers(),))
-        address = bind(server, options.listen, certificates.credentials())
+        address = await bind_port(server, options.listen, certificates, worker)
         await server.start()
         handle_signals(ended, certificates)
         announce(worker, address)
@@ -3503,8 +3724,18 @@ async def serve(options: ServeOptions) -> int:
     return 0
 
 
-def count_of(number: int, one: str, more: str) -> str:
-    return f"{number} {one if number == 1 else more}"
+async def bind_port(
+    server: grpc.aio.Server, listen: tuple[str, int], certificates: ServerCertificates, worker: Worker
+) -> str:
+    """Listen as `bind` does. A job of this server that took the port while no server held it is stopped."""
+    try:
+        return bind(server, listen, certificates.credentials())
+    except JobWorkerError:
+        held = await worker.stop_holders_of(listen[1])
+        if not held:
+            raise
+    say(f"stopped job {', '.join(held)}: it held the port {listen[1]} of this server")
+    return bind(server, listen, certificates.credentials())
 
 
 def bind(server: grpc.aio.Server, listen: tuple[str, int], credentials: grpc.ServerCredentials) -> str:
@@ -4017,9 +4248,21 @@ KEEPING_OPTIONS: list[Row] = [
     ("--max-jobs", as_count, "N", MAX_JOBS, f"jobs that run at the same time (default: {MAX_JOBS})"),
 ]
 OWNER_OPTIONS: list[Row] = [
+    ("--owner-memory", as_bytes, "SIZE", None, "memory of all jobs (default: 75%% of this machine's)"),
+    ("--owner-pids", as_count, "N", None, "processes and threads of all jobs (default: a quarter of pid_max)"),
+    ("--owner-cpu", as_cpus, "CPUS", None, "CPUs of all jobs (default: no bound; owners have equal shares)"),
+    ("--owner-jobs", as_count, "N", None, "jobs that run at the same time (default: a quarter of --max-jobs)"),
     ("--owner-calls", as_count, "N", OWNER_CALLS, f"calls that are open at the same time (default: {OWNER_CALLS})"),
     ("--owner-streams", as_count, "N", OWNER_STREAMS, f"streams that are open (default: {OWNER_STREAMS})"),
 ]
+
+
+MAX_DEFAULTS = {
+    "cpu": "--owner-cpu, or this machine's",
+    "memory": "--owner-memory",
+    "pids": "--owner-pids",
+    "io": "no bound",
+}
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -4031,7 +4274,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits of a job (--X: the default; --max-X: the most that `start` may ask for)")
     for name, kind, default in LIMIT_OPTIONS:
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
-        limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
+        limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: {MAX_DEFAULTS[name]}")
     add_rows(limits, ENDING_OPTIONS)
     add_rows(parser.add_argument_group("bounds of all that one owner has"), OWNER_OPTIONS)
     keep = parser.add_argument_group("retention")
@@ -4058,17 +4301,35 @@ OWNER_NAMES = tuple(flag[2:].replace("-", "_") for flag, *_ in OWNER_OPTIONS)
 def worker_options(options: argparse.Namespace) -> WorkerOptions:
     limits = {name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
     defaults = Limits(**limits)
-    caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
+    owner = owner_limits(options)
+    machine = Limits(cpu=owner.cpu or float(os.cpu_count() or 1), memory=owner.memory, pids=owner.pids, io=NO_BOUND)
+    caps = {name: getattr(options, f"max_{name}") or getattr(machine, name) for name, _, _ in LIMIT_OPTIONS}
     for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs", *OWNER_NAMES):
         if getattr(options, name) == 0:
             raise UsageError(f"--{name.replace('_', '-')} 0 would let nothing run")
+    for name in ("io", "max_io"):
+        if (getattr(options, name) or IO_FLOOR) < IO_FLOOR:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1M a second: below it, a stop would take minutes")
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
         state=pathlib.Path(options.state or default_state()).absolute(),
         without=chosen_without(options.without),
         defaults=defaults,
         caps=Limits(**caps),
+        owner=owner,
         **{name: getattr(options, name) for name in same},
+    )
+
+
+def owner_limits(options: argparse.Namespace) -> OwnerLimits:
+    """The totals of one owner, which default to shares of this machine's (proc_meminfo(5), proc_sys_kernel(5))."""
+    memory = int(re.findall(r"MemTotal:\s+(\d+)", kernel_read("/proc/meminfo"))[0]) * KIB
+    numbers = int(kernel_read("/proc/sys/kernel/pid_max"))
+    return OwnerLimits(
+        cpu=options.owner_cpu or 0.0,
+        memory=options.owner_memory or int(memory * OWNER_MEMORY),
+        pids=options.owner_pids or int(numbers * OWNER_PIDS),
+        jobs=options.owner_jobs or max(1, options.max_jobs // 4),
     )
 
 
