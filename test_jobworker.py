@@ -3401,7 +3401,7 @@ def test_a_job_that_holds_the_server_s_port_is_stopped_when_the_server_starts(st
     server = spawn(state, certs, first := free_port())
     with killed(server, certs, first) as served:
         job = served.start("--", PYTHON, "-c", holds)
-        assert first_line(served, job) == "held"
+        assert first_line(served, job) == b"held\n"
         bystander = served.start("--", "sleep", "1000")
     log = tmp_path / "log"
     with log.open("w") as errors, serving(state, certs, port=port, stderr=errors) as served:
