@@ -78,7 +78,7 @@ descriptor_pb2 = jobworker.Deferred("google.protobuf.descriptor_pb2")
 
 HERE = Path(jobworker.__file__).resolve().parent
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable  # a Python that every user may run
-PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is for root run_client_alone
+PYTHON_FOR_ALL = Path("/usr/bin/python3")  # every user may run it, unlike a Python below /root
 FOR_ALL = None if os.geteuid() else "/var/lib"  # a confined job has its own /tmp, so it sees test files only elsewhere
 PATIENCE = 60  # seconds until a test gives up waiting for an event
 
@@ -3337,7 +3337,7 @@ def text_field(number, text):
 
 
 def fields_of(message):
-    """The fields below 16 of a message, read by their wire types run_client_alone (protobuf.dev, Encoding)."""
+    """The fields below 16 of a message, read by their wire types alone (protobuf.dev, Encoding)."""
     found, position = {}, 0
     while position < len(message):
         tag, size = message[position], message[position + 1]
@@ -5925,7 +5925,7 @@ def test_a_parent_folder_that_another_user_controls_is_refused(tmp_path, owner, 
 def test_the_cache_folder_itself_is_this_user_s_alone(tmp_path, mode):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(mode)
-    with pytest.raises(OSError, match=r"other users can write|does not belong to this user run_client_alone"):
+    with pytest.raises(OSError, match=r"other users can write|does not belong to this user alone"):
         bootstrap.private_folder(str(tmp_path / "cache"))
 
 
