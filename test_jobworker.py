@@ -78,8 +78,8 @@ descriptor_pb2 = jobworker.Deferred("google.protobuf.descriptor_pb2")
 
 HERE = Path(jobworker.__file__).resolve().parent
 PYTHON = shutil.which("python3", path=jobworker.JOB_PATH) or sys.executable  # a Python that every user may run
-PYTHON_FOR_ALL = Path("/usr/bin/python3")  # /root's own is for root alone
-FOR_ALL = None if os.geteuid() else "/var/lib"  # where confined jobs see files of tests: they have a /tmp of their own
+PYTHON_FOR_ALL = Path("/usr/bin/python3")  # every user may run it, unlike a Python below /root
+FOR_ALL = None if os.geteuid() else "/var/lib"  # a confined job has its own /tmp, so it sees test files only elsewhere
 PATIENCE = 60  # seconds until a test gives up waiting for an event
 
 # Commands that jobs run.
@@ -1396,8 +1396,8 @@ def test_limits_end_jobs_while_no_server_runs(state):
 
 
 # --- Confinement ----------------------------------------------------------------------------------------
-# What an owner's job can reach of others, and what is left of it. Each way is tried once by a confined job, and once by
-# a job that is not confined, which must succeed: so a way that never works cannot pass for one that is closed.
+# What a job can reach of other owners, and what it leaves. A confined job tries each attack and must fail. An unconfined
+# job tries it too and must succeed, which shows that the attack itself works.
 
 UNCONFINED = {"without": frozenset({"auto", "confine"})}
 NEIGHBOUR = r"""
@@ -1412,7 +1412,7 @@ for path in (f"/dev/shm/{mark}", f"/tmp/{mark}", f"/var/tmp/{mark}", "secret"):
 print(os.getpid(), flush=True)
 time.sleep(1000)
 """
-WAYS = [  # what an intruder tries, and the account of the unconfined job that can do it
+WAYS = [  # the attack; the account of the unconfined job with which it succeeds
     ("open(f'{state}/home/{uid}/secret').read()", "root"),
     ("os.listdir(f'{state}/home')", "root"),
     ("os.stat(f'{state}/home/{uid}')", ""),
@@ -1458,7 +1458,7 @@ for way in sys.argv[2:]:
 
 
 async def ways_that_work(state, certs, mark, ways, run_as="", **options):
-    """Which of these ways to reach bob's job and the server a job has. `run_as`: it runs as this account."""
+    """The attacks on bob's job and on the server that succeed from a job. `run_as` is the account of that job."""
     key = int(mark[-7:], 16)
     async with worker_on(state, hidden=(str(certs),), **options) as worker:
         job = await start_id(worker, JobRequest(str(PYTHON_FOR_ALL), ("-c", NEIGHBOUR, mark, str(key)), owner="bob"))
@@ -1476,7 +1476,7 @@ async def ways_that_work(state, certs, mark, ways, run_as="", **options):
 
 @pytest.fixture
 def secrets(mark):
-    """A folder of certificates in a place where every user passes; and what unconfined jobs leave is removed."""
+    """A folder of certificates below a folder that every user may enter. Removes what unconfined jobs leave."""
     with tempfile.TemporaryDirectory(prefix="jobworker-secrets-", dir="/var/lib") as folder:
         os.chmod(folder, 0o755)
         for name, mode in (("a.pem", 0o644), ("a.key", 0o600)):
@@ -1494,9 +1494,7 @@ def secrets(mark):
 @pytest.mark.tree
 @pytest.mark.parametrize("parent", ["/tmp", "/var/tmp", "/var/lib"])
 @in_loop
-async def test_a_confined_job_reaches_nothing_of_another_owner_s_job_or_of_the_server(
-    nothing_is_left, mark, secrets, parent
-):
+async def test_a_confined_job_cannot_reach_another_owner_s_job_or_the_server(nothing_is_left, mark, secrets, parent):
     state = new_state(nothing_is_left, parent)
     assert await ways_that_work(state, secrets, mark, [way for way, _ in WAYS]) == []
 
@@ -1504,7 +1502,7 @@ async def test_a_confined_job_reaches_nothing_of_another_owner_s_job_or_of_the_s
 @as_root
 @pytest.mark.tree
 @in_loop
-async def test_a_job_that_is_not_confined_reaches_what_a_confined_one_does_not(state, mark, secrets):
+async def test_an_unconfined_job_can_reach_what_a_confined_job_cannot(state, mark, secrets):
     for account in ("", "root"):
         ways = [way for way, control in WAYS if control == account and ("tree" not in way or trees_can_be_made())]
         assert await ways_that_work(state, secrets, mark, ways, account, **UNCONFINED) == ways
@@ -1532,7 +1530,7 @@ print(os.getppid(), flush=True)
 
 @as_root
 @pytest.mark.parametrize("end", ["by itself", "stop", "lost", "server killed"])
-def test_nothing_of_a_job_is_left_after_it(state, mark, end):
+def test_a_job_leaves_nothing_behind(state, mark, end):
     last = "" if end == "by itself" else "time.sleep(1000)"
     words = (str(PYTHON_FOR_ALL), ("-c", f"import time\n{LITTERS}{last}", mark, str(int(mark[-7:], 16))))
     mounts = Path("/proc/self/mountinfo").read_text()
@@ -1568,7 +1566,7 @@ def test_nothing_of_a_job_is_left_after_it(state, mark, end):
 
 @as_root
 @in_loop
-async def test_a_confined_job_can_gain_no_privilege_and_sees_its_own_processes(state):
+async def test_a_confined_job_cannot_gain_a_privilege_and_sees_only_its_own_processes(state):
     script = (
         "grep -E 'CapBnd|NoNewPrivs' /proc/self/status; sleep 1000 & cat /proc/$!/cmdline; echo x > /tmp/x; df /dev/shm"
     )
@@ -1579,7 +1577,7 @@ async def test_a_confined_job_can_gain_no_privilege_and_sees_its_own_processes(s
 
 @as_root
 @in_loop
-async def test_a_job_that_runs_as_an_account_is_confined_only_if_it_asks_for_it(state):
+async def test_a_job_with_run_as_is_confined_only_if_its_request_says_so(state):
     script = "grep NoNewPrivs /proc/self/status"
     async with worker_on(state) as worker:
         for asked in (False, True):
@@ -1598,24 +1596,24 @@ WITHOUT_ADMIN = ("setpriv", "--bounding-set", "-sys_admin")
 
 
 @as_root
-def test_a_machine_that_cannot_confine_jobs_is_refused_by_name_unless_it_is_not_needed(state):
-    told = in_server(state, "print('served')", wrapper=WITHOUT_ADMIN, status=1, options={"without": LIMITLESS})
+def test_serve_on_a_machine_that_cannot_confine_jobs_is_refused_unless_without_lists_it(state):
+    printed = in_server(state, "print('served')", wrapper=WITHOUT_ADMIN, status=1, options={"without": LIMITLESS})
     assert re.search(
         r"^refused: this machine cannot confine jobs: a mount and an IPC namespace: Operation not permitted; "
         "use `--without confine`",
-        told,
+        printed,
         re.MULTILINE,
     )
     for without in (LIMITLESS | {"confine"}, LIMITLESS | {"auto"}):
         body = "print(*worker.notes()); print(await output((await worker.start(JobRequest('echo', ('ran',)))).id))"
-        told = in_server(state, body, wrapper=WITHOUT_ADMIN, options={"without": without})
-        assert "it is not confined" in told
-        assert "b'ran\\n'" in told
+        printed = in_server(state, body, wrapper=WITHOUT_ADMIN, options={"without": without})
+        assert "it is not confined" in printed
+        assert "b'ran\\n'" in printed
 
 
 @as_root
 @in_loop
-async def test_a_step_of_the_confinement_that_fails_is_named(state, tmp_path):
+async def test_the_error_for_a_failed_step_of_the_confinement_names_the_step(state, tmp_path):
     broken = altered_copy(tmp_path, "return steps + [", 'steps.append(mount_step("nowhere", "/proc"))')
     with pytest.raises(broken.JobWorkerError, match="cannot confine jobs: a mount at /proc: No such file"):
         async with broken.Worker(broken.WorkerOptions(state, without=LIMITLESS)):
@@ -1630,7 +1628,7 @@ async def test_a_step_of_the_confinement_that_fails_is_named(state, tmp_path):
 @as_root
 @pytest.mark.parametrize("confined", [True, False])
 @in_loop
-async def test_a_failed_start_does_not_tell_what_is_in_a_folder_that_the_job_cannot_read(state, confined):
+async def test_the_error_of_a_failed_start_does_not_reveal_files_that_the_job_cannot_read(state, confined):
     with tempfile.TemporaryDirectory(prefix="jobworker-closed-", dir="/var/lib") as closed:
         os.chmod(closed, 0o700)
         Path(closed, "program").write_text("#!/nowhere\n")
@@ -1676,7 +1674,7 @@ async def test_two_state_folders_never_give_the_same_uids(nothing_is_left, tmp_p
 
 @as_root
 @in_loop
-async def test_a_state_folder_whose_uids_another_one_has_is_refused(nothing_is_left, tmp_path, monkeypatch):
+async def test_a_state_folder_with_the_uids_of_another_one_is_refused(nothing_is_left, tmp_path, monkeypatch):
     monkeypatch.setattr(jobworker, "UID_CLAIMS", str(tmp_path / "claims"))
     state, copy = new_state(nothing_is_left), new_state(nothing_is_left)
     async with worker_on(state) as worker:
@@ -3101,13 +3099,17 @@ MESSAGES = {  # every message: the number and the type of every field
         "timeout": (8, "optional double"),
         "max_output": (9, "optional uint64"),
         "run_as": (10, "string"),
-        "env": (11, "repeated message"),
+        "env": (11, "map<string, string>"),
         "cwd": (12, "string"),
         "name": (13, "string"),
         "confine": (16, "bool"),
     },
     "StartJobResponse": {"ID": (1, "string")},
-    "StopJobRequest": {"id": (1, "string"), "signal": (2, "string"), "grace": (3, "double")},
+    "StopJobRequest": {
+        "id": (1, "string"),
+        "signal": (2, "string"),
+        "grace": (3, "double"),
+    },
     "StopJobResponse": {},
     "GetStatusRequest": {"id": (1, "string"), "wait": (2, "bool")},
     "GetStatusResponse": {
@@ -3162,9 +3164,13 @@ MESSAGES = {  # every message: the number and the type of every field
 ENUMS = {"Status": {"RUNNING": 0, "STOPPED": 1, "FINISHED": 2}}
 
 
-def field_type(field):
+def field_type(message, field):
     """The type of a FieldDescriptorProto as a .proto file writes it; `enum` for every enum."""
     kind = field.Type.Name(field.type).removeprefix("TYPE_").lower()
+    for entry in message.nested_type:
+        if entry.options.map_entry and field.type_name.endswith(f".{message.name}.{entry.name}"):
+            key, value = (field_type(entry, each) for each in entry.field)
+            return f"map<{key}, {value}>"
     if field.label == field.LABEL_REPEATED:
         return f"repeated {kind}"
     return f"optional {kind}" if field.proto3_optional else kind
@@ -3185,7 +3191,7 @@ def test_every_call_message_field_and_enum_value_of_the_contract_is_unchanged():
     } == CALLS
     assert not any(call.client_streaming for call in service.method)
     messages = {
-        message.name: {field.name: (field.number, field_type(field)) for field in message.field}
+        message.name: {field.name: (field.number, field_type(message, field)) for field in message.field}
         for message in file.message_type
     }
     assert messages == MESSAGES
@@ -3193,18 +3199,20 @@ def test_every_call_message_field_and_enum_value_of_the_contract_is_unchanged():
 
 
 def test_the_server_answers_every_call_of_the_contract(shared):
-    """A call without a handler would be UNIMPLEMENTED."""
-    assert listed(shared, prefix="no id") == []  # it has no field that could be refused
+    """A call without a handler would be UNIMPLEMENTED. Each of these has an id that is none, where it has one."""
     for name, (request, reply, streams) in CALLS.items():
-        if name == "ListJobs":
-            continue
         message = getattr(pb, request)(**({"id": "no id"} if "id" in MESSAGES[request] else {}))
+        path = f"/proto.WorkerService/{name}", type(message).SerializeToString, getattr(pb, reply).FromString
         with channel_to(shared, role="admin") as channel:
-            make = channel.unary_stream if streams else channel.unary_unary
-            start = make(f"/proto.WorkerService/{name}", type(message).SerializeToString, getattr(pb, reply).FromString)
-            with pytest.raises(grpc.RpcError) as refused:
-                list(start(message, timeout=PATIENCE)) if streams else start(message, timeout=PATIENCE)
-        assert refused.value.code().name == "INVALID_ARGUMENT", name
+            try:
+                if streams:
+                    list(channel.unary_stream(*path)(message, timeout=PATIENCE))
+                else:
+                    channel.unary_unary(*path)(message, timeout=PATIENCE)
+                status = "OK"
+            except grpc.RpcError as error:
+                status = error.code().name
+        assert status == ("INVALID_ARGUMENT" if "id" in MESSAGES[request] else "OK"), name
 
 
 def test_a_client_with_only_the_generated_stubs_works(shared):
@@ -3981,7 +3989,7 @@ def fds_of(served):
 
 
 def watches_of(served):
-    """The inotify watches of a server's jobs (proc_pid_fdinfo(5)); one more is on its folder of certificates."""
+    """The number of inotify watches on a server's jobs (proc_pid_fdinfo(5)), without the one on its certificates."""
     return sum(text.count("inotify wd:") for text in read_descriptors(served, "fdinfo", Path.read_text)) - 1
 
 
@@ -4866,9 +4874,9 @@ def test_an_unreadable_folder_is_refused_and_not_changed(certs, tmp_path):
 
 
 # --- A certificate's life -------------------------------------------------------------------------------
-# What is wrong with a certificate is told; a certificate is made, renewed, revoked, and ends.
+# A certificate is made, renewed, revoked, and ends. Each weakness has its own error.
 
-SERIAL_ONE = "1.2.840.10070.8.2"  # as long as the roles' own OID, so that one can be patched into the other
+SERIAL_ONE = "1.2.840.10070.8.2"  # as long as ROLES_OID, so that it can replace it in the bytes
 
 
 def der(tag, content):
@@ -4879,7 +4887,7 @@ def der(tag, content):
 
 
 def signed_anew(authority, made, body):
-    """A certificate with another body, which its authority signs: what no library would make."""
+    """A certificate with another body, signed again. No library makes such certificates."""
     signature = authority.key.sign(body, ec.ECDSA(hashes.SHA256()))
     algorithm = der(0x30, bytes.fromhex("06082a8648ce3d040302"))
     whole = der(0x30, body + algorithm + der(0x03, b"\0" + signature))
@@ -4887,7 +4895,7 @@ def signed_anew(authority, made, body):
 
 
 def client_builder(authority, *, key=None, roles=USER_ROLE, critical=False, more=(), days=99):
-    """A client's certificate that waits for its signature, and its key."""
+    """The builder of a client's certificate, and its key."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mallory")])
     builder = certificate_builder(authority, name, key.public_key(), -1, days)
@@ -4918,7 +4926,7 @@ def rsa_leaf(authority, bits):
 
 
 def below_team(authority, folder, bits, digest):
-    """A client of an authority that is below the authority: its RSA key has `bits`, and signs with `digest`."""
+    """A client of an intermediate authority whose RSA key has `bits` and signs with `digest`."""
     issue_with_openssl(folder, "team", "client-ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\n",
             key=("-algorithm", "RSA", "-pkeyopt", f"rsa_keygen_bits:{bits}"))  # fmt: skip
     issue_with_openssl(folder, "carol", "team", f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:user\n",
@@ -4926,7 +4934,7 @@ def below_team(authority, folder, bits, digest):
     return (folder / "carol.key").read_bytes(), (folder / "carol.pem").read_bytes() + (folder / "team.pem").read_bytes()
 
 
-WEAK = [  # what is wrong; how it is made; what its sentence says
+WEAK = [  # the weakness; a function that makes such a certificate; part of the error
     ("twice the roles", lambda a, _: twice_the_roles(a), "more than one extension"),
     ("an RSA leaf of 1024 bits", lambda a, _: rsa_leaf(a, 1024), "RSA key of 1024 bits"),
     ("an authority of RSA 1024 below", lambda a, f: below_team(a, f, 1024, "sha256"), "RSA key of 1024 bits"),
@@ -4946,21 +4954,21 @@ def authenticated(pem, chain, authorities):
     return jobworker.authenticate(tls, jobworker.Trust(authorities))
 
 
-@pytest.mark.parametrize(("wrong", "make", "told"), WEAK, ids=[row[0] for row in WEAK])
-def test_what_is_wrong_with_a_certificate_is_told_in_a_sentence_of_its_own(shared, tmp_path, wrong, make, told):
+@pytest.mark.parametrize(("weakness", "make", "message"), WEAK, ids=[row[0] for row in WEAK])
+def test_each_weakness_of_a_certificate_has_its_own_error(shared, tmp_path, weakness, make, message):
     for name in ("client-ca.pem", "client-ca.key"):
         shutil.copy(shared.certs / name, tmp_path)
     key, pem = make(jobworker.load_authority(shared.certs, "client-ca"), tmp_path)
     status, sentence = call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID), (key, pem))
     leaf, *chain = re.findall(rb"-----BEGIN.*?END CERTIFICATE-----\n", pem, re.DOTALL)
-    with pytest.raises(jobworker.DeniedError, match=told):
+    with pytest.raises(jobworker.DeniedError, match=message):
         authenticated(leaf, b"".join(chain), (shared.certs / "client-ca.pem").read_bytes())
     if status != "UNAVAILABLE":  # TLS itself refused it
-        assert (status, told in sentence) == ("PERMISSION_DENIED", True)
+        assert (status, message in sentence) == ("PERMISSION_DENIED", True)
         assert jobworker.printable(sentence) == sentence
 
 
-def test_a_critical_roles_extension_is_refused_and_the_client_names_this_cause(shared, tmp_path):
+def test_a_critical_roles_extension_is_refused_and_the_client_s_error_names_it(shared, tmp_path):
     authority = jobworker.load_authority(shared.certs, "client-ca")
     builder, key = client_builder(authority, critical=True)
     pem = jobworker.to_pem(builder.sign(authority.key, hashes.SHA256()))
@@ -4974,8 +4982,8 @@ def test_a_critical_roles_extension_is_refused_and_the_client_names_this_cause(s
     one_sentence(done, f"refuses {tmp_path}/mallory.pem", "critical")
 
 
-def test_a_renewed_strong_authority_below_makes_up_for_a_weak_twin(shared, tmp_path):
-    """One chain that is strong is enough: another that is weak takes nothing away."""
+def test_a_client_with_a_strong_and_a_weak_chain_is_accepted(shared, tmp_path):
+    """One strong chain is enough."""
     for name in ("client-ca.pem", "client-ca.key"):
         shutil.copy(shared.certs / name, tmp_path)
     authority = jobworker.load_authority(shared.certs, "client-ca")
@@ -4985,7 +4993,7 @@ def test_a_renewed_strong_authority_below_makes_up_for_a_weak_twin(shared, tmp_p
 
 
 @functools.cache
-def any_authority():
+def cached_authority():
     return jobworker.issue_authority("any")
 
 
@@ -5000,7 +5008,7 @@ HOSTILE = st.one_of(
 
 
 def grants(value):
-    """What a value of the roles extension grants, by another way than the module's."""
+    """The roles in a value of the roles extension, decoded without the module."""
     words = value[2:].decode("ascii", "replace").split(",")
     exact = len(value) in range(3, 130) and value[:2] == bytes([0x0C, len(value) - 2])
     return frozenset(words) if exact and set(words) <= {"admin", "user"} else frozenset()
@@ -5013,8 +5021,8 @@ def test_hostile_der_in_the_roles_never_raises_and_never_grants(value):
 
 
 @functools.cache
-def a_whole_certificate():
-    authority = any_authority()
+def complete_certificate():
+    authority = cached_authority()
     builder, _ = client_builder(authority, roles=b"\x0c\x04user" + b"x" * 40)
     return builder.sign(authority.key, hashes.SHA256())
 
@@ -5023,8 +5031,8 @@ def a_whole_certificate():
 @settings(max_examples=10_000, deadline=None)
 @given(HOSTILE.map(lambda value: value[:46].ljust(46, b"\0")), st.booleans(), st.integers(0, 600), st.integers(0, 255))
 def test_a_hostile_certificate_never_raises_and_never_grants(value, flip, position, byte):
-    """A certificate is rewritten around its roles, or in any byte; the authority has signed none of it."""
-    whole = a_whole_certificate().public_bytes(jobworker.serialization.Encoding.DER)
+    """The roles or any byte of a certificate are changed. Its signature then fits no longer."""
+    whole = complete_certificate().public_bytes(jobworker.serialization.Encoding.DER)
     made = bytearray(whole.replace(b"\x0c\x04user" + b"x" * 40, value))
     if flip:
         made[position % len(made)] = byte
@@ -5032,13 +5040,13 @@ def test_a_hostile_certificate_never_raises_and_never_grants(value, flip, positi
     if bytes(made) == whole:
         return
     with pytest.raises(jobworker.DeniedError):
-        authenticated(pem, b"", any_authority().certificate_pem())
+        authenticated(pem, b"", cached_authority().certificate_pem())
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "a\x7f", "a\x85b", "\u202eadmin", "a\u2028b"], ids=repr)
-def test_no_identity_is_made_whose_name_has_control_characters(certs, tmp_path, name):
+def test_an_identity_with_control_characters_in_its_name_is_refused(certs, tmp_path, name):
     with pytest.raises(jobworker.UsageError, match="control character"):
-        jobworker.issue_identity(any_authority(), name, ["user"])
+        jobworker.issue_identity(cached_authority(), name, ["user"])
     folder = Path(shutil.copytree(certs, tmp_path / "certs"))
     done = Served(None, 0, folder).run("identity", name)
     one_sentence(done, "control character", status=2)
@@ -5048,8 +5056,8 @@ def own_folder(certs, tmp_path):
     return Path(shutil.copytree(certs, tmp_path / "certs"))
 
 
-def words_of(folder, *words, status=0):
-    """A command of the server's folder; what it printed."""
+def run_in_folder(folder, *words, status=0):
+    """Run a verb on the server's folder of certificates and return what it printed."""
     done = Served(None, 0, folder).run(*words)
     assert (done.returncode, done.stderr) == (status, ""), done.stderr
     return done.stdout
@@ -5061,7 +5069,7 @@ def line_with(served, word):
 
 @contextlib.contextmanager
 def open_stream(served, role="user", identity=None):
-    """A stream of a job that goes on, after its first bytes; the call, and the job."""
+    """The stream of a running job after its first bytes, and the job's id."""
     with channel_to(served, identity, role) as channel:
         job = ask(channel, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", WAITS])).ID
         path = "/proto.WorkerService/GetOutputStream"
@@ -5071,26 +5079,26 @@ def open_stream(served, role="user", identity=None):
         yield chunks, job
 
 
-def how_it_ended(chunks):
-    """The status and the sentence with which a stream ended."""
+def stream_failure(chunks):
+    """The status and the message with which a stream failed."""
     with pytest.raises(grpc.RpcError) as ended:
         for _ in chunks:
             pass
     return ended.value.code().name, ended.value.details()
 
 
-def test_a_revoked_client_is_refused_and_cut_off_in_mid_stream_without_a_reload(state, certs, tmp_path):
+def test_a_revocation_ends_the_client_s_streams_and_calls_without_a_reload(state, certs, tmp_path):
     folder = own_folder(certs, tmp_path)
     with (
         serving(state, folder, stderr=subprocess.PIPE) as served,
         open_stream(served) as (chunks, job),
         open_stream(served, "user2") as (others, other),
     ):
-        told = words_of(folder, "revoke", "user")
+        printed = run_in_folder(folder, "revoke", "user")
         began = time.monotonic()
-        assert how_it_ended(chunks) == ("PERMISSION_DENIED", "the client's certificate of 'user' is revoked")
+        assert stream_failure(chunks) == ("PERMISSION_DENIED", "the client's certificate of 'user' is revoked")
         print(f"cut off after {time.monotonic() - began:.3f} s")
-        assert f"revoked user: {serial_of(folder, 'user')}" in told
+        assert f"revoked user: {serial_of(folder, 'user')}" in printed
         assert "1 entry" in line_with(served, "the revocation list")
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "PERMISSION_DENIED"
         assert call(served, "StopJob", pb.StopJobRequest(id=other), role="user2") == pb.StopJobResponse()
@@ -5113,18 +5121,18 @@ def openssl_list(folder, *names):
     openssl("ca", *signer, "-gencrl", "-out", folder / "client-crl.pem")
 
 
-def test_openssl_s_own_list_is_in_force_and_revoke_keeps_its_entries(state, certs, tmp_path):
+def test_a_revocation_list_made_by_openssl_is_used_and_revoke_keeps_its_entries(state, certs, tmp_path):
     folder = own_folder(certs, tmp_path)
     with serving(state, folder, stderr=subprocess.PIPE) as served, open_stream(served) as (chunks, job):
         openssl_list(folder, "user")
-        assert how_it_ended(chunks)[0] == "PERMISSION_DENIED"
+        assert stream_failure(chunks)[0] == "PERMISSION_DENIED"
         line_with(served, "the revocation list is read again")
-        words_of(folder, "revoke", str(folder / "user2.pem"))
+        run_in_folder(folder, "revoke", str(folder / "user2.pem"))
         assert "2 entries" in line_with(served, "the revocation list is read again")
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job), role="user2")[0] == "PERMISSION_DENIED"
         assert call(served, "StopJob", pb.StopJobRequest(id=job), role="admin") == pb.StopJobResponse()
-    told = openssl("crl", "-in", folder / "client-crl.pem", "-CAfile", folder / "client-ca.pem", "-noout", "-text")
-    assert all(serial_of(folder, name).upper().encode() in told for name in ("user", "user2"))
+    printed = openssl("crl", "-in", folder / "client-crl.pem", "-CAfile", folder / "client-ca.pem", "-noout", "-text")
+    assert all(serial_of(folder, name).upper().encode() in printed for name in ("user", "user2"))
     with serving(state, folder) as served:  # and at a start
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "PERMISSION_DENIED"
 
@@ -5147,38 +5155,40 @@ BAD_LISTS = [
 ]
 
 
-@pytest.mark.parametrize(("what", "content", "told"), BAD_LISTS, ids=[row[0] for row in BAD_LISTS])
-def test_an_unreadable_list_keeps_the_last_one_and_says_so(state, certs, tmp_path, what, content, told):
+@pytest.mark.parametrize(("fault", "content", "message"), BAD_LISTS, ids=[row[0] for row in BAD_LISTS])
+def test_an_unreadable_revocation_list_is_logged_and_the_last_one_stays_in_force(
+    state, certs, tmp_path, fault, content, message
+):
     folder = own_folder(certs, tmp_path)
-    words_of(folder, "revoke", serial_of(folder, "user"))
+    run_in_folder(folder, "revoke", serial_of(folder, "user"))
     bad = content(folder)
     with serving(state, folder, stderr=subprocess.PIPE) as served:
         if bad is None:
             (folder / "client-crl.pem").unlink()
         else:
             jobworker.write_file(folder / "client-crl.pem", bad, 0o644)
-        assert told in line_with(served, "the revocation list stays as it was")
+        assert message in line_with(served, "the revocation list stays as it was")
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "PERMISSION_DENIED"
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="user2")[0] == "NOT_FOUND"
     if bad is not None:
-        one_sentence(serve_once(folder, state), told)
+        one_sentence(serve_once(folder, state), message)
 
 
-def test_a_new_alice_works_after_the_revocation_of_the_old_and_keeps_her_jobs(state, certs, tmp_path):
+def test_a_new_certificate_of_a_revoked_name_works_and_owns_the_old_jobs(state, certs, tmp_path):
     folder = own_folder(certs, tmp_path)
-    words_of(folder, "identity", "alice")
+    run_in_folder(folder, "identity", "alice")
     with serving(state, folder, stderr=subprocess.PIPE) as served:
         job = served.start("id", "-u", role="alice")
         uid = served.run("stream", job, role="alice").stdout
-        words_of(folder, "revoke", "alice")
+        run_in_folder(folder, "revoke", "alice")
         line_with(served, "the revocation list is read again")
         one_sentence(served.run("status", job, role="alice"), "is revoked")
-        words_of(folder, "identity", "alice")
+        run_in_folder(folder, "identity", "alice")
         assert served.run("stream", job, role="alice").stdout == uid
         assert served.run("stream", served.start("id", "-u", role="alice"), role="alice").stdout == uid
 
 
-def test_what_cannot_be_revoked_is_told_in_a_sentence(certs, tmp_path):
+def test_a_revocation_that_is_not_possible_is_refused_in_one_sentence(certs, tmp_path):
     folder = own_folder(certs, tmp_path)
     served = Served(None, 0, folder)
     one_sentence(served.run("revoke", "stranger"), "no certificate of 'stranger'", "identity --list")
@@ -5188,17 +5198,17 @@ def test_what_cannot_be_revoked_is_told_in_a_sentence(certs, tmp_path):
     assert not (folder / "client-crl.pem").exists()
 
 
-def test_an_expiry_ends_an_open_stream(shared):
+def test_an_expired_certificate_ends_an_open_stream(shared):
     identity = certificate(jobworker.load_authority(shared.certs, "client-ca"), days=5 / 86400)
     with open_stream(shared, identity=identity) as (chunks, job):
-        assert how_it_ended(chunks) == (
+        assert stream_failure(chunks) == (
             "PERMISSION_DENIED",
             "the client's certificate, or an authority behind it, is out of date",
         )
         assert call(shared, "StopJob", pb.StopJobRequest(id=job), role="admin") == pb.StopJobResponse()
 
 
-def test_an_authority_s_removal_at_a_reload_ends_its_clients_streams(state, certs, tmp_path):
+def test_a_reload_without_an_authority_ends_the_streams_of_its_clients(state, certs, tmp_path):
     folder = own_folder(certs, tmp_path)
     second = jobworker.issue_authority("second")
     jobworker.write_pair(folder, "new", jobworker.issue_identity(second, "new", ["user"]))
@@ -5211,24 +5221,24 @@ def test_an_authority_s_removal_at_a_reload_ends_its_clients_streams(state, cert
     ):
         (folder / "client-ca.pem").write_bytes(second.certificate_pem())
         assert "are read again" in reload(served)
-        status, sentence = how_it_ended(chunks)
+        status, sentence = stream_failure(chunks)
         assert (status, "not from an authority" in sentence) == ("PERMISSION_DENIED", True)
         assert call(served, "StopJob", pb.StopJobRequest(id=other), role="new") == pb.StopJobResponse()
         assert list(others) == []
 
 
 def table_of(text):
-    """The rows of a printed table, by their columns."""
+    """The rows of a printed table, each a dictionary by column."""
     head, *rows = (re.split(r"  +", line.strip()) for line in text.splitlines())
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def test_identities_are_listed_with_roles_serials_days_and_revocation(certs, tmp_path):
     folder = own_folder(certs, tmp_path)
-    words_of(folder, "identity", "alice", "--days", "10")
-    words_of(folder, "revoke", "user2")
-    words_of(folder, "revoke", "00:11:22:33:44")
-    rows = table_of(words_of(folder, "identity", "--list"))
+    run_in_folder(folder, "identity", "alice", "--days", "10")
+    run_in_folder(folder, "revoke", "user2")
+    run_in_folder(folder, "revoke", "00:11:22:33:44")
+    rows = table_of(run_in_folder(folder, "identity", "--list"))
     by_name = {row["NAME"]: row for row in rows}
     assert {name: (row["ROLES"], row["REVOKED"]) for name, row in by_name.items()} == {
         "user": ("user", "no"), "admin": ("admin", "no"), "user2": ("user", "yes"), "alice": ("user", "no"), "-": ("-", "yes"),
@@ -5243,46 +5253,46 @@ def test_a_renewed_identity_has_a_new_key_and_serial_the_same_roles_and_can_be_r
     state, certs, tmp_path
 ):
     folder = own_folder(certs, tmp_path)
-    words_of(folder, "identity", "chief", "--admin")
+    run_in_folder(folder, "identity", "chief", "--admin")
     old = key_and_certificate(folder, "chief")
-    words_of(folder, "identity", "chief", "--renew")
+    run_in_folder(folder, "identity", "chief", "--renew")
     new = key_and_certificate(folder, "chief")
     assert old[0] != new[0]
-    rows = [row for row in table_of(words_of(folder, "identity", "--list")) if row["NAME"] == "chief"]
+    rows = [row for row in table_of(run_in_folder(folder, "identity", "--list")) if row["NAME"] == "chief"]
     assert len({row["SERIAL"] for row in rows}) == 2
     assert {row["ROLES"] for row in rows} == {"admin"}
     with serving(state, folder) as served:
         for pair in (old, new):
             assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), pair)[0] == "NOT_FOUND"
-        words_of(folder, "revoke", "chief")
+        run_in_folder(folder, "revoke", "chief")
         for pair in (old, new):
             until(lambda: call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), pair)[0] == "PERMISSION_DENIED")  # noqa: B023
 
 
-@pytest.mark.parametrize(("words", "status", "told"), [
+@pytest.mark.parametrize(("words", "status", "message"), [
     (("identity", "user2"), 1, "`identity user2 --renew`"), (("identity", "stranger", "--renew"), 1, "no certificate of 'stranger'"),
     (("identity", "x", "--days", "0"), 2, "from 1 to 3650"), (("identity", "x", "--days", "9999"), 2, "from 1 to 3650"),
     (("identity",), 2, "cannot name"), (("identity", "issued"), 2, "cannot name"), (("identity", "client-crl"), 2, "cannot name"),
     (("identity", "server", "--renew"), 2, "cannot name"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
-def test_an_identity_that_cannot_be_made_is_told_in_a_sentence(certs, tmp_path, words, status, told):
+def test_an_identity_that_cannot_be_made_is_refused_in_one_sentence(certs, tmp_path, words, status, message):
     folder = own_folder(certs, tmp_path)
     before = contents(folder)
-    one_sentence(Served(None, 0, folder).run(*words), told, status=status)
+    one_sentence(Served(None, 0, folder).run(*words), message, status=status)
     assert contents(folder) == before
 
 
 def test_the_identities_of_the_folder_itself_can_be_renewed(certs, tmp_path):
     folder = own_folder(certs, tmp_path)
     before = serial_of(folder, "user")
-    words_of(folder, "identity", "user", "--renew")
+    run_in_folder(folder, "identity", "user", "--renew")
     assert serial_of(folder, "user") != before
     assert {before, serial_of(folder, "user")} <= {
-        row["SERIAL"] for row in table_of(words_of(folder, "identity", "--list"))
+        row["SERIAL"] for row in table_of(run_in_folder(folder, "identity", "--list"))
     }
 
 
-def server_that_ends_in(folder, days):
+def shorten_server_certificate(folder, days):
     """Replace server.pem by one that ends in some days."""
     authority = jobworker.load_authority(folder, "server-ca")
     names = [(x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.DNSName("box.example")]), False)]
@@ -5293,7 +5303,7 @@ def server_that_ends_in(folder, days):
 @pytest.mark.parametrize("days", [-0.5, 1, 29.9])
 def test_serve_renews_its_certificate_at_a_start_with_the_same_names_and_key(state, certs, tmp_path, days):
     folder = own_folder(certs, tmp_path)
-    server_that_ends_in(folder, days)
+    shorten_server_certificate(folder, days)
     key = (folder / "server.key").read_bytes()
     with serving(state, folder, stderr=subprocess.PIPE) as served:
         assert served.run("status", ID).stderr == f"jobworker: there is no job {ID}\n"
@@ -5306,7 +5316,7 @@ def test_serve_renews_its_certificate_at_a_start_with_the_same_names_and_key(sta
 
 def test_serve_renews_its_certificate_while_it_runs(state, certs, tmp_path):
     folder = own_folder(certs, tmp_path)
-    server_that_ends_in(folder, 30 + 4 / 86400)
+    shorten_server_certificate(folder, 30 + 4 / 86400)
     before = (folder / "server.pem").read_text().strip()
     with serving(state, folder, stderr=subprocess.PIPE) as served, open_stream(served) as (chunks, job):
         assert "made a new" in line_with(served, "server.pem")
@@ -5315,9 +5325,9 @@ def test_serve_renews_its_certificate_while_it_runs(state, certs, tmp_path):
         assert list(chunks) == []
 
 
-def test_a_server_that_cannot_renew_warns_of_the_end(state, certs, tmp_path):
+def test_a_server_that_cannot_renew_its_certificate_warns_before_the_end(state, certs, tmp_path):
     folder = own_folder(certs, tmp_path)
-    server_that_ends_in(folder, 20)
+    shorten_server_certificate(folder, 20)
     (folder / "server-ca.key").unlink()
     before = (folder / "server.pem").read_bytes()
     with serving(state, folder, stderr=subprocess.PIPE) as served:
@@ -5326,14 +5336,14 @@ def test_a_server_that_cannot_renew_warns_of_the_end(state, certs, tmp_path):
 
 
 def bundle_for(folder, name, server, *words):
-    """One file, as `identity NAME --bundle` prints it."""
+    """The one file that `identity NAME --bundle` prints."""
     done = Served(None, 0, folder).run("identity", name, "--bundle", server, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def alone(folder, *words, umask=0o077, script='exec "$@"', **more):
-    """A client in a folder of its own that knows of no server and of no certificates."""
+def run_client_alone(folder, *words, umask=0o077, script='exec "$@"', **more):
+    """Run a client in this folder, without a variable that names a server or certificates."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("JOBWORKER_")}
     return subprocess.run(
         ["sh", "-c", script, "sh", *PROGRAM, *words], cwd=folder, env={**kept, "HOME": str(folder), **more}, umask=umask,
@@ -5341,29 +5351,29 @@ def alone(folder, *words, umask=0o077, script='exec "$@"', **more):
     )  # fmt: skip
 
 
-def test_the_whole_enrolment_is_one_line_and_one_file_is_a_client(shared, tmp_path):
+def test_a_client_is_enrolled_by_one_command_and_needs_one_file(shared, tmp_path):
     server = own_folder(shared.certs, tmp_path)
     home = tmp_path / "empty"
     home.mkdir()
     line = f'"$@" identity alice --certs {server} --bundle {shared.address} > box.pem'
-    done = alone(home, script=line)
+    done = run_client_alone(home, script=line)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert {path.name for path in home.iterdir()} == {"box.pem"}
     assert not list(server.glob("alice*"))
     assert set(re.findall("-----BEGIN (.*)-----", (home / "box.pem").read_text())) == {"PRIVATE KEY", "CERTIFICATE"}
-    started = alone(home, "start", "-r", "box.pem", "echo", "hers")
+    started = run_client_alone(home, "start", "-r", "box.pem", "echo", "hers")
     assert (started.returncode, started.stderr) == (0, "")
     job = started.stdout.split()[-1]
-    assert alone(home, "stream", job, JOBWORKER_IDENTITY="./box.pem").stdout == "hers\n"
+    assert run_client_alone(home, "stream", job, JOBWORKER_IDENTITY="./box.pem").stdout == "hers\n"
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").owner == "alice"
-    elsewhere = alone(home, "status", job, "-r", "./box.pem", "--server", "localhost:1")
+    elsewhere = run_client_alone(home, "status", job, "-r", "./box.pem", "--server", "localhost:1")
     one_sentence(elsewhere, "cannot connect to localhost:1")
-    words_of(server, "revoke", str(home / "box.pem"))
-    rows = table_of(words_of(server, "identity", "--list"))
+    run_in_folder(server, "revoke", str(home / "box.pem"))
+    rows = table_of(run_in_folder(server, "identity", "--list"))
     assert [row["REVOKED"] for row in rows if row["NAME"] == "alice"] == ["yes"]
 
 
-def test_a_bundle_names_the_machine_and_is_renewed_and_a_server_of_other_names_is_warned_of(certs, tmp_path):
+def test_a_bundle_names_its_server_is_renewed_and_warns_of_a_server_without_that_name(certs, tmp_path):
     folder = own_folder(certs, tmp_path)
     done = Served(None, 0, folder).run("identity", "alice", "--bundle")
     assert done.stdout.startswith(f"# jobworker server: {socket.gethostname()}:8010\n")
@@ -5374,7 +5384,7 @@ def test_a_bundle_names_the_machine_and_is_renewed_and_a_server_of_other_names_i
     assert "[::1]:8010" in bundle_for(folder, "bob", "::1")
 
 
-SPOILED = [  # what is done to a client's one file; what is said
+UNUSABLE_BUNDLES = [  # the fault; a function that gives the file this fault; part of the error
     ("no key", lambda text: re.sub("-----BEGIN PRIVATE.*END PRIVATE KEY-----", "", text, flags=re.DOTALL), "is no file of an identity"),
     ("empty", lambda _: "", "is no file of an identity"),
     ("no authority", lambda text: text[: text.index("-----END CERT") + 26], "is no file of an identity"),
@@ -5383,21 +5393,21 @@ SPOILED = [  # what is done to a client's one file; what is said
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "spoil", "told"), SPOILED, ids=[row[0] for row in SPOILED])
-def test_a_spoiled_file_of_an_identity_is_told_in_one_sentence(certs, tmp_path, what, spoil, told):
+@pytest.mark.parametrize(("fault", "spoil", "message"), UNUSABLE_BUNDLES, ids=[row[0] for row in UNUSABLE_BUNDLES])
+def test_the_error_for_an_unusable_bundle_is_one_sentence_that_names_it(certs, tmp_path, fault, spoil, message):
     text = bundle_for(own_folder(certs, tmp_path), "alice", "localhost")
     assert spoil(text) != text
     (tmp_path / "box.pem").write_text(spoil(text))
     (tmp_path / "box.pem").chmod(0o600)
-    one_sentence(alone(tmp_path, "status", ID, "-r", "box.pem"), "box.pem", told)
+    one_sentence(run_client_alone(tmp_path, "status", ID, "-r", "box.pem"), "box.pem", message)
 
 
-def test_a_file_that_openssl_made_in_the_old_form_of_keys_is_a_client_too(shared, tmp_path):
+def test_a_bundle_with_a_key_in_openssl_s_older_format_works(shared, tmp_path):
     key = openssl("ec", "-in", shared.certs / "user.key")  # BEGIN EC PRIVATE KEY
     content = key + b"".join((shared.certs / name).read_bytes() for name in ("user.pem", "server-ca.pem"))
     (tmp_path / "box.pem").write_bytes(content)
     (tmp_path / "box.pem").chmod(0o600)
-    done = alone(tmp_path, "status", ID, "-r", "box.pem", JOBWORKER_SERVER=shared.address)
+    done = run_client_alone(tmp_path, "status", ID, "-r", "box.pem", JOBWORKER_SERVER=shared.address)
     one_sentence(done, f"there is no job {ID}")
 
 
@@ -5412,20 +5422,20 @@ def test_a_key_that_others_can_read_is_refused_by_client_and_server_with_the_rem
     (folder / "client-ca.key").chmod(0o600)
     (tmp_path / "box.pem").write_text(bundle_for(folder, "alice", shared.address))
     (tmp_path / "box.pem").chmod(mode)
-    one_sentence(alone(tmp_path, "status", ID, "-r", "box.pem"), "`chmod 600 box.pem`")
+    one_sentence(run_client_alone(tmp_path, "status", ID, "-r", "box.pem"), "`chmod 600 box.pem`")
     (tmp_path / "box.pem").chmod(0o600)
-    one_sentence(alone(tmp_path, "status", ID, "-r", "box.pem"), f"there is no job {ID}")
+    one_sentence(run_client_alone(tmp_path, "status", ID, "-r", "box.pem"), f"there is no job {ID}")
 
 
 @pytest.mark.parametrize(("days", "warned"), [(20, True), (29, True), (40, False)])
-def test_a_client_warns_once_a_call_before_its_end(shared, tmp_path, days, warned):
+def test_a_client_warns_once_for_each_call_before_its_certificate_ends(shared, tmp_path, days, warned):
     folder = own_folder(shared.certs, tmp_path)
     (tmp_path / "box.pem").write_text(bundle_for(folder, "alice", shared.address, "--days", str(days)))
     (tmp_path / "box.pem").chmod(0o600)
-    told = alone(tmp_path, "status", ID, "-r", "box.pem").stderr.splitlines()
+    printed = run_client_alone(tmp_path, "status", ID, "-r", "box.pem").stderr.splitlines()
     end = datetime.datetime.now(datetime.timezone.utc).date() + datetime.timedelta(days=days)
     warning = f"jobworker: warning: the certificate in box.pem is valid until {end}; on the server, `identity NAME --renew` makes a new one"
-    assert told == [*([warning] if warned else []), f"jobworker: there is no job {ID}"]
+    assert printed == [*([warning] if warned else []), f"jobworker: there is no job {ID}"]
 
 
 DANGEROUS = "".join(
@@ -5441,7 +5451,7 @@ def test_no_control_character_is_printable():
 
 
 class Hostile(grpc.GenericRpcHandler):
-    """A server that answers with what harms a terminal."""
+    """A server whose replies contain control characters."""
 
     def service(self, details):
         reply = {
@@ -5461,7 +5471,7 @@ class Hostile(grpc.GenericRpcHandler):
 
 @pytest.mark.parametrize(("words", "status"), [(("status", ID), 0), (("status", "--json", ID), 0), (("stop", ID), 1), (("start", "x"), 0), (("rm", ID), 1)],
                          ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
-def test_nothing_that_a_hostile_server_says_reaches_the_terminal_raw(certs, words, status):
+def test_control_characters_from_a_hostile_server_are_escaped(certs, words, status):
     pair = key_and_certificate(certs, "server")
     credentials = grpc.ssl_server_credentials([pair], (certs / "client-ca.pem").read_bytes(), True)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
@@ -5968,12 +5978,12 @@ def test_default_folders_are_the_machine_s_for_root_and_the_user_s_own_for_other
         assert done.stdout.strip() == expected, done.stderr
 
 
-# Verbs that people keep: run, list, wait, signal, names, environment, graceful stops
+# The verbs run, list, wait and signal; names of jobs, variables, graceful stops.
 
 TRAPS_INT = "trap 'echo interrupted; exit 7' INT; echo ready; while :; do sleep 0.05; done"
 IGNORES = "trap '' INT TERM; echo ready; while :; do sleep 0.05; done"
 GOES_ON = "trap 'echo noted' INT TERM; echo ready; while :; do sleep 0.05; done"
-RUN_CODES = [  # the words after `run`, its exit code, a word on standard error
+RUN_CODES = [  # the words after `run`; its exit code; a word on standard error
     (("true",), 0, ""),
     (("sh", "-c", "exit 1"), 1, ""),
     (("sh", "-c", "exit 254"), 254, ""),
@@ -5991,7 +6001,7 @@ RUN_CODES = [  # the words after `run`, its exit code, a word on standard error
 
 
 @pytest.mark.parametrize(("words", "code", "word"), RUN_CODES, ids=lambda value: str(value)[:40])
-def test_run_exits_as_its_job_did(state, certs, words, code, word):
+def test_run_exits_with_the_code_of_its_job(state, certs, words, code, word):
     with serving(state, certs) as served:
         if "$PPID" in str(words):  # only root may kill its own shim
             words = ("--run-as", "root", *words)
@@ -6009,7 +6019,7 @@ def test_run_writes_all_output_and_takes_the_command_as_it_is_typed(shared):
 
 
 @pytest.mark.parametrize(
-    ("script", "signals", "code", "said"),
+    ("script", "signals", "code", "expected"),
     [
         (TRAPS_INT, [signal.SIGINT], 7, b"interrupted\n"),
         ("echo ready; exec sleep 1000", [signal.SIGINT], 130, b""),
@@ -6019,7 +6029,7 @@ def test_run_writes_all_output_and_takes_the_command_as_it_is_typed(shared):
     ],
     ids=str,
 )
-def test_a_signal_to_run_stops_its_job_and_a_second_one_kills_it(state, certs, script, signals, code, said):
+def test_a_signal_to_run_stops_its_job_and_a_second_one_kills_it(state, certs, script, signals, code, expected):
     with serving(state, certs) as served:
         with served.popen("run", "sh", "-c", script, stderr=subprocess.PIPE) as client:
             assert client.stdout.readline() == b"ready\n"
@@ -6029,7 +6039,7 @@ def test_a_signal_to_run_stops_its_job_and_a_second_one_kills_it(state, certs, s
                 client.send_signal(signals[1])
             out, err = client.communicate(timeout=PATIENCE)
         assert (client.returncode, err) == (code, b"")
-        assert script == GOES_ON or out == said
+        assert script == GOES_ON or out == expected
         assert [status.status for status in listed(served)] == [pb.STOPPED]
 
 
@@ -6062,7 +6072,7 @@ def test_a_closed_pipe_ends_run_and_its_job(state, certs):
         assert [job.status for job in listed(served)] == [pb.STOPPED]
 
 
-def test_run_goes_on_after_its_server_was_killed_and_says_which_job_where_it_gives_up(state, certs):
+def test_run_resumes_after_its_server_was_killed_and_names_its_job_when_it_gives_up(state, certs):
     with serving(state, certs, end=signal.SIGKILL) as served:
         script = "mkfifo gate; echo before; read line <gate; echo after; exit 6"
         client = served.popen("run", "sh", "-c", script, stderr=subprocess.DEVNULL)
@@ -6116,7 +6126,7 @@ def test_list_fits_the_terminal(state, certs):
         assert max(map(len, lines)) <= 90
 
 
-def test_a_job_is_named_by_its_id_its_beginning_its_name_or_as_the_last(state, certs):
+def test_a_job_can_be_named_by_its_id_a_prefix_its_name_or_as_the_last(state, certs):
     with serving(state, certs) as served:
         one = served.start("--id", "11110319-e37d-420b-ac43-7316f6b032e5", "--name", "twin", "true")
         two = served.start("--id", "11120319-e37d-420b-ac43-7316f6b032e5", "--name", "twin", "sh", "-c", "exit 2")
@@ -6132,7 +6142,7 @@ def test_a_job_is_named_by_its_id_its_beginning_its_name_or_as_the_last(state, c
         one_sentence(served.run("status", "--last"), "you have no job")
 
 
-def test_wait_answers_at_the_end_with_the_code_of_the_last_job(state, certs):
+def test_wait_returns_at_the_end_with_the_code_of_the_last_job(state, certs):
     with serving(state, certs) as served:
         gate = served.start("sh", "-c", "mkfifo gate; echo ready; read line <gate; exit 4")
         ended = served.start("sh", "-c", "exit 5")
@@ -6144,7 +6154,7 @@ def test_wait_answers_at_the_end_with_the_code_of_the_last_job(state, certs):
 
 
 @pytest.mark.parametrize(
-    ("script", "grace", "how"),
+    ("script", "grace", "expected"),
     [
         ("trap 'echo clean; exit 0' TERM; echo ready; while :; do sleep 0.05; done", 60, ("STOPPED", 0, "")),
         ("echo ready; exec sleep 1000", 60, ("STOPPED", 143, "")),
@@ -6154,17 +6164,17 @@ def test_wait_answers_at_the_end_with_the_code_of_the_last_job(state, certs):
     ids=str,
 )
 @in_loop
-async def test_a_graceful_stop_sends_its_signal_and_kills_after_its_grace(state, script, grace, how):
+async def test_a_graceful_stop_sends_its_signal_and_kills_after_its_grace(state, script, grace, expected):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(script))
         await wait_for_output(worker, job, b"ready")
         await worker.stop(worker.job(job), by="bob", signal_number=signal.SIGTERM, grace=grace)
-        assert ending(worker, job) == how
+        assert ending(worker, job) == expected
         assert worker.status(worker.job(job)).stopped_by == "bob"
 
 
 @in_loop
-async def test_a_kill_shortens_a_grace(state):
+async def test_a_kill_ends_a_grace_period_early(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(IGNORES))
         await wait_for_output(worker, job, b"ready")
@@ -6179,7 +6189,7 @@ async def test_a_kill_shortens_a_grace(state):
 
 
 @in_loop
-async def test_a_stop_with_a_signal_that_comes_after_the_end_changes_nothing(state):
+async def test_a_stop_with_a_signal_after_the_job_s_end_changes_nothing(state):
     async with worker_on(state) as worker:
         for _ in range(20):
             job = await start_id(worker, shell("exit 3"))
@@ -6187,7 +6197,7 @@ async def test_a_stop_with_a_signal_that_comes_after_the_end_changes_nothing(sta
             assert ending(worker, job) in {("FINISHED", 3, ""), ("STOPPED", 143, ""), ("STOPPED", 3, "")}
 
 
-def test_a_grace_is_carried_out_while_no_server_lives(state):
+def test_a_grace_period_ends_in_a_kill_while_no_server_runs(state):
     body = f"""
         job = await worker.start(JobRequest("sh", ("-c", {IGNORES!r}), owner="alice", id={ID!r}))
         async for chunk in worker.stream(job):
@@ -6219,7 +6229,7 @@ def test_signal_reaches_the_main_process(state, certs):
         one_sentence(served.run("signal", job, "HUP", role="user2"), "there is no job")
 
 
-def test_variables_reach_the_job_and_no_answer_shows_their_values(state, certs, tmp_path):
+def test_a_job_gets_its_variables_and_no_reply_contains_their_values(state, certs, tmp_path):
     (tmp_path / "file").write_text("# a comment\nFROM_FILE=file value\nBOTH=file\n\n")
     with serving(state, certs) as served:
         words = ("--env-file", str(tmp_path / "file"), "--env", "BOTH=option", "--env", "SECRET=xyzzy", "--env", "HERE")
@@ -6247,7 +6257,7 @@ def test_a_job_runs_in_the_folder_that_was_asked_for(state, certs):
 
 
 @given(st.lists(st.sampled_from([b"a", b"\n", b"bc\n", b""]), max_size=30), st.integers(1, 8), st.integers(1, 5))
-def test_the_last_lines_are_found_whatever_the_blocks(parts, lines, size):
+def test_the_last_lines_are_found_in_blocks_of_any_size(parts, lines, size):
     text = b"".join(parts)
     search, end, offset = jobworker.LineSearch(lines), len(text), 0
     while end > 0:
@@ -6259,7 +6269,7 @@ def test_the_last_lines_are_found_whatever_the_blocks(parts, lines, size):
     assert text[offset:] == b"".join(text.splitlines(keepends=True)[-lines:])
 
 
-def test_stream_begins_with_the_last_lines_and_does_not_wait_where_asked(state, certs):
+def test_stream_can_begin_with_the_last_lines_and_end_without_waiting(state, certs):
     with serving(state, certs) as served:
         job = served.start("sh", "-c", "seq 100000; exec sleep 1000")
         until(lambda: (state / "jobs" / job / "output").read_bytes().endswith(b"\n100000\n"))
@@ -6316,7 +6326,7 @@ def test_serve_reads_options_from_a_file(state, certs, tmp_path):
         assert facts["limits"]["timeout"] == 7.0
 
 
-def test_a_server_that_does_not_know_a_call_is_said_to_be_older(certs):
+def test_the_error_for_a_call_that_the_server_does_not_know_says_that_it_is_older(certs):
     files = [(certs / name).read_bytes() for name in ("server.key", "server.pem", "client-ca.pem")]
     credentials = grpc.ssl_server_credentials([tuple(files[:2])], files[2], require_client_auth=True)
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(1))
