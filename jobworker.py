@@ -3418,23 +3418,32 @@ async def measured(folder: str, *, files: bool) -> float:
 
     A path that is too long for the kernel cannot be looked into. It counts as infinite: no owner can hide files.
     """
-    total, steps, folders = 0, 0, [folder]
+    total, folders = 0, [folder]
     while folders:
+        await asyncio.sleep(0)
         try:
             with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    steps += 1
-                    if steps % MEASURED_STEPS == 0:
-                        await asyncio.sleep(0)
-                    facts = entry.stat(follow_symlinks=False)
-                    total += 1 if files else facts.st_blocks * 512
-                    if stat.S_ISDIR(facts.st_mode):
-                        folders.append(entry.path)
+                found, below = await measured_entries(entries, files=files)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return float("inf")
-    await asyncio.sleep(0)
+        else:
+            total += found
+            folders += below
     return total
+
+
+async def measured_entries(entries: Iterable[os.DirEntry[str]], *, files: bool) -> tuple[int, list[str]]:
+    """The bytes, or the number, of these entries, and the folders among them. Raises OSError."""
+    total, folders = 0, []
+    for number, entry in enumerate(entries, 1):
+        if number % MEASURED_STEPS == 0:
+            await asyncio.sleep(0)
+        facts = entry.stat(follow_symlinks=False)
+        total += 1 if files else facts.st_blocks * 512
+        if stat.S_ISDIR(facts.st_mode):
+            folders.append(entry.path)
+    return total, folders
 
 
 def holds_port(process: int, port: int) -> bool:
@@ -3444,14 +3453,18 @@ def holds_port(process: int, port: int) -> bool:
     with contextlib.ExitStack() as resources, contextlib.suppress(OSError):
         pidfd = os.pidfd_open(process)
         resources.callback(os.close, pidfd)
-        for name in os.listdir(f"/proc/{process}/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{process}/fd/{name}").startswith("socket:"):
-                    words = (ctypes.c_long(number) for number in (SYS_PIDFD_GETFD, pidfd, int(name), 0))
-                    with socket.socket(fileno=libc_call("syscall", *words)) as copy:
-                        tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
-                        if tcp and copy.getsockname()[1] == port:
-                            return True
+        return any(has_port(process, pidfd, int(name), port) for name in os.listdir(f"/proc/{process}/fd"))
+    return False
+
+
+def has_port(process: int, pidfd: int, descriptor: int, port: int) -> bool:
+    """Whether this descriptor of a process is a TCP socket with this local port."""
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/{process}/fd/{descriptor}").startswith("socket:"):
+            words = (ctypes.c_long(number) for number in (SYS_PIDFD_GETFD, pidfd, descriptor, 0))
+            with socket.socket(fileno=libc_call("syscall", *words)) as copy:
+                tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+                return bool(tcp and copy.getsockname()[1] == port)
     return False
 
 
@@ -4563,13 +4576,13 @@ class Service:
         job = allowed_job(self._worker, caller, message.id)
         if not 0 <= message.grace <= LONGEST_GRACE:
             raise BadRequestError(f"a grace is from 0 to {LONGEST_GRACE} seconds, not {message.grace:g}")
-        number = signal_number(message.signal or ("TERM" if message.grace else ""))
+        number = parse_signal(message.signal or ("TERM" if message.grace else ""))
         await self._worker.stop(job, by=caller.name, signal_number=number, grace=message.grace)
         return pb.StopJobResponse()
 
     async def _signal(self, caller: Caller, message: pb.SignalJobRequest) -> pb.SignalJobResponse:
         job = allowed_job(self._worker, caller, message.id)
-        number = signal_number(message.signal)
+        number = parse_signal(message.signal)
         if number == 0:
             raise BadRequestError("the signal is empty; for example HUP, USR1 or TERM")
         self._worker.signal(job, number)
@@ -4635,7 +4648,7 @@ class Service:
                     await context.write(chunk)
 
 
-def signal_number(name: str) -> int:
+def parse_signal(name: str) -> int:
     """The number of a signal, from `TERM`, `SIGTERM` or `15`; 0 where the name is empty. Raises BadRequestError."""
     if not name:
         return 0
