@@ -282,12 +282,18 @@ class Setup:
     program: Path
     quick: bool
 
-    def serving(self, folder: Path | None = None) -> contextlib.AbstractContextManager[Server]:
-        """Run Job worker's server."""
+    def serving(self, folder: Path | None = None, *more: str) -> contextlib.AbstractContextManager[Server]:
+        """Run Job worker's server, with `more` options."""
         folder = folder or self.folder
         options = f"--listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
-        words = [str(self.program), "serve", *options.split(), "--certs", f"{folder}/certs"]
+        words = [str(self.program), "serve", *options.split(), "--certs", f"{folder}/certs", *self.bounds(), *more]
         return running(words, folder / "certs")
+
+    def bounds(self) -> list[str]:
+        """Return the options that allow one owner to be a crowd; an earlier version has no such bounds."""
+        words = [sys.executable, str(self.program), "serve", "--help"]
+        known = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return ["--owner-streams", "4000"] if "--owner-streams" in known else []
 
     def baseline(self) -> contextlib.AbstractContextManager[Server]:
         """Run the bare grpc.aio server."""
@@ -875,6 +881,69 @@ def start_of_the_universal_file(folder: Path, rounds: int) -> list[Row]:
     ]
 
 
+async def statuses_during(channel: grpc.aio.Channel, job: str, attack: Awaitable[Any]) -> list[float]:
+    """Return the milliseconds of each status call of a good client while an attack runs.
+
+    Both run in this process, so the figures are upper bounds: the attacker also delays the good client here.
+    """
+    task, times = asyncio.ensure_future(attack), []
+    while not task.done():
+        times.append(1e3 / await status_rate(channel, job, 1, at_once=1))
+    await asyncio.gather(task, return_exceptions=True)
+    return times
+
+
+async def many_calls(channel: grpc.aio.Channel, rounds: int) -> None:
+    """Send 3,000 calls at once, again and again."""
+    for _ in range(rounds):
+        asks = [
+            call(channel, "GetJobStatus", pb.GetStatusRequest(id="none"), pb.GetStatusResponse) for _ in range(3000)
+        ]
+        await asyncio.gather(*asks, return_exceptions=True)
+
+
+async def many_streams(channels: list[grpc.aio.Channel], seconds: float) -> None:
+    """Follow a job that prints each 3 ms with 90 streams of each channel."""
+    job = await start(channels[0], PYTHON, "-c", TICKS, "0.003")
+    tasks = [asyncio.create_task(drain(channel, job)) for channel in channels for _ in range(90)]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    await call(channels[0], "StopJob", pb.StopJobRequest(id=job), pb.StopJobResponse)
+
+
+async def bench_attacks(setup: Setup) -> list[Row]:
+    seconds, rounds = (3, 2) if setup.quick else (10, 5)
+    with setup.serving() as server:
+        async with contextlib.AsyncExitStack() as stack:
+            good = await stack.enter_async_context(server.channel())
+            channels = [await stack.enter_async_context(server.channel()) for _ in range(10)]
+            job = await start(good, "true")
+            idle = await statuses_during(good, job, asyncio.sleep(seconds))
+            calls = await statuses_during(good, job, many_calls(channels[0], rounds))
+            streams = await statuses_during(good, job, many_streams(channels, seconds))
+    rows = []
+    for name, times in (("3,000 calls at once", calls), ("900 streams of a job that prints each 3 ms", streams)):
+        for part in (0.5, 0.99):
+            what = f"status, p{part * 100:.0f}, beside {name}"
+            rows.append(Row(what, "ms", [quantile(times, part)], "idle", [quantile(idle, part)]))
+    return rows
+
+
+async def bench_confine(setup: Setup) -> list[Row]:
+    """Measure starts of confined jobs and of others, in turns of ten."""
+    count, plain, confined = 10 if setup.quick else 30, [], []
+    shutil.copytree(setup.folder / "certs", setup.folder / "other" / "certs")
+    (setup.folder / "other").chmod(0o711)
+    with setup.serving() as one, setup.serving(setup.folder / "other", "--no-confine") as two:
+        async with one.channel() as channel, two.channel() as other:
+            for _ in range(count):
+                confined += [1e3 * await timed(start(channel, "true")) for _ in range(10)]
+                plain += [1e3 * await timed(start(other, "true")) for _ in range(10)]
+    return [Row("StartJob of a confined job", "ms", confined, "not confined", plain)]
+
+
 # --- 7. Scale and growth --------------------------------------------------------------------------------
 
 
@@ -996,7 +1065,10 @@ async def bench_growth(setup: Setup) -> list[Row]:
 
 # --- 8. Command line ------------------------------------------------------------------------------------
 
-BENCHES = (bench_stream, bench_latency, bench_speed, bench_starts, bench_calls, bench_scale, bench_growth)
+BENCHES = (
+    bench_stream, bench_latency, bench_speed, bench_starts, bench_calls,
+    bench_attacks, bench_confine, bench_scale, bench_growth,
+)  # fmt: skip
 ITEMS = {bench.__name__.partition("_")[2]: bench for bench in BENCHES}
 
 

@@ -3803,7 +3803,10 @@ def machine_names() -> list[str]:
     four = re.findall(r"(\d+\.\d+\.\d+\.\d+)\n\s+/32 host LOCAL", kernel_read("/proc/net/fib_trie"))
     six = [line.split() for line in kernel_read("/proc/net/if_inet6").splitlines()]
     routed = [str(ipaddress.IPv6Address(int(words[0], 16))) for words in six if words[3] in ("00", "10")]
-    names = ["localhost", host, socket.getfqdn(host), "127.0.0.1", "::1", *four, *routed]
+    full = host
+    with contextlib.suppress(UnicodeError):  # a host name that no name server can be asked for
+        full = socket.getfqdn(host)
+    names = ["localhost", host, full, "127.0.0.1", "::1", *four, *routed]
     return list(dict.fromkeys(name for name in names if name and len(name) < 64 and is_general_name(name)))
 
 
@@ -3896,9 +3899,13 @@ def locked_folder(folder: pathlib.Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
 def read_file(path: pathlib.Path) -> bytes:
+    """The contents of a file that a person may have edited, without the byte-order mark that some editors write."""
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
 
@@ -3908,7 +3915,7 @@ def read_key(path: pathlib.Path) -> bytes:
     try:
         with path.open("rb") as file:
             facts = os.fstat(file.fileno())
-            content = file.read()
+            content = file.read().removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
     if facts.st_uid == os.geteuid() and facts.st_mode & 0o077:
