@@ -9,7 +9,7 @@ The processes, and the way of a byte from a job to a client::
     client ══ gRPC, mTLS 1.3 ══ server ── one packet with descriptors ──> launcher
                                  │ ▲ ▲                                       │ fork
                                  │ │ └─ inotify ─ <state>/jobs/<id>/events <─┤
-                    "kill alice" │ │                                         ▼
+                  stop request │ │                                         ▼
                                  └─┼──> <state>/jobs/<id>/control (FIFO) ─> shim ── clone3 into ──> job
                                    │                                         │      its cgroup       │
             inotify, pread 256 KiB └─── <state>/jobs/<id>/output <─ splice ──┴──────── pipe <────────┘
@@ -25,7 +25,7 @@ Contents (each section uses only the sections above it)
      3. Cgroup                              the cgroup tree: limits, kill, removal
      4. Output and inotify                  one inotify descriptor; following a file that grows
      5. Job folder                          every file of the state folder: spec, events, control, output
-     6. Launcher and shim                   the three small processes of a job
+     6. Launcher and shim                   the launcher of the server; the shim and the child of each job
      7. Accounts                            the uid and the home that a job runs with
      8. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
      9. Certificates                        authorities, what they issue, and what a server's folder holds
@@ -59,7 +59,7 @@ import termios
 import time
 import types
 
-TYPE_CHECKING = False  # `typing` is not imported: every fork of the launcher would copy its pages
+TYPE_CHECKING = False  # `typing` is not imported: it would make the launcher, and so each shim, larger
 if TYPE_CHECKING:
     import argparse
     import asyncio
@@ -156,8 +156,8 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
 class Deferred:
     """A module that is imported at its first use.
 
-    A user waits for a client's start-up at every call, and every fork of the launcher copies its memory. So neither
-    imports a module before it needs it. `serve` imports all of them when it starts (`import_everything`).
+    A client pays for each import at every call, and each shim pays for what the launcher has imported. So a module is
+    imported at its first use. `serve` imports all of them when it starts (`import_everything`).
     """
 
     def __init__(self, name: str) -> None:
@@ -174,7 +174,8 @@ if not TYPE_CHECKING:
 
 
 # --- 1. Names and limits ------------------------------------------------------------------------------
-# Owns every name, number and default that more than one section uses or that a reader may look for. It holds no code.
+# Owns the defaults of jobs, and the names and numbers that several sections use. A number that only one section uses
+# stands at the head of that section. It holds no code.
 
 VERSION = "1.0.0"
 SUMMARY = "Job worker runs commands on a Linux machine, each in its own cgroup, over mutual TLS 1.3 and gRPC."
@@ -205,11 +206,11 @@ ROLES = ("admin", "user")
 
 READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
 STREAMS_BYTES = 4 * MIB  # from here on the streams of one owner have smaller messages
-COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers; lines that come faster share a message
+COALESCE_SECONDS = 0.002  # shortest time between two wake-ups of a follower; what is written meanwhile is one message
 FOLLOWER_SECONDS = 0.0002  # for each follower that is woken, until the next wake-up; a message costs the server 0.1 ms
 WAKE_GROUP = 16  # followers that are woken at the same time
-# Requests to the launcher that are under way at the same time. A send fails when the socket's buffer is full, and the
-# buffer holds 64 packets of PACKET_BYTES.
+# At most 48 + 16 = 64 requests are in the launcher's socket, because its buffer holds 64 packets of PACKET_BYTES. A
+# send to a full buffer fails.
 START_SLOTS, FINISH_SLOTS = 48, 16
 LONGEST_GRACE = 86400  # seconds between the signal and the kill of a stop
 ARGUMENTS_BYTES = 2 * MIB  # of a command and its arguments: a quarter of the stack's limit (execve(2))
@@ -314,7 +315,7 @@ class UsageError(JobWorkerError):
 
 
 def disk_error(doing: str, error: OSError) -> JobWorkerError:
-    """ExhaustedError where a disk or the descriptors ran out, else KernelError."""
+    """ExhaustedError if a disk or the descriptors ran out, else KernelError."""
     exhausted = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
     return ExhaustedError(f"{doing}: {error.strerror}") if exhausted else KernelError(doing, error)
 
@@ -357,7 +358,7 @@ def read_start(path: str, size: int) -> bytes:
 
 
 def libc_call(name: str, *arguments: Any) -> int:
-    """Call a libc function by its name. Raises OSError with libc's errno where it returns -1."""
+    """Call a libc function by its name. Raises OSError with libc's errno if it returns -1."""
     result: int = getattr(libc(), name)(*arguments)
     if result == -1:
         number = ctypes.get_errno()
@@ -367,18 +368,18 @@ def libc_call(name: str, *arguments: Any) -> int:
 
 @functools.cache
 def libc() -> ctypes.PyDLL:
-    # PyDLL keeps the interpreter's lock. None of these calls blocks, and no other thread may run Python during clone3.
+    # PyDLL does not release the GIL. None of these calls blocks, and no other thread may run Python during clone3.
     return ctypes.PyDLL(None, use_errno=True)
 
 
 # --- 3. Cgroup ----------------------------------------------------------------------------------------
 # Owns everything below the cgroup2 mount: the place of the tree, the controllers that it has, one cgroup for each job.
-# Every write goes through `kernel_write`. It knows nothing of jobs, owners or the wire.
+# Every write goes through `kernel_write`. It knows a job only as an id and a uid, and nothing of the wire.
 # The names and formats of files are those of Documentation/admin-guide/cgroup-v2.rst.
 
 
 def kernel_write(path: str, value: str) -> None:
-    """Write one value to one file of cgroupfs or procfs. Raises KernelError, which names both."""
+    """Write one value to one file of cgroupfs or procfs. Raises KernelError, which names the value and the file."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -390,7 +391,7 @@ def kernel_write(path: str, value: str) -> None:
 
 
 def kernel_read(path: str) -> str:
-    """The contents of a file of cgroupfs, procfs or sysfs; empty where this kernel does not have the file."""
+    """The contents of a file of cgroupfs, procfs or sysfs; empty if this kernel does not have the file."""
     try:
         return os.fsdecode(read_whole(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -449,7 +450,7 @@ LIMIT_FILES: dict[str, Callable[[Limits, Sequence[Disk]], list[tuple[str, str]]]
 }
 
 
-POPULATED_MILLISECONDS = 1000  # the kernel sends no event to a waiter when a cgroup is removed, so the wait has an end
+POPULATED_MILLISECONDS = 1000  # the kernel sends no event when a cgroup is removed, so the poll has a timeout
 
 
 class Cgroup:
@@ -482,7 +483,7 @@ class Cgroup:
         if not missing:
             return wanted
         for controller in missing & self.controllers():
-            with contextlib.suppress(KernelError):  # EBUSY where processes live in it; the result shows it
+            with contextlib.suppress(KernelError):  # EBUSY if processes are in this cgroup; the result lacks it then
                 kernel_write(file, f"+{controller}")
         return wanted.intersection(kernel_read(file).split())
 
@@ -544,7 +545,7 @@ class Cgroup:
             kernel_write(f"{self.path}/cgroup.freeze", "0")
 
     def send(self, number: int) -> None:
-        """Send a signal to every process in this cgroup and below. A process that forks now may miss it."""
+        """Send a signal to every process in this cgroup and below. A child that is forked meanwhile may not get it."""
         for folder, _, _ in os.walk(self.path):
             for process in kernel_read(f"{folder}/cgroup.procs").split():
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
@@ -564,7 +565,9 @@ class Cgroup:
             waiter.register(events, select.POLLPRI)
             os.pread(events, 4096, 0)  # a change after this read is reported as POLLPRI
             while self.populated():
-                self.kill()  # repeated after each change, since the kill of frozen processes can miss a new one
+                # Repeated after each change: without cgroup.kill, a child that is forked before the freeze takes effect
+                # can be missed.
+                self.kill()
                 if self.populated():
                     waiter.poll(POPULATED_MILLISECONDS)
         finally:
@@ -584,7 +587,7 @@ class Cgroup:
                 raise KernelError(f"cannot remove the cgroup {folder}", error) from error
 
     def memory_current(self) -> int:
-        """Bytes of memory in use now; 0 where this kernel does not count them."""
+        """Bytes of memory in use now; 0 if this kernel does not count them."""
         return int(kernel_read(f"{self.path}/memory.current").strip() or 0)
 
     def out_of_memory_kills(self) -> int:
@@ -664,14 +667,14 @@ class ProcessTree:
     def _kill_children(self) -> None:
         """Kill children until none is left.
 
-        The kernel gives a child whose parent dies to its subreaper, which is the caller. So this finds a process that
-        is born meanwhile, which a search of /proc can miss.
+        Orphans are reparented to the caller, their subreaper. So the list of children is complete even for processes
+        that are forked meanwhile, which a search of /proc can miss.
         """
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of `reap_orphans` must not take children from here
         with contextlib.suppress(ChildProcessError):
             while True:
-                # A kernel without CONFIG_PROC_CHILDREN does not list children. The search may miss one, so the wait
-                # must not block then.
+                # A kernel without CONFIG_PROC_CHILDREN does not list children. Then `_find` is used, which can
+                # miss a child, so waitpid must not block.
                 listed = [int(child) for child in kernel_read("/proc/thread-self/children").split()]
                 for process in listed or self._find():
                     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -735,7 +738,7 @@ class CgroupTree:
     owner: OwnerLimits = OwnerLimits()  # of each owner's cgroup `u<uid>`
 
     def job_path(self, uid: int, job_id: str) -> str:
-        """The path of a job's cgroup; empty where this machine gives none."""
+        """The path of a job's cgroup; empty if this machine gives none."""
         return f"{self.root}/u{uid}/{job_id}" if self.root else ""
 
     @property
@@ -766,7 +769,7 @@ class CgroupTree:
 def make_tree(top: str | None, folder: str, without: frozenset[str]) -> CgroupTree:
     """Make the tree of one state folder, whose name is `folder`.
 
-    `top`, where it is given, replaces `jobworker` below the highest cgroup that the caller may manage. Raises
+    `top`, if it is given, replaces `jobworker` below the highest cgroup that the caller may manage. Raises
     JobWorkerError, which names each controller that is missing and not listed in `without`, and the remedies.
     """
     mount = CgroupMount.find()
@@ -794,7 +797,9 @@ def make_tree(top: str | None, folder: str, without: frozenset[str]) -> CgroupTr
 
 
 def tree_top(mount: CgroupMount) -> str | None:
-    """`jobworker` below the highest cgroup that the server may manage. The server leaves that cgroup if it is in it."""
+    """`jobworker` below the highest cgroup that the server may manage. If the server's own process is in that cgroup,
+    it moves into a leaf below it.
+    """
     highest = mount.highest_manageable()
     if highest is None:
         return None
@@ -822,7 +827,7 @@ def move_to_leaf(cgroup: str) -> None:
 def enable_down_to(path: str, controllers: frozenset[str]) -> frozenset[str]:
     """Enable controllers in `path` and its two parents, and make those that are missing. Returns what `path` has."""
     for step in (os.path.dirname(os.path.dirname(path)), os.path.dirname(path), path):
-        if controllers:  # a server that will refuse to start makes no further cgroup
+        if controllers:  # if no controller is left, no cgroup is made further down
             Cgroup(step).create()
             controllers = Cgroup(step).enable(controllers)
     return controllers
@@ -861,7 +866,7 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 # --- 4. Output and inotify ------------------------------------------------------------------------------
 # Owns the class of inotify descriptors, and the reading of outputs that clients follow. It never writes an
 # output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
-# the job's owner in this process (`Worker`) wakes it. The source is inotify(7).
+# `Worker` wakes it. The source is inotify(7).
 
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
@@ -948,7 +953,7 @@ class Inotify:
                 self._retry.cancel()
 
     def watch(self, path: str, mask: int, callback: Callable[[int], None]) -> int:
-        """Watch a file and return the watch descriptor. The kernel keeps one watch a file: a second one replaces it."""
+        """Watch a file and return the watch descriptor. inotify has one watch per file: a second call replaces it."""
         try:
             watch = libc_call("inotify_add_watch", self._descriptor, os.fsencode(path), ctypes.c_uint32(mask))
         except OSError as error:
@@ -1038,7 +1043,9 @@ class Tail:
         self._last_read = (0, b"")  # an offset and the bytes there: followers at the same byte share one read
         self._watch: int | None = None
         self._woken_at = 0.0  # by the loop's clock
-        self.arm_count = 0  # a read before the last arming may have missed bytes that were written in between
+        # How often the watch was set. If it changed since a follower's read, that follower must read again before it
+        # sleeps.
+        self.arm_count = 0
         self._bell = Bell()
 
     def acquire(self) -> float:
@@ -1085,7 +1092,8 @@ class Tail:
 
     def _grew(self, _mask: int) -> None:
         """Wake the followers now, or when it is their time: at the earliest COALESCE_SECONDS after the last wake-up.
-        Until then the tail stays armed, so that a follower that reaches the end meanwhile waits for the same wake-up.
+        Until then `_watch` stays set, so that a follower that reaches the end meanwhile sets no new watch but waits for
+        the same wake-up.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -1130,7 +1138,8 @@ class Tail:
 # The status of a job follows from `events` and from whether `control` has a reader. No pid is stored, since the kernel
 # gives the number of an ended process to another one.
 
-NEXT_PHASES: dict[str, tuple[str, ...]] = {  # the phases of a job, and which may follow; other lines do not count
+# For each phase, the phases that may follow it. `Events.parse` ignores any other line.
+NEXT_PHASES: dict[str, tuple[str, ...]] = {
     "": ("born",),  # the shim has the request; the command may run from here on
     "born": ("started", "failed", "exited"),  # exited: the shim was lost between the fork and `started`
     "started": ("exited",),
@@ -1161,12 +1170,12 @@ class Spec:
     user: str
     home: str
     cgroup: str  # empty: this machine has none for it
-    controllers: tuple[str, ...]  # the limits that the kernel enforces
+    controllers: tuple[str, ...]  # those whose limits the kernel enforces
     limits: Limits
     timeout: float  # 0: none
     max_output: int
     reserve: int  # bytes of the file system that the output leaves free
-    splice: bool  # whether the kernel reports a splice into the output to followers
+    splice: bool  # whether inotify reports a splice into `output`
     created: float
     env: tuple[tuple[str, str], ...] = ()  # added to `environment`; no answer contains the values
     cwd: str = ""  # relative to `home`; empty: `home`
@@ -1188,7 +1197,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: bytes) -> Spec | None:
-        """The spec in a job.json; None where it is half-written or not a spec.
+        """The spec in a job.json; None if it is half-written or not a spec.
 
         Fields that a later version added are ignored, so that an older version can take over its jobs.
         """
@@ -1340,14 +1349,14 @@ def decode_name(word: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StopRequest:
-    """A request to end a job: by a caller, or for a limit, which is the reason.
+    """A request to end a job. `by`: the caller who asked. `reason`: the limit that was exceeded.
 
     Without a signal the job is killed at once. With one, every process of the job gets it, and the kill follows after
     `grace` seconds.
     """
 
     reason: str = ""
-    by: str = ""
+    by: str = ""  # encoded by `encode_name` if `parse_request_line` made the request
     signal: int = 0
     grace: float = 0.0
 
@@ -1368,7 +1377,7 @@ class SignalRequest:
 
 
 def parse_request_line(line: bytes) -> StopRequest | SignalRequest | None:
-    """The request in one line of `control`; None where it is none, or one of a later version."""
+    """The request in one line of `control`; None for a line that this version does not know."""
     words = line.decode("ascii", "replace").split(" ")
     reason, by = (words[-1][1:], "") if words[-1].startswith("!") else ("", words[-1])
     with contextlib.suppress(ValueError):
@@ -1384,13 +1393,15 @@ def parse_request_line(line: bytes) -> StopRequest | SignalRequest | None:
 class JobFolder:
     """The folder of one job. The table at the top of this section says what each file holds."""
 
-    FILES = ("events", "control", "output", "job.json")  # in the order of deletion: without `events` it never ran
+    # `events` is deleted first. After a crash in between, recovery takes the rest for a job that never ran, and deletes
+    # it.
+    FILES = ("events", "control", "output", "job.json")
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def create(self) -> None:
-        """Make the folder. Raises IdTakenError where it exists: a retry with the same id finds the first try here."""
+        """Make the folder. Raises IdTakenError if it exists: a retry with the same id finds the first try here."""
         try:
             os.mkdir(self.path, 0o700)
         except FileExistsError:
@@ -1414,7 +1425,8 @@ class JobFolder:
         """Descriptors of `control` and `events`, which `resources` closes. Raises OSError.
 
         `control` is opened with O_RDWR. A FIFO that is opened for reading alone is reported as hung up for ever after
-        its first writer closes it (fifo(7)): poll then returned 155,131 times in 0.2 s.
+        its first writer closes it (fifo(7)): poll then returns at once, again and again
+        (155,131 times in 0.2 s).
         """
         control = os.open(f"{self.path}/control", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         resources.callback(os.close, control)
@@ -1447,7 +1459,7 @@ class JobFolder:
             raise disk_error(f"cannot write {self.path}/job.json", error) from error
 
     def read_spec(self) -> Spec | None:
-        """The spec; None where job.json is missing or was half-written."""
+        """The spec; None if job.json is missing or was half-written."""
         try:
             return Spec.from_json(read_whole(f"{self.path}/job.json"))
         except FileNotFoundError:
@@ -1467,7 +1479,7 @@ class JobFolder:
         return Spec.from_head(text) or (self.read_spec() if len(text) > SPEC_HEAD_BYTES else None)
 
     def read_labels(self) -> tuple[str, str] | None:
-        """The owner and the name in job.json, at a tenth of the cost of the whole spec; None where there is no owner.
+        """The owner and the name in job.json, at a tenth of the cost of the whole spec; None if there is no owner.
 
         Inside of a JSON string a quotation mark has a backslash before it, so both patterns match outside of strings.
         """
@@ -1632,13 +1644,13 @@ def delete_file(name: str, folder: int) -> bool:
 
 
 def receive_requests(control: int) -> list[StopRequest | SignalRequest]:
-    """The requests in `control`, oldest first. A write of less than PIPE_BUF bytes is never torn (pipe(7))."""
+    """The requests in `control`, oldest first. A write of at most PIPE_BUF bytes is atomic (pipe(7))."""
     lines = os.read(control, 64 * KIB).split(b"\n")
     return [request for line in lines if (request := parse_request_line(line)) is not None]
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Reserve disk blocks without a change of the file's size (fallocate(2)), where the file system can."""
+    """Reserve disk blocks without a change of the file's size (fallocate(2)), if the file system can."""
     try:
         libc_call("fallocate", descriptor, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size))
     except OSError as error:
@@ -1656,7 +1668,7 @@ def sync(path: str | pathlib.Path) -> None:
 
 
 def make_state_folder(state: pathlib.Path) -> None:
-    """Make what is missing. Where root serves, other uids can pass through the state folder to their homes."""
+    """Make what is missing. If root serves, other uids can pass through the state folder to their homes."""
     mode = 0o711 if os.geteuid() == 0 else 0o700
     try:
         state.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -1720,7 +1732,8 @@ def lock_state_folder(state: pathlib.Path) -> int:
         holder = os.read(descriptor, 32).decode().strip() or "unknown"
         os.close(descriptor)
         raise JobWorkerError(f"the state folder {state} is in use by the server with pid {holder}") from None
-    size = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)  # a full disk still has the block of the old pid
+    # On a full disk this works only if the file has a block already.
+    size = os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     os.ftruncate(descriptor, size)
     return descriptor
 
@@ -1731,7 +1744,9 @@ def state_name(state: pathlib.Path) -> str:
 
 
 def quarantine(folder: str, state: pathlib.Path) -> None:
-    """Move what cannot be read as a job to `<state>/quarantine`, and say so. A later start repeats it."""
+    """Move what cannot be read as a job to `<state>/quarantine`, and say so. If that fails, the next start tries
+    again.
+    """
     place = state / "quarantine"
     try:
         place.mkdir(mode=0o700, exist_ok=True)
@@ -1744,13 +1759,14 @@ def quarantine(folder: str, state: pathlib.Path) -> None:
 # --- 6. Launcher and shim -------------------------------------------------------------------------------
 # Owns everything between a request of the server and the job's main process: the launcher, the shim and the child. Of
 # this section only class `Launcher` runs in the server. The rest runs in the small processes, imports nothing
-# third-party, and imports nothing at all after the launcher has started: an upgrade of Python must not end a shim.
+# third-party, and imports nothing at all after the launcher has started, because an upgrade of Python may
+# replace the files of a module that is not imported yet.
 
 MODULE = "jobworker"  # the launcher imports this module; Python would compile a `__main__` anew at each start
 FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
 CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
 PR_SET_CHILD_SUBREAPER = 36
-PIPE_BYTES = MIB  # of the job's pipe, where fs.pipe-max-size and the user's share allow it
+PIPE_BYTES = MIB  # of the job's pipe, if fs.pipe-max-size and the user's quota (fs.pipe-user-pages-soft) allow it
 PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
 MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
 STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the others are unlimited
@@ -1796,7 +1812,7 @@ def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Seq
 def mount_step(
     source: str, target: str, kind: str = "", data: str = "", *, flags: int = MS_BIND, harmless: tuple[int, ...] = ()
 ) -> Step:
-    """mount(2): a folder seen at another place, or a new file system where `kind` names one."""
+    """mount(2): a folder seen at another place, or a new file system if `kind` names one."""
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC * (kind != "tmpfs") if kind else flags
     words = (os.fsencode(word) or None for word in (source, target, kind))
     return f"a mount at {target}", "mount", (*words, ctypes.c_ulong(flags), os.fsencode(data) or None), harmless
@@ -1829,7 +1845,7 @@ def confine(steps: Iterable[Step]) -> None:
 
 
 def steps_of(folder: JobFolder, spec: Spec) -> list[Step]:
-    """The steps for one job; none where it is not confined."""
+    """The steps for one job; none if it is not confined."""
     if not spec.confine:
         return []
     jobs, job = os.path.split(folder.path)
@@ -1840,7 +1856,7 @@ def steps_of(folder: JobFolder, spec: Spec) -> list[Step]:
 
 
 def try_confinement(state: str, hidden: Sequence[str]) -> ConfinementError | None:
-    """Confine a thread of this process, which then ends. Returns the error where this machine cannot do it."""
+    """Confine a thread of this process, which then ends. Returns the error if this machine cannot do it."""
     failures: list[ConfinementError] = []
 
     def attempt() -> None:
@@ -1856,7 +1872,7 @@ def try_confinement(state: str, hidden: Sequence[str]) -> ConfinementError | Non
 
 
 class Launcher:
-    """The server's side of the launcher: it starts the process, again after its death, and sends it requests."""
+    """The server's side of the launcher: it starts the process, restarts it if it died, and sends it requests."""
 
     def __init__(self) -> None:
         self._arguments: list[str] = []
@@ -1928,7 +1944,7 @@ def encode_request(kind: str, folder: str, spec: bytes) -> bytes:
 
 
 def decode_request(packet: bytes) -> tuple[str, JobFolder, Spec | None]:
-    """The kind of a request, the job's folder and its spec; None where job.json cannot be read."""
+    """The kind of a request, the job's folder and its spec; None if job.json cannot be read."""
     kind, path, spec = packet.split(b"\0", 2)
     folder = JobFolder(os.fsdecode(path))
     return kind.decode(), folder, Spec.from_json(spec) if spec else folder.read_spec()
@@ -1974,8 +1990,8 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
 
 
 def rehearse_decoding() -> None:
-    """Decode a request twenty times before the first fork. Python imports `json` now, and writes its specialized
-    bytecode now: a page that the launcher has written is shared, so each shim has 40 kB less memory of its own.
+    """Decode a request twenty times before the first fork. This imports `json` and lets Python specialize
+    the bytecode before the fork, so that the shims share those pages: each has 40 kB less memory of its own.
     """
     spec = Spec("", "", "", (), 0, 0, (), "", "", "", (), Limits(), 0.0, 0, 0, splice=False, created=0.0)
     packet = encode_request("start", "/", spec.to_json())
@@ -1993,8 +2009,8 @@ def rehearse_confinement() -> None:
 def set_default_limits(files: tuple[int, int]) -> None:
     """Give this process the kernel's default limits, nice value and CPUs, as far as its privileges allow.
 
-    `files` is its RLIMIT_NOFILE. A server may have been started with `ulimit`, `nice` or `taskset`; its jobs must not
-    depend on it (getrlimit(2), sched_setaffinity(2)).
+    `files` is its RLIMIT_NOFILE. A server may have been started with `ulimit`, `nice` or `taskset`; jobs must not
+    inherit that (getrlimit(2), sched_setaffinity(2)).
     """
     defaults = {getattr(resource, f"RLIMIT_{name}"): (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
                 for name in ("AS", "CPU", "DATA", "FSIZE", "RSS")}  # fmt: skip
@@ -2053,7 +2069,7 @@ class Pump:
         self.pipe = pipe
         self.output = output
         self.open = True  # until every writer has closed the pipe
-        self.small_batch = False  # whether the last move was small, and the pipe has room for more
+        self.small_batch = False  # whether the last move was small: then it is worth 1 ms to wait for more
         self._spec = spec
         self._written = 0
         self._unchecked = 0  # bytes since the last check of the disk
@@ -2061,7 +2077,7 @@ class Pump:
         self._min_batch = min(MIN_BATCH_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
 
     def move(self) -> StopRequest | None:
-        """Move at most 1 MiB. Returns a request to end the job where the cap or the disk is exhausted."""
+        """Move at most 1 MiB. Returns a request to end the job if the cap or the disk is exhausted."""
         self.small_batch = False
         room = min(MIB, self._spec.max_output - self._written)
         try:
@@ -2096,7 +2112,7 @@ class Pump:
         return len(chunk)
 
     def _waiting(self) -> int:
-        """How many bytes are in the pipe (FIONREAD, pipe(7)). 0: poll returned because its writers closed it."""
+        """How many bytes are in the pipe (FIONREAD, pipe(7)). 0 after poll reported the pipe: end of file."""
         return int.from_bytes(fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def _check_disk(self) -> StopRequest | None:
@@ -2139,7 +2155,7 @@ class Shim:
         except OSError as error:
             write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
             return
-        if not self._spec.cgroup:  # orphans of the job become children of the shim, which finds them so
+        if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         try:
@@ -2186,7 +2202,7 @@ class Shim:
             batch.register(descriptor, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(self._deadline))}
-            # Requests are carried out before the end is looked at: a request that is there came before the end.
+            # Requests are carried out before the end is handled: if both are in one poll, a kill counts as the first.
             self._carry_out(ready)
             if pump.pipe in ready:
                 exhausted = pump.move()
@@ -2201,13 +2217,14 @@ class Shim:
                 pump.small_batch = False
 
     def _carry_out(self, ready: set[int]) -> None:
-        """Carry out the requests in `control`, and the deadline where it has passed."""
+        """Carry out the requests in `control`, and the deadline if it has passed."""
         for request in receive_requests(self._control) if self._control in ready else ():
             if isinstance(request, SignalRequest):
                 self._signal_main_process(request.number)
             else:
                 self._stop(request)
         if self._deadline is not None and time.monotonic() >= self._deadline:
+            # After a signal this is the end of the grace: the first request stays on record.
             self._stop(StopRequest("TIMEOUT"))
 
     def _stop(self, request: StopRequest) -> None:
@@ -2240,10 +2257,10 @@ class Shim:
             signal.pidfd_send_signal(self._pidfd, number)
 
     def _ending(self, process: int, exhausted: StopRequest | None) -> Ending:
-        """How the main process ended. `exhausted` says where its last output was not kept.
+        """How the main process ended. `exhausted` says why its last output was not kept; None: it was.
 
         STOPPED: it ended after the signal of a request, or it died of the SIGKILL that a request or the kernel's
-        out-of-memory killer sent. Any other job ended by itself and keeps its exit code, and the reason says where its
+        out-of-memory killer sent. Any other job ended by itself and keeps its exit code, and the reason says why its
         output is incomplete.
         """
         result = os.waitid(os.P_PID, process, os.WEXITED)
@@ -2268,9 +2285,11 @@ def milliseconds_until(deadline: float | None) -> int | None:
 
 
 def make_pipe(spec: Spec) -> tuple[int, int]:
-    """The pipe of the job's stdout and stderr. The job owns it, so that the job can open /dev/stderr."""
+    """The pipe of the job's stdout and stderr. The job's uid owns it: an open of /dev/stderr opens the pipe
+    anew and checks the permission.
+    """
     pipe, stdout = os.pipe2(os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # EPERM: the user's share of pipe memory is used up, and the default size works
+    with contextlib.suppress(OSError):  # EPERM: the user's quota of pipe memory is used up, and the default size works
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.set_blocking(pipe, False)
     if spec.uid != os.geteuid():
@@ -2331,7 +2350,7 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     """Fork into a cgroup (clone3(2)). Returns the pid (0: the child), the pidfd, and whether the child is in it.
 
     A write to cgroup.procs after a fork waits for an RCU grace period: a start then took 10 to 18 ms instead of 2.5.
-    Before Linux 5.7, and where a container's filter refuses clone3, it is an ordinary fork.
+    Before Linux 5.7, and if a container's filter refuses clone3, it is an ordinary fork.
     """
     if cgroup >= 0:
         pidfd = ctypes.c_int(-1)
@@ -2467,7 +2486,7 @@ class Account:
 
     @classmethod
     def named(cls, name: str) -> Account:
-        """An account of this machine, with its groups. Raises BadRequestError where there is none."""
+        """An account of this machine, with its groups. Raises BadRequestError if there is none."""
         try:
             entry = pwd.getpwnam(name)
         except (KeyError, ValueError):
@@ -2540,14 +2559,15 @@ def uid_ranges() -> tuple[int, int, int]:
     if any(inside <= UID_RANGES_BASE and end <= inside + count for inside, _, count in maps):
         return UID_RANGES_BASE, UID_RANGE, UID_RANGES
     inside, _, count = max(maps, key=lambda found: found[2])
-    return inside + count // 2, max(1, count // 64), 16  # a rootless container: its distribution uses the lower half
+    # A small uid map, as in a rootless container: the third quarter of it, since the accounts of the image are below.
+    return inside + count // 2, max(1, count // 64), 16
 
 
 def claim_uids(owners: pathlib.Path, given: Iterable[int]) -> tuple[int, int]:
     """Claim a range of uids for the state folder with this `owners`, which gave the uids `given` to owners already.
 
     Two state folders can hash to one range. So each range has a file in UID_CLAIMS, which outlives reboots as the homes
-    do. Raises JobWorkerError where another state folder has the range of these uids.
+    do. Raises JobWorkerError if another state folder has the range of these uids.
     """
     first, size, count = uid_ranges()
     begin = zlib.crc32(os.fsencode(owners)) % count
@@ -2630,11 +2650,12 @@ SYS_PIDFD_GETFD = 438
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
-    """How one `Worker` behaves. Seconds and bytes; 0 means none where that makes sense."""
+    """How one `Worker` behaves. Seconds and bytes. `timeout`, `keep`, `keep_bytes`: 0 is no bound."""
 
     state: pathlib.Path
     cgroup: str | None = None  # the root of the cgroup tree; None: chosen by `make_tree`
-    without: frozenset[str] = frozenset()  # controllers, and "confine", that are not needed; "auto": those missing
+    # Controllers, and "confine", that are not needed. "auto": all that this machine lacks.
+    without: frozenset[str] = frozenset()
     hidden: tuple[str, ...] = ()  # folders that confined jobs see empty, beside the state folder
     defaults: Limits = Limits()
     caps: Limits = Limits()
@@ -2665,7 +2686,7 @@ class JobRequest:
     env: tuple[tuple[str, str], ...] = ()
     cwd: str = ""
     name: str = ""
-    confine: bool = False  # a job with `run_as` is confined only where this asks for it; others always
+    confine: bool = False  # a job with `run_as` is confined only if this asks for it; others always
     admin: bool = False  # it may use the places that are kept for admins
 
 
@@ -2693,7 +2714,9 @@ class JobStatus:
 
 
 class Job:
-    """One job of the table: its folder, and what the server remembers of it. All of it can be read back."""
+    """One job of the table: its folder, and what the server remembers of it. All of it can be read again from the
+    folder.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -2727,7 +2750,7 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """What was asked for, without most of very many arguments. Raises NoSuchJobError where job.json is gone or
+        """What was asked for, without most of very many arguments. Raises NoSuchJobError if job.json is gone or
         unreadable.
         """
         spec = self._spec or self.folder.read_head()
@@ -2816,7 +2839,7 @@ class Retention:
 
 
 class TaskSet:
-    """Tasks that no other task waits for. An event loop holds tasks only weakly, so this set holds them."""
+    """Background tasks. The event loop keeps only weak references, so this set keeps them alive."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -2835,7 +2858,7 @@ class TaskSet:
 
 
 class LineSearch:
-    """Finds where the last so many lines of a text begin, in blocks from its end to its beginning."""
+    """Finds where the last N lines of a text begin, in blocks from its end to its beginning."""
 
     def __init__(self, lines: int) -> None:
         self._left = lines
@@ -2923,7 +2946,7 @@ class Worker:
         return self
 
     def _prepare_confinement(self) -> None:
-        """Try the confinement of jobs once. Raises JobWorkerError where the machine cannot give it and it is needed."""
+        """Try the confinement of jobs once. Raises JobWorkerError if the machine cannot give it and it is needed."""
         if os.geteuid() != 0 or "confine" in self.options.without:
             return
         state = str(self.options.state)
@@ -3024,7 +3047,7 @@ class Worker:
         )  # fmt: skip
 
     def _check_places(self, request: JobRequest) -> None:
-        """Raise ExhaustedError where this owner, or all owners, have as many jobs as they may. Some are for admins."""
+        """Raise ExhaustedError if this owner, or all owners, have as many jobs as they may. Some are for admins."""
         own = len(self._running.get(request.owner, ()))
         if self.running >= self.options.max_jobs + (ADMIN_JOBS if request.admin else 0):
             raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
@@ -3054,7 +3077,10 @@ class Worker:
     def _begin(self, spec: Spec) -> Job:
         """Make the job's folder and cgroup, and send the request to the launcher. A failure removes all of it."""
         if not self._inotify.is_open:
-            raise UnavailableError("the server is stopping and starts no more jobs")
+            raise UnavailableError(
+                "the server is stopping and starts no more jobs (in a program: the Worker is closing, or `async with` "
+                "is missing)"
+            )
         job = Job(self._jobs, spec.id, spec)
         with contextlib.ExitStack() as undo:
             job.folder.create()
@@ -3097,7 +3123,7 @@ class Worker:
         return sorted(self._table.values(), key=lambda job: job.events.seconds("born"))
 
     def status(self, job: Job) -> JobStatus:
-        """All that is known of a job. Raises NoSuchJobError where it was deleted meanwhile."""
+        """All that is known of a job. Raises NoSuchJobError if it was deleted meanwhile."""
         spec, events = job.spec, job.events
         ending = events.ending if job.ended else None
         processes = None if ending else spec.processes()
@@ -3123,7 +3149,7 @@ class Worker:
         await self._until(job, lambda: job.ended or not self._in_table(job))
 
     def signal(self, job: Job, number: int) -> None:
-        """Send a signal to the main process of a job. Nothing happens where the job has ended."""
+        """Send a signal to the main process of a job. Nothing happens if the job has ended."""
         if not job.ended:
             job.folder.send_request(SignalRequest(number))
 
@@ -3249,7 +3275,7 @@ class Worker:
             job.ring()
 
     def _settle(self, job: Job, *, alive: bool) -> None:
-        """Do what a job's phase asks for. `alive`: its shim lives. The first rule that fits is used."""
+        """Do what a job's phase asks for. `alive`: whether its shim lives."""
         phase = job.events.phase
         if phase == "done":
             self._retire(job)
@@ -3596,9 +3622,11 @@ def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool, confi
     if missing:
         notes.append(f"limits on {', '.join(missing)} are not enforced")
     if not cgroup:
-        notes.append("there is no cgroup: processes that a job leaves behind are searched and killed, and it can evade")
+        notes.append("there is no cgroup: leftover processes are found by a search of /proc, which a job can evade")
     if not separate:
-        notes.append("it runs as the server's own user or as root: limits and separation hold only if it cooperates")
+        notes.append(
+            "the job runs as the server's own user or as root: limits and separation hold only if it cooperates"
+        )
     if separate and not confined:
         notes.append("it is not confined: it shares /tmp, shared memory and the list of processes with other users")
     return tuple(notes)
@@ -3680,7 +3708,7 @@ def encode_roles(roles: Iterable[str]) -> bytes:
 
 
 def decode_roles(value: bytes) -> frozenset[str]:
-    """The roles in an extension's value. It is empty where anything in the value is malformed or unknown."""
+    """The roles in an extension's value. It is empty if anything in the value is malformed or unknown."""
     if len(value) < 3 or value[0] != 0x0C or value[1] != len(value) - 2 or value[1] > 127:
         return frozenset()
     roles = frozenset(value[2:].decode("utf-8", "replace").split(","))
@@ -3819,10 +3847,10 @@ def is_general_name(name: str) -> bool:
 
 
 def prepare_folder(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """Fill an empty folder with what a server needs, or make a server.pem with the names that it lacks.
+    """Fill an empty folder with what a server needs, or replace server.pem by one that has these names too.
 
-    Returns a sentence that says what was made, or nothing. Raises JobWorkerError, and changes nothing, where the folder
-    is half-filled or unreadable.
+    Returns a sentence that says what was made, or nothing. Raises JobWorkerError, and changes nothing, if the folder
+    is incomplete or unreadable.
     """
     try:
         present = set(os.listdir(folder)) & set(MADE_FILES) if folder.exists() else set()
@@ -3832,7 +3860,8 @@ def prepare_folder(folder: pathlib.Path, names: Sequence[str]) -> str:
             return f"made two authorities, a server certificate and the identities `user` and `admin` in {folder}"
         if missing:
             raise JobWorkerError(
-                f"the folder {folder} is half-filled: it lacks {' and '.join(missing)}; complete it or use an empty one"
+                f"the certificate folder {folder} is incomplete: it lacks {' and '.join(missing)}; add them or name "
+                f"an empty folder"
             )
         return (add_names(folder, names) if names else "") or renew_server_certificate(folder)
     except OSError as error:
@@ -3924,7 +3953,7 @@ def read_key(path: pathlib.Path) -> bytes:
 
 
 def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
-    """An authority of the folder with its key. Raises JobWorkerError where the folder has only its certificate."""
+    """An authority of the folder with its key. Raises JobWorkerError if the folder has only its certificate."""
     path = folder / f"{name}.key"
     if not path.exists():
         raise JobWorkerError(f"{path} is missing: only the folder that made the authority can issue with it")
@@ -3946,7 +3975,7 @@ def load_authorities(folder: pathlib.Path) -> list[x509.Certificate]:
 
 
 def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
-    """Make a new server.pem where the present one lacks some of these names. It keeps the names that it has."""
+    """Make a new server.pem if the present one lacks some of these names. It keeps the names that it has."""
     try:
         certificate = x509.load_pem_x509_certificate(read_file(folder / "server.pem"))
     except ValueError as error:
@@ -3962,7 +3991,7 @@ def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
 
 
 def renew_server_certificate(folder: pathlib.Path) -> str:
-    """Make a new server.pem where at most WARN_DAYS are left and the folder can issue one. It keeps the key, so that
+    """Make a new server.pem if at most WARN_DAYS are left and the folder can issue one. It keeps the key, so that
     one rename renews it. Returns a sentence that says so, or nothing.
     """
     path = folder / "server.pem"
@@ -4014,7 +4043,7 @@ def day_of(certificate: x509.Certificate) -> str:
 def end_warnings(folder: pathlib.Path) -> Iterator[str]:
     """A sentence for each certificate that a server lives by and that ends soon."""
     for name, remedy in (
-        ("server.pem", "`serve` renews it where server-ca.key is and lives longer"),
+        ("server.pem", "`serve` renews it if server-ca.key is there and server-ca.pem is valid for longer"),
         ("server-ca.pem", "make a new authority, and give it to every client before that day"),
         ("client-ca.pem", "make a new authority, and a new identity for every client before that day"),
     ):
@@ -4028,7 +4057,7 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
     """The server's key and certificates as PEM, the authorities of its clients, and when its certificate ends.
 
     The PEM is written anew from what was parsed: gRPC refuses text that the parser here accepts, for example a
-    byte-order mark before it. Raises JobWorkerError, which names the file, where gRPC cannot serve them.
+    byte-order mark before it. Raises JobWorkerError, which names the file, if gRPC cannot serve them.
     """
     pem, key_path = folder / "server.pem", folder / "server.key"
     try:
@@ -4045,7 +4074,7 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
         raise JobWorkerError(f"{pem} is not the certificate of {key_path}")
     since, until = validity(certificates[:1])
     if not since <= time.time() <= until:
-        raise JobWorkerError(f"{pem} is out of date; `serve --name NAME` makes a new one where server-ca.key is")
+        raise JobWorkerError(f"{pem} is out of date; `serve --name NAME` makes a new one if server-ca.key is there")
     form, encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     key_pem = key.private_bytes(serialization.Encoding.PEM, form, encryption)
     return key_pem, to_pem(*certificates), authorities, until
@@ -4119,7 +4148,7 @@ def has_weak_digest(certificate: x509.Certificate) -> bool:
 def read_revocation_lists(
     folder: pathlib.Path, authorities: Sequence[x509.Certificate]
 ) -> list[x509.CertificateRevocationList]:
-    """The lists in `client-crl.pem`; none without that file. Raises JobWorkerError where it cannot be relied on."""
+    """The lists in `client-crl.pem`; none without that file. Raises JobWorkerError if it cannot be relied on."""
     path = folder / CRL_FILE
     try:
         content = path.read_bytes()
@@ -4194,7 +4223,7 @@ def add_to_revocation_list(folder: pathlib.Path, authority: CertifiedKey, serial
 
 
 def validity(chain: Sequence[x509.Certificate]) -> tuple[float, float]:
-    """Since and until when all of these certificates are valid, in seconds since 1970."""
+    """The period in which all these certificates are valid: its begin and its end, in seconds since 1970."""
     return (
         max(each.not_valid_before_utc for each in chain).timestamp(),
         min(each.not_valid_after_utc for each in chain).timestamp(),
@@ -4469,15 +4498,17 @@ def result_of(message: bytes) -> bytes:
 
 
 def parse_request(kind: Any, message: bytes) -> Any:
-    """A request of this kind. Raises BadRequestError where the bytes are not one, or a text in them is not UTF-8."""
+    """A request of this kind. Raises BadRequestError if the bytes are not one, or a text in them is not UTF-8."""
     try:
         return kind.FromString(message)
     except protobuf.DecodeError:
-        raise BadRequestError(f"these bytes are no {kind.DESCRIPTOR.name}, or a text in it is not UTF-8") from None
+        raise BadRequestError(
+            f"the request is not a valid {kind.DESCRIPTOR.name}, or a text in it is not UTF-8"
+        ) from None
 
 
 def optional(message: Any, field: str) -> Any:
-    """The value of a proto3 `optional` field; None where the caller left it out."""
+    """The value of a proto3 `optional` field; None if the caller left it out."""
     return getattr(message, field) if message.HasField(field) else None
 
 
@@ -4840,7 +4871,7 @@ class ServerCertificates:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Renew server.pem in time, and watch the revocation list: its folder, and where it is a link the folder that
+        """Renew server.pem in time, and watch the revocation list: its folder, and if it is a link the folder that
         it leads to.
         """
         self._inotify.open()
@@ -4960,7 +4991,7 @@ async def bind_port(
 
 
 def bind(server: grpc.aio.Server, listen: tuple[str, int], credentials: grpc.ServerCredentials) -> str:
-    """Listen, and return the address as people write it. Raises JobWorkerError, which names the port."""
+    """Listen, and return HOST:PORT, with brackets around IPv6. Raises JobWorkerError, which names the port."""
     host, port = listen
     host = host or ("::" if has_ipv6() else "0.0.0.0")  # noqa: S104  a server listens on all addresses by default
     written = f"[{host}]" if ":" in host else host
@@ -5001,8 +5032,8 @@ def has_ipv6() -> bool:
 
 
 def raise_file_limit() -> int:
-    """Allow as many descriptors as the hard limit, which is returned: each follower has one. The launcher keeps the
-    limit of before.
+    """Allow as many descriptors as the hard limit, which is returned: each follower has one. The launcher was
+    started with the old limit, which the jobs inherit.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
@@ -5053,7 +5084,7 @@ def announce(worker: Worker, address: str) -> None:
 
 
 def notify(state: str) -> None:
-    """Report a state to systemd, where it asked for reports (sd_notify(3))."""
+    """Report a state to systemd, if it asked for reports (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, contextlib.suppress(OSError):
@@ -5089,7 +5120,7 @@ class Credentials:
     server: str = ""
 
     def warning(self) -> str:
-        """A sentence where the certificate, or an authority of the server, is at its end or near it; else empty."""
+        """A sentence if the certificate, or an authority of the server, is at its end or near it; else empty."""
         soon = time.strftime("%Y%m%d", time.gmtime(time.time() + WARN_DAYS * DAY))
         for file, content, remedy in (
             (self.file, self.certificate, "on the server, `identity NAME --renew` makes a new one"),
@@ -5195,7 +5226,9 @@ class ClientOptions:
 
 
 class Sink:
-    """Where a stream is written. `offset` is the offset of the next byte, and never between two bytes of a write."""
+    """Where a stream is written. `offset` is the offset of the next byte; it changes only after a whole chunk was
+    written.
+    """
 
     def __init__(self, write: Callable[[bytes], None], offset: int = 0) -> None:
         self._write = write
@@ -5300,7 +5333,7 @@ class Client:
             pause = min(LONGEST_PAUSE, 2 * pause)
 
     def _explained(self, error: Any, *, retried: bool) -> JobWorkerError:
-        """The error for gRPC's. A server that was never reached is reported at once: a retry helps only where a server
+        """The error for gRPC's. A server that was never reached is reported at once: a retry helps only if a server
         was reached and then lost.
         """
         details = error.details() or ""
@@ -5334,7 +5367,7 @@ def is_loss(status: str, details: str) -> bool:
 
 
 def check_complete(channel: grpc.Channel, job_id: str, position: int) -> None:
-    """Raise UnavailableError where a stream ended before its job did, or before the last byte."""
+    """Raise UnavailableError if a stream ended before its job did, or before the last byte."""
     ask = channel.unary_unary(
         f"/{SERVICE_NAME}/GetJobStatus", pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
     )
@@ -5469,7 +5502,7 @@ def utf8_text(text: str) -> str:
 
 
 def default_certs() -> pathlib.Path:
-    """`./certs` where no other user could have made it, else the folder of the machine or of the user."""
+    """`./certs` if no other user could have made it, else the folder of the machine or of the user."""
     local = pathlib.Path("certs")
     with contextlib.suppress(OSError):
         facts = local.stat()
@@ -5488,7 +5521,7 @@ def user_folder(variable: str, below_home: str) -> pathlib.Path:
 
 
 def write_out(chunk: bytes) -> None:
-    """Write all bytes to standard output, also where it does not block."""
+    """Write all bytes to standard output, also if it does not block."""
     rest = memoryview(chunk)
     while rest:
         try:
@@ -5564,11 +5597,14 @@ def add_client_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, nargs: str = "?") -> None:
-    parser.add_argument(
-        "-j", dest="job", metavar="JOB", help="the job: its id, the first characters of it, or its name"
-    )
+    parser.add_argument("-j", dest="job", metavar="JOB", help="the same as JOB")
     parser.add_argument("--last", action="store_true", help="the newest of your jobs")
-    parser.add_argument("jobs", nargs=nargs, metavar="JOB", help="the same without `-j`")
+    parser.add_argument(
+        "jobs",
+        nargs=nargs,
+        metavar="JOB",
+        help=f"a job: its id, the first {SHORTEST_PREFIX} or more characters of it, or its name",
+    )
 
 
 def chosen_jobs(client: Client, options: argparse.Namespace) -> list[str]:
@@ -5654,7 +5690,7 @@ PLACE_OPTIONS: list[Row] = [
         str,
         "LIST",
         "",
-        "what is not needed: cpu,memory,pids,io,confine, `all` limits, or `auto`: what this machine cannot give",
+        "serve even without these: cpu,memory,pids,io,confine, `all` limits, or `auto` (all that this machine lacks)",
     ),
 ]
 ENDING_OPTIONS: list[Row] = [
@@ -5694,7 +5730,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     place.add_argument(
         "--no-confine", action="store_true", help="let jobs share /tmp, shared memory and the list of processes"
     )
-    names = "host names and addresses of this server: makes a new server.pem where the present one lacks one"
+    names = "names that clients use for this server; server.pem is issued again if it lacks one"
     place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[], help=names)
     limits = parser.add_argument_group("limits of a job (--X: the default; --max-X: the most that `start` may ask for)")
     for name, kind, default in LIMIT_OPTIONS:
@@ -5777,7 +5813,7 @@ def add_start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
     """The options of a job that `start` and `run` have."""
-    parser.add_argument("--name", metavar="NAME", default="", help="a name, which stands for the job's id")
+    parser.add_argument("--name", metavar="NAME", default="", help="a name that other verbs accept instead of the id")
     parser.add_argument(
         "--env", action="append", metavar="K=V", default=[], help="a variable (K alone: its value here)"
     )
@@ -5796,7 +5832,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         help="an account of the server's machine, root included (admins only)",
     )
     parser.add_argument(
-        "--confine", action="store_true", help="confine a job with --run-as too, as other jobs are where root serves"
+        "--confine", action="store_true", help="confine a job with --run-as too, as other jobs are if root serves"
     )
     parser.add_argument(
         "--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job"
@@ -5887,7 +5923,7 @@ class Interrupted(Exception):  # noqa: N818  it is no error
 
 
 class InterruptibleSink(Sink):
-    """Standard output, for `run`. It raises Interrupted for a signal, and during a write only after it."""
+    """Standard output, for `run`. A signal raises Interrupted; during a write, after the write."""
 
     def __init__(self) -> None:
         super().__init__(write_out)
@@ -5925,7 +5961,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Ctrl-C sends the job INT, and kills it after 10 s. A second Ctrl-C kills it at once.\n"
         "If the terminal is closed, the job goes on. The exit code is the job's own, and 255\n"
-        "where that is unknown or where this client failed."
+        "if that is unknown or if this client failed."
     )
 
 
@@ -5946,7 +5982,7 @@ def run_run(options: argparse.Namespace) -> int:
 
 
 class ForegroundJob:
-    """The job of one `run`. It ends with `run`, except where the terminal was closed or the server is lost."""
+    """The job of one `run`. It ends with `run`, except if the terminal was closed or the server is lost."""
 
     def __init__(self, client: Client, request: pb.StartJobRequest, sink: InterruptibleSink) -> None:
         self._client = client
@@ -5955,7 +5991,7 @@ class ForegroundJob:
         self._interrupts = 0
 
     def run(self) -> int:
-        """The exit code. Raises JobWorkerError, which then names the job."""
+        """The exit code. Raises JobWorkerError."""
         started = False
         while True:
             try:
@@ -6020,7 +6056,9 @@ def run_stop(options: argparse.Namespace) -> int:
 
 def add_signal_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    parser.add_argument("job", metavar="JOB", help="the job: its id, the first characters of it, or its name")
+    parser.add_argument(
+        "job", metavar="JOB", help=f"the job: its id, the first {SHORTEST_PREFIX} or more characters of it, or its name"
+    )
     parser.add_argument("signal", metavar="SIGNAL", help="for example HUP, USR1 or TERM")
 
 
@@ -6119,7 +6157,7 @@ def print_list(
     options: argparse.Namespace,
     before: Mapping[str, tuple[float, float, int]] | None = None,
 ) -> None:
-    """A table that fits the terminal, or, where standard output is no terminal, whole values between tabs.
+    """A table that fits the terminal, or, if standard output is no terminal, whole values between tabs.
 
     With `--watch`, `before` has the time, CPU seconds and output of each job at the last list: then the columns CPU and
     OUTPUT are rates.
@@ -6139,7 +6177,7 @@ def print_list(
 
 
 def rates(status: pb.GetStatusResponse, before: Mapping[str, tuple[float, float, int]]) -> tuple[str, str]:
-    """The share of a CPU and the bytes of output a second since the last list; `-` where there is no last one."""
+    """The share of a CPU and the bytes of output a second since the last list; `-` if there is no last one."""
     if status.id not in before or status.status != pb.RUNNING:
         return "-", "-"
     moment, cpu_seconds, output_bytes = before[status.id]
@@ -6382,7 +6420,7 @@ def run_identity(options: argparse.Namespace) -> int:
 
 
 def checked_bundle(folder: pathlib.Path, made: CertifiedKey, server: tuple[str, int]) -> bytes:
-    """The client's one file. Warns where server.pem is for other names, since the client would refuse the server."""
+    """The client's one file. Warns if server.pem is for other names, since the client would refuse the server."""
     host = server[0] or socket.gethostname()
     if not is_named(folder, host):
         say(f"warning: {folder / 'server.pem'} is not for {host!r}; `serve --name {host}` makes one that is")
