@@ -192,6 +192,11 @@ OUTPUT_LIMIT = GIB  # bytes of output; a job that prints more is ended
 KEEP_SECONDS = 7 * 86400.0  # how long an ended job is kept
 RESERVE = 0.05  # the share of the state folder's file system that jobs may not fill
 MAX_JOBS = 4096  # jobs that run at the same time
+ADMIN_JOBS = 16  # jobs that admins may start beyond MAX_JOBS
+IO_FLOOR = MIB  # bytes a second; below it a kill waits for minutes until written pages have reached the disk
+NO_BOUND = (1 << 63) - 1
+OWNER_MEMORY, OWNER_PIDS = 0.75, 0.25  # shares of the machine's memory and of its process numbers, for one owner
+OWNER_CALLS, OWNER_STREAMS = 64, 512  # calls and streams that one owner has open at the same time
 SHIMS_IO_LIMIT = 512 * MIB  # bytes a second that all shims together may write
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
@@ -200,12 +205,16 @@ JOB_ID_VARIABLE = "JOBWORKER_JOB_ID"
 JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 ROLES = ("admin", "user")
 
-READ_BYTES = 256 * KIB  # one read of an output, and so the largest message of a stream
+READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
+STREAMS_BYTES = 4 * MIB  # from here on the streams of one owner have smaller messages
 COALESCE_SECONDS = 0.002  # between two wake-ups of an output's followers; lines that come faster share a message
+FOLLOWER_SECONDS = 0.0002  # for each follower that is woken, until the next wake-up; a message costs the server 0.1 ms
+WAKE_GROUP = 16  # followers that are woken at the same time
 # Requests to the launcher that are under way at the same time. A send fails when the socket's buffer is full, and the
 # buffer holds 64 packets of PACKET_BYTES.
 START_SLOTS, FINISH_SLOTS = 48, 16
 LONGEST_GRACE = 86400  # seconds between the signal and the kill of a stop
+ARGUMENTS_BYTES = 2 * MIB  # of a command and its arguments: a quarter of the stack's limit (execve(2))
 STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
 
 # systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
@@ -221,6 +230,16 @@ class Limits:
     memory: int = MEMORY_LIMIT
     pids: int = PIDS_LIMIT
     io: int = IO_LIMIT
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnerLimits:
+    """What all jobs of one owner may use together. 0: no bound."""
+
+    cpu: float = 0.0
+    memory: int = 0
+    pids: int = 0
+    jobs: int = 0  # that run at the same time
 
 
 # --- 2. Errors ----------------------------------------------------------------------------------------
@@ -326,6 +345,15 @@ def read_whole(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return b"".join(iter(functools.partial(os.read, descriptor, 64 * KIB), b""))
+    finally:
+        os.close(descriptor)
+
+
+def read_start(path: str, size: int) -> bytes:
+    """The first `size` bytes of a file. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, size)
     finally:
         os.close(descriptor)
 
@@ -467,6 +495,21 @@ class Cgroup:
                 if file != "memory.swap.max" or os.path.exists(f"{self.path}/{file}"):
                     kernel_write(f"{self.path}/{file}", value)
 
+    def limit_total(self, total: OwnerLimits, controllers: Iterable[str]) -> None:
+        """Bound what all cgroups below this one use together. Each has the same share of the CPUs."""
+        period = 100_000
+        values = {
+            "cpu": [
+                ("cpu.weight", "100"),
+                ("cpu.max", f"{max(1000, round(total.cpu * period)) if total.cpu else 'max'} {period}"),
+            ],
+            "memory": [("memory.max", str(total.memory or "max"))],
+            "pids": [("pids.max", str(total.pids or "max"))],
+        }
+        for controller in controllers:
+            for file, value in values.get(controller, []):
+                kernel_write(f"{self.path}/{file}", value)
+
     def attach(self, process: int) -> None:
         """Move a process into this cgroup. 0 is the caller."""
         kernel_write(f"{self.path}/cgroup.procs", str(process))
@@ -477,10 +520,22 @@ class Cgroup:
 
     def kill(self) -> None:
         """Send SIGKILL to every process in this cgroup and below at once, including processes that are forking."""
+        self._lift_io()
         if os.path.exists(f"{self.path}/cgroup.kill"):
             kernel_write(f"{self.path}/cgroup.kill", "1")
         elif os.path.isdir(self.path):
             self._kill_frozen()
+
+    def _lift_io(self) -> None:
+        """Remove io.max: a process cannot die before its writes are done, which took minutes at 20 kB a second."""
+        for line in kernel_read(f"{self.path}/io.max").splitlines():
+            with contextlib.suppress(KernelError):
+                kernel_write(f"{self.path}/io.max", f"{line.split()[0]} rbps=max wbps=max riops=max wiops=max")
+
+    def members(self) -> list[int]:
+        """The processes in this cgroup and below."""
+        folders = (folder for folder, _, _ in os.walk(self.path))
+        return [int(process) for folder in folders for process in kernel_read(f"{folder}/cgroup.procs").split()]
 
     def _kill_frozen(self) -> None:
         """Kill without cgroup.kill, which Linux has from 5.14. A frozen process cannot fork, and SIGKILL ends it."""
@@ -559,6 +614,15 @@ class ProcessTree:
 
     def __init__(self, job_id: str) -> None:
         self._variable = f"{JOB_ID_VARIABLE}={job_id}"
+
+    def members(self) -> list[int]:
+        """The processes that have the job's id in their environment."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, KernelError):
+                if self._variable in kernel_read(f"/proc/{name}/environ").split("\0"):
+                    found.append(int(name))
+        return found
 
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -670,6 +734,7 @@ class CgroupTree:
     root: str | None
     controllers: frozenset[str]
     disks: tuple[Disk, ...]
+    owner: OwnerLimits = OwnerLimits()  # of each owner's cgroup `u<uid>`
 
     def job_path(self, uid: int, job_id: str) -> str:
         """The path of a job's cgroup; empty where this machine gives none."""
@@ -687,6 +752,7 @@ class CgroupTree:
         if os.geteuid() == 0:
             owner.hide(0o710, gid)
         owner.enable(self.controllers)  # an earlier server may have enabled fewer
+        owner.limit_total(self.owner, self.controllers)
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
         return cgroup
@@ -799,6 +865,7 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 # output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
 # the job's owner in this process (`Worker`) wakes it. The source is inotify(7).
 
+SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
 IN_FOLDER = 0x2CC  # IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE: a file in a folder has changed
 
@@ -847,10 +914,16 @@ class Bell:
 
 
 class Inotify:
-    """One inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask."""
+    """One inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask.
+
+    A callback that raises for want of descriptors or memory is called again later, with a growing pause.
+    """
 
     def __init__(self, overflowed: Callable[[], None]) -> None:
         self._overflowed = overflowed
+        self._missed: dict[int, int] = {}  # the masks of events whose callback raised, by their watch
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_seconds = SHORTEST_RETRY_SECONDS
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._descriptor = -1
 
@@ -872,6 +945,9 @@ class Inotify:
             os.close(self._descriptor)
             self._descriptor = -1
             self._callbacks.clear()
+            self._missed.clear()
+            if self._retry is not None:
+                self._retry.cancel()
 
     def watch(self, path: str, mask: int, callback: Callable[[int], None]) -> int:
         """Watch a file and return the watch descriptor. The kernel keeps one watch a file: a second one replaces it."""
@@ -884,6 +960,7 @@ class Inotify:
 
     def unwatch(self, watch: int) -> None:
         """End a watch. The kernel may have ended it already: the file is gone, or a one-shot event was sent."""
+        self._missed.pop(watch, None)
         if self._callbacks.pop(watch, None) is not None and self._descriptor >= 0:
             with contextlib.suppress(OSError):
                 libc_call("inotify_rm_watch", self._descriptor, watch)
@@ -905,12 +982,47 @@ class Inotify:
             self._deliver(watch, mask)
 
     def _deliver(self, watch: int, mask: int) -> None:
-        if mask & IN_Q_OVERFLOW:
-            self._overflowed()
-        elif mask & IN_IGNORED:
-            self._callbacks.pop(watch, None)
-        elif callback := self._callbacks.get(watch):  # a watch that was ended may still have an event in the queue
-            callback(mask)
+        mask |= self._missed.pop(watch, 0)
+        try:
+            if mask & IN_Q_OVERFLOW:
+                self._overflowed()
+            elif mask & IN_IGNORED:
+                self._callbacks.pop(watch, None)
+            elif callback := self._callbacks.get(watch):  # a watch that was ended may still have an event in the queue
+                callback(mask)
+        except (JobWorkerError, OSError) as error:
+            self._missed[watch] = mask
+            if self._retry is None:
+                say(f"{error}; trying again until it works")
+                self._schedule_retry()
+
+    def _schedule_retry(self) -> None:
+        self._retry = asyncio.get_running_loop().call_later(self._retry_seconds, self._deliver_missed)
+        self._retry_seconds = min(LONGEST_RETRY_SECONDS, 2 * self._retry_seconds)
+
+    def _deliver_missed(self) -> None:
+        """Call again the callbacks that raised. The timer runs only while there are any."""
+        for watch in list(self._missed):
+            self._deliver(watch, 0)
+        if self._missed:
+            self._schedule_retry()
+        else:
+            self._retry, self._retry_seconds = None, SHORTEST_RETRY_SECONDS
+
+
+class Pace:
+    """When the followers of an output may be woken. All outputs share it, so that followers never take more than half
+    of the event loop: 900 followers of a job that prints each 3 ms kept every other caller waiting for 9 s.
+    """
+
+    def __init__(self) -> None:
+        self._free_at = 0.0  # by the loop's clock
+
+    def take(self, now: float, followers: int) -> float:
+        """Take the next time for so many followers."""
+        due = max(now, self._free_at)
+        self._free_at = due + followers * FOLLOWER_SECONDS
+        return due
 
 
 class Tail:
@@ -919,9 +1031,10 @@ class Tail:
     The descriptor outlives the removal of the file. `acquire` and `release` count the followers.
     """
 
-    def __init__(self, path: str, inotify: Inotify) -> None:
+    def __init__(self, path: str, inotify: Inotify, pace: Pace) -> None:
         self._path = path
         self._inotify = inotify
+        self._pace = pace
         self._followers = 0
         self._descriptor = -1
         self._last_read = (0, b"")  # an offset and the bytes there: followers at the same byte share one read
@@ -930,13 +1043,15 @@ class Tail:
         self.arm_count = 0  # a read before the last arming may have missed bytes that were written in between
         self._bell = Bell()
 
-    def acquire(self) -> None:
+    def acquire(self) -> float:
+        """Add one follower. Returns the seconds that it waits after a wake-up: not all may read at the same time."""
         if self._followers == 0:
             try:
                 self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise KernelError(f"cannot open {self._path}", error) from error
+                raise disk_error(f"cannot open {self._path}", error) from error
         self._followers += 1
+        return (self._followers - 1) // WAKE_GROUP * WAKE_GROUP * FOLLOWER_SECONDS
 
     def release(self) -> int:
         """Remove one follower and return how many are left."""
@@ -946,12 +1061,12 @@ class Tail:
             self._disarm()
         return self._followers
 
-    def read(self, offset: int) -> bytes:
-        """Up to READ_BYTES bytes from `offset`; none at the end of the file."""
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset`; none at the end of the file."""
         if self._last_read[0] == offset and self._last_read[1]:
-            return self._last_read[1]
+            return self._last_read[1][:size]
         try:
-            chunk = os.pread(self._descriptor, READ_BYTES, offset)
+            chunk = os.pread(self._descriptor, size, offset)
         except OSError as error:
             raise KernelError(f"cannot read {self._path}", error) from error
         if chunk:
@@ -971,13 +1086,14 @@ class Tail:
         return True
 
     def _grew(self, _mask: int) -> None:
-        """Wake the followers now, or COALESCE_SECONDS after the last wake-up. Until then the tail stays armed, so that
-        a follower that reaches the end meanwhile waits for the same wake-up.
+        """Wake the followers now, or when it is their time: at the earliest COALESCE_SECONDS after the last wake-up.
+        Until then the tail stays armed, so that a follower that reaches the end meanwhile waits for the same wake-up.
         """
         loop = asyncio.get_running_loop()
-        remaining = self._woken_at + COALESCE_SECONDS - loop.time()
-        if remaining > 0:
-            loop.call_later(remaining, self.wake)
+        now = loop.time()
+        due = max(self._woken_at + COALESCE_SECONDS, self._pace.take(now, self._followers))
+        if due > now:
+            loop.call_at(due, self.wake)
         else:
             self.wake()
 
@@ -1029,6 +1145,7 @@ TMP_FOLDERS = {"tmp": "/tmp", "var-tmp": "/var/tmp"}  # noqa: S108  a confined j
 HIDDEN = "view/hidden"  # below the state folder: what a confined job sees in place of a hidden folder
 TRIAL = "view/trial"  # in place of a job's folder; it stays, so that a full disk keeps no server from its next start
 TREE_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+SPEC_HEAD_BYTES = 64 * KIB  # of a job.json that the server reads or keeps; arguments can make it 12 MiB long
 EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
 
 
@@ -1058,9 +1175,18 @@ class Spec:
     name: str = ""
     confine: bool = False  # whether the job is confined (section 6)
     hidden: tuple[str, ...] = ()  # folders that a confined job sees empty
+    args_left_out: int = 0  # how many arguments more job.json holds; see `SPEC_HEAD_BYTES`
 
     def to_json(self) -> bytes:
-        return json.dumps({**vars(self), "limits": vars(self.limits)}).encode()
+        """The contents of job.json. The arguments come last, so that a reader can leave most of them out."""
+        labels = {"id": self.id, "owner": self.owner, "name": self.name}  # first, for `JobFolder.read_labels`
+        plain = {**labels, **vars(self), "limits": vars(self.limits), "arg_count": self.arg_count}
+        del plain["args"], plain["args_left_out"]
+        return json.dumps({**plain, "args": self.args}).encode()
+
+    @property
+    def arg_count(self) -> int:
+        return len(self.args) + self.args_left_out
 
     @classmethod
     def from_json(cls, text: bytes) -> Spec | None:
@@ -1074,9 +1200,19 @@ class Spec:
             tuples = {name: tuple(plain.get(name, ())) for name in ("args", "groups", "controllers", "hidden")}
             tuples["env"] = tuple(tuple(pair) for pair in plain.get("env", ()))
             limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
-            return cls(**{**known, **tuples, "limits": Limits(**limits)})
+            left_out = plain.get("arg_count", len(tuples["args"])) - len(tuples["args"])
+            return cls(**{**known, **tuples, "limits": Limits(**limits), "args_left_out": left_out})
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    @classmethod
+    def from_head(cls, text: bytes) -> Spec | None:
+        """The spec in a job.json, with those arguments that its first SPEC_HEAD_BYTES hold."""
+        if len(text) <= SPEC_HEAD_BYTES:
+            return cls.from_json(text)
+        # A quotation mark inside of a JSON string has a backslash before it, so both texts stand between strings only.
+        before, mark, args = text[:SPEC_HEAD_BYTES].partition(b', "args": [')
+        return cls.from_json(before + mark + args[: args.rfind(b'", "') + 1] + b"]}")
 
     def programs(self) -> list[str]:
         """The paths where the command is searched, in this order."""
@@ -1215,8 +1351,9 @@ class StopRequest:
     grace: float = 0.0
 
     def to_line(self) -> bytes:
-        name = encode_name(self.by)[:1000]
-        return (f"stop {self.signal} {self.grace:.3f} {name}\n" if self.signal else f"kill {name}\n").encode()
+        # A shim of an earlier version takes the reason of a kill for a name, and kills as well.
+        word = f"!{self.reason}" if self.reason else encode_name(self.by)[:1000]
+        return (f"stop {self.signal} {self.grace:.3f} {word}\n" if self.signal else f"kill {word}\n").encode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1232,11 +1369,12 @@ class SignalRequest:
 def parse_request_line(line: bytes) -> StopRequest | SignalRequest | None:
     """The request in one line of `control`; None where it is none, or one of a later version."""
     words = line.decode("ascii", "replace").split(" ")
+    reason, by = (words[-1][1:], "") if words[-1].startswith("!") else ("", words[-1])
     with contextlib.suppress(ValueError):
         if words[0] == "kill" and len(words) == 2:
-            return StopRequest(by=words[1])
+            return StopRequest(reason, by)
         if words[0] == "stop" and len(words) == 4:
-            return StopRequest(by=words[3], signal=int(words[1]), grace=float(words[2]))
+            return StopRequest(reason, by, int(words[1]), float(words[2]))
         if words[0] == "signal" and len(words) == 2:
             return SignalRequest(int(words[1]))
     return None
@@ -1314,7 +1452,30 @@ class JobFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise KernelError(f"cannot read {self.path}/job.json", error) from error
+            raise disk_error(f"cannot read {self.path}/job.json", error) from error
+
+    def read_head(self) -> Spec | None:
+        """The spec without most of the arguments of a long one; None as for `read_spec`. It takes a bounded time."""
+        try:
+            text = read_start(f"{self.path}/job.json", SPEC_HEAD_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise disk_error(f"cannot read {self.path}/job.json", error) from error
+        # A long job.json of version 1.0.0 has its arguments in the middle, and is read as a whole.
+        return Spec.from_head(text) or (self.read_spec() if len(text) > SPEC_HEAD_BYTES else None)
+
+    def read_labels(self) -> tuple[str, str] | None:
+        """The owner and the name in job.json, at a tenth of the cost of the whole spec; None where there is no owner.
+
+        Inside of a JSON string a quotation mark has a backslash before it, so both patterns match outside of strings.
+        """
+        try:
+            head = read_start(f"{self.path}/job.json", 4 * KIB)
+        except OSError:
+            return None
+        owner, name = (re.search(rb'"%s": ("(?:[^"\\]|\\.)*")' % key, head) for key in (b"owner", b"name"))
+        return (str(json.loads(owner[1])), str(json.loads(name[1])) if name else "") if owner else None
 
     def read_events(self) -> Events:
         try:
@@ -1322,7 +1483,7 @@ class JobFolder:
         except FileNotFoundError:
             return Events()
         except OSError as error:
-            raise KernelError(f"cannot read {self.path}/events", error) from error
+            raise disk_error(f"cannot read {self.path}/events", error) from error
 
     def has_events(self) -> bool:
         return os.path.exists(f"{self.path}/events")
@@ -1334,7 +1495,7 @@ class JobFolder:
         except OSError as error:
             if error.errno in (errno.ENXIO, errno.ENOENT):
                 return False
-            raise KernelError(f"cannot open {self.path}/control", error) from error
+            raise disk_error(f"cannot open {self.path}/control", error) from error
         try:
             with contextlib.suppress(BlockingIOError):  # the FIFO is full of requests, and one of them is enough
                 os.write(descriptor, request.to_line())
@@ -1348,8 +1509,10 @@ class JobFolder:
         """Whether `control` has a reader. A descriptor on its way to the launcher counts as one."""
         try:
             os.close(self._open_control())
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.ENXIO, errno.ENOENT):
+                return False
+            raise disk_error(f"cannot open {self.path}/control", error) from error
         return True
 
     def _open_control(self) -> int:
@@ -1358,6 +1521,14 @@ class JobFolder:
     def open_output(self) -> int:
         """A descriptor for the shim to write the output. Raises OSError."""
         return os.open(f"{self.path}/output", os.O_WRONLY | os.O_CLOEXEC)
+
+    def disk_bytes(self) -> int:
+        """The size of all files of the folder."""
+        total = 0
+        for name in self.FILES:
+            with contextlib.suppress(OSError):
+                total += os.lstat(f"{self.path}/{name}").st_size
+        return total
 
     def output_bytes(self) -> int:
         try:
@@ -1715,7 +1886,7 @@ class Launcher:
                 )  # fmt: skip
             except OSError as error:
                 ours.close()
-                raise KernelError(f"cannot run {sys.executable} as the launcher", error) from error
+                raise disk_error(f"cannot run {sys.executable} as the launcher", error) from error
         self._channel = ours
 
     @property
@@ -2312,6 +2483,10 @@ class Accounts:
         if os.geteuid() == 0:
             self._range = claim_uids(self._owners, self._uids.values())
 
+    def homes(self) -> dict[str, str]:
+        """The home of each owner."""
+        return {owner: f"{self._homes}/{uid}" for owner, uid in self._uids.items()}
+
     def of(self, owner: str) -> Account:
         """The account of an owner, made at the owner's first job. Raises ExhaustedError or KernelError."""
         try:
@@ -2432,6 +2607,10 @@ def make_token(owners: pathlib.Path) -> str:
 # Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
 # jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
 
+DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
+MEASURED_STEPS = 200  # files that are measured before other tasks run; 200 take about 1 ms
+SYS_PIDFD_GETFD = 438
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
@@ -2449,6 +2628,7 @@ class WorkerOptions:
     keep_bytes: int = 0
     reserve: float = RESERVE
     max_jobs: int = MAX_JOBS
+    owner: OwnerLimits = OwnerLimits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2470,6 +2650,7 @@ class JobRequest:
     cwd: str = ""
     name: str = ""
     confine: bool = False  # a job with `run_as` is confined only where this asks for it; others always
+    admin: bool = False  # it may use the places that are kept for admins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2530,8 +2711,10 @@ class Job:
 
     @property
     def spec(self) -> Spec:
-        """What was asked for. Raises NoSuchJobError where job.json is gone or unreadable."""
-        spec = self._spec or self.folder.read_spec()
+        """What was asked for, without most of very many arguments. Raises NoSuchJobError where job.json is gone or
+        unreadable.
+        """
+        spec = self._spec or self.folder.read_head()
         if spec is None:
             raise NoSuchJobError(self.id)
         return spec
@@ -2550,6 +2733,18 @@ class Job:
             spec = self.spec
             self._labels = sys.intern(spec.owner), sys.intern(spec.name)
         return self._labels
+
+    @property
+    def known_owner(self) -> str:
+        """The owner, as far as it was read; empty: not yet."""
+        return self._labels[0] if self._labels else ""
+
+    def read_labels(self) -> None:
+        """Read the owner and the name of an ended job now, so that no later call has to: by the time that it took, a
+        caller could tell that another owner has this id.
+        """
+        labels = self.folder.read_labels()
+        self._labels = labels and (sys.intern(labels[0]), sys.intern(labels[1]))
 
     def keep_spec(self, spec: Spec | None) -> None:
         """Keep the spec in memory while the job runs. The specs of ten thousand ended jobs stay on the disk."""
@@ -2580,7 +2775,7 @@ class Retention:
         self.bell = Bell()
 
     def add(self, job: Job) -> None:
-        self._sizes[job] = size = job.folder.output_bytes() if self._keep_bytes else 0
+        self._sizes[job] = size = job.folder.disk_bytes() if self._keep_bytes else 0
         self._total += size
         if len(self._sizes) == 1 or (self._keep_bytes and self._total > self._keep_bytes):
             self.bell.ring()
@@ -2673,9 +2868,13 @@ class Worker:
         self._hidden: tuple[str, ...] = ()
         self._tmp_points = tmp_points(str(options.state))
         self._table: dict[str, Job] = {}
+        self._running: dict[str, set[Job]] = {}  # of each owner
+        self._refused: set[str] = set()  # owners who used most of the disk when it was nearly full
+        self._begun = Bell()  # rings when a job begins to run
         self._resources = contextlib.AsyncExitStack()
         self._tree = CgroupTree(None, frozenset(), ())
         self._inotify = Inotify(self._check_all)
+        self._pace = Pace()
         self._launcher = Launcher()
         self._accounts = Accounts(options.state)
         self._retention = Retention(options.keep, options.keep_bytes)
@@ -2691,7 +2890,8 @@ class Worker:
         async with contextlib.AsyncExitStack() as resources:
             make_state_folder(self.options.state)
             resources.callback(os.close, lock_state_folder(self.options.state))
-            self._tree = make_tree(self.options.cgroup, state_name(self.options.state), self.options.without)
+            tree = make_tree(self.options.cgroup, state_name(self.options.state), self.options.without)
+            self._tree = dataclasses.replace(tree, owner=self.options.owner)
             resources.callback(self._tree.remove_unused)
             self._prepare_confinement()
             self._accounts.open()
@@ -2702,6 +2902,7 @@ class Worker:
             resources.push_async_callback(self._tasks.cancel)
             self._recover()
             self._tasks.spawn(self._retain())
+            self._tasks.spawn(self._watch_disk())
             self._resources = resources.pop_all()
         return self
 
@@ -2777,6 +2978,8 @@ class Worker:
         if job is None:
             return None
         spec = job.spec
+        if spec.owner == request.owner and spec.args_left_out:
+            spec = job.folder.read_spec() or spec
         asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name)
         if (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name) != asked:
             raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
@@ -2785,9 +2988,8 @@ class Worker:
     def _make_spec(self, request: JobRequest) -> Spec:
         """The whole spec: the request, the defaults and caps, the account and the cgroup's path."""
         options = self.options
-        if self.running >= options.max_jobs:
-            raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
-        reserve = checked_reserve(options.state, options.reserve)
+        self._check_places(request)
+        reserve = checked_reserve(options.state, options.reserve, refused=request.owner in self._refused)
         account = self._account(request)
         confine = self._confines and (request.confine or not request.run_as)
         if request.confine and not confine:
@@ -2804,6 +3006,26 @@ class Worker:
             env=request.env, cwd=request.cwd, name=request.name,
             confine=confine, hidden=self._hidden if confine else (),
         )  # fmt: skip
+
+    def _check_places(self, request: JobRequest) -> None:
+        """Raise ExhaustedError where this owner, or all owners, have as many jobs as they may. Some are for admins."""
+        own = len(self._running.get(request.owner, ()))
+        if self.running >= self.options.max_jobs + (ADMIN_JOBS if request.admin else 0):
+            raise ExhaustedError(f"{self.running} jobs are running, and `serve --max-jobs` allows no more")
+        if 0 < self.options.owner.jobs <= own and not request.admin:
+            raise ExhaustedError(
+                f"{own} jobs of {request.owner!r} are running, and `serve --owner-jobs` allows no more"
+            )
+
+    def _count_running(self, job: Job) -> None:
+        self._running.setdefault(job.owner, set()).add(job)
+        self._begun.ring()
+
+    def _uncount_running(self, job: Job) -> None:
+        jobs = self._running.get(job.known_owner, set())
+        jobs.discard(job)
+        if not jobs:
+            self._running.pop(job.known_owner, None)
 
     def _account(self, request: JobRequest) -> Account:
         if os.geteuid() == 0:
@@ -2822,6 +3044,7 @@ class Worker:
             job.folder.create()
             undo.callback(self._delete, job)
             self._table[job.id] = job
+            self._count_running(job)
             with contextlib.ExitStack() as handed_over:
                 descriptors = job.folder.create_files(handed_over)
                 if spec.confine:
@@ -2831,6 +3054,8 @@ class Worker:
                 self._watch(job)
                 descriptors += self._make_cgroup(spec, handed_over)
                 self._launcher.send("start", job.folder, text, descriptors)
+            if len(text) > SPEC_HEAD_BYTES:
+                job.keep_spec(Spec.from_head(text) or spec)  # None: the command itself is that long
             undo.pop_all()
         return job
 
@@ -2886,7 +3111,7 @@ class Worker:
         if not job.ended:
             job.folder.send_request(SignalRequest(number))
 
-    async def stop(self, job: Job, by: str = "", signal_number: int = 0, grace: float = 0.0) -> None:
+    async def stop(self, job: Job, by: str = "", signal_number: int = 0, grace: float = 0.0, reason: str = "") -> None:
         """End the whole job, and return when it is dead. An ended job does not change.
 
         Without a signal the job is killed at once. With one, every process of the job gets it first, and the job's shim
@@ -2894,7 +3119,7 @@ class Worker:
         """
         if job.ended:
             return
-        if not job.folder.send_request(StopRequest(by=by, signal=signal_number, grace=grace)):
+        if not job.folder.send_request(StopRequest(reason, by, signal_number, grace)):
             job.refresh(closed=True)
             self._settle(job, alive=False)
         try:
@@ -2925,29 +3150,40 @@ class Worker:
             await asyncio.sleep(0)
         return 0
 
-    async def stream(self, job: Job, offset: int = 0, *, follow: bool = True) -> AsyncGenerator[bytes, None]:
-        """The job's output from byte `offset` on. It ends when the job has ended and every byte was given, or, without
-        `follow`, at the present end of the output.
+    async def stop_holders_of(self, port: int) -> list[str]:
+        """Stop every running job that holds this TCP port. Returns their ids."""
+        running = [job for jobs in self._running.values() for job in jobs]
+        held = [job for job in running if any(holds_port(each, port) for each in job.spec.processes().members())]
+        await asyncio.gather(*(self.stop(job, by="serve") for job in held))
+        return [job.id for job in held]
+
+    async def stream(
+        self, job: Job, offset: int = 0, size: int = READ_BYTES, *, follow: bool = True
+    ) -> AsyncGenerator[bytes, None]:
+        """The job's output from byte `offset` on, at most `size` bytes at a time. It ends when the job has ended and
+        every byte was given, or, without `follow`, at the present end of the output.
         """
-        tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify)
-        tail.acquire()
+        tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify, self._pace)
+        delay = tail.acquire()
         try:
             while True:
                 complete = (
                     not follow or job.ended or not self._in_table(job)
                 )  # before the read, which then returns every byte
                 arm_count = tail.arm_count
-                if chunk := tail.read(offset):
+                if chunk := tail.read(offset, size):
                     offset += len(chunk)
                     yield chunk
                 elif complete:
                     return
-                if complete or len(chunk) == READ_BYTES:
+                if complete or len(chunk) == size:
                     continue
                 if not self._inotify.is_open:
                     raise UnavailableError("the server is stopping; the job goes on")
                 if not tail.arm() and tail.arm_count == arm_count:
                     await tail.changed()
+                    if delay and self._inotify.is_open:
+                        await asyncio.sleep(delay)
         finally:
             if tail.release() == 0:
                 job.tail = None
@@ -3005,7 +3241,7 @@ class Worker:
             return
         elif phase in ("", "failed"):  # the command never ran
             self._delete(job)
-        elif job.folder.read_spec() is None:
+        elif job.folder.read_head() is None:
             quarantine(job.folder.path, self.options.state)
             self._remove_from_table(job)
         else:
@@ -3014,6 +3250,7 @@ class Worker:
     def _retire(self, job: Job) -> None:
         """Turn a running job into an ended one."""
         self._unwatch(job)
+        self._uncount_running(job)
         job.keep_spec(None)
         self._retention.add(job)
         job.ring()
@@ -3046,19 +3283,26 @@ class Worker:
                 job.finisher_waits = False
                 if self._inotify.is_open:
                     say(f"job {job.id} is not finished yet: {error}")
+                    job.finishers -= 1  # no finisher had the request
+                    asyncio.get_running_loop().call_later(LONGEST_RETRY_SECONDS, self._finish_again, job)
+
+    def _finish_again(self, job: Job) -> None:
+        if self._inotify.is_open and self._in_table(job) and not job.ended:
+            self._settle(job, alive=False)
 
     def _remove_from_table(self, job: Job) -> None:
         """Remove a job from the table, and wake every task that waits for it."""
         self._unwatch(job)
         if self._in_table(job):
             del self._table[job.id]
+        self._uncount_running(job)
         self._retention.discard(job)
         job.ring()
 
     def _delete(self, job: Job) -> None:
         """Delete a job: its cgroup, its folder, its row in the table. No other function deletes a job."""
         try:
-            spec = job.folder.read_spec()
+            spec = job.folder.read_head()
             if spec is not None:
                 spec.processes().remove()
             job.folder.delete()
@@ -3079,6 +3323,7 @@ class Worker:
             self._table[name] = job
             job.events = job.folder.read_events()
             if job.ended:
+                job.read_labels()
                 ended.append(job)
             else:
                 self._take_over(job)
@@ -3091,7 +3336,10 @@ class Worker:
             self._watch(job)
         alive = job.folder.shim_lives()
         job.refresh(closed=not alive)
-        job.keep_spec(job.folder.read_spec())
+        spec = job.folder.read_head()
+        job.keep_spec(spec)
+        if spec is not None:
+            self._count_running(job)
         self._settle(job, alive=alive)
 
     async def _retain(self) -> None:
@@ -3110,6 +3358,89 @@ class Worker:
             finally:
                 if timer is not None:
                     timer.cancel()
+
+    # -- The disk
+
+    async def _watch_disk(self) -> None:
+        """While jobs run, look at the disk once a second. Below the reserve, end the jobs of its main user."""
+        while True:
+            if not self._running:
+                await self._begun.wait()
+            await asyncio.sleep(DISK_SECONDS)
+            try:
+                disk = os.statvfs(self.options.state)
+                if is_short(disk, self.options.reserve):
+                    await self._free_disk(files=is_short_of_files(disk, self.options.reserve))
+                else:
+                    self._refused.clear()
+            except (JobWorkerError, OSError) as error:
+                say(f"the disk cannot be looked at: {error}")
+
+    async def _free_disk(self, *, files: bool) -> None:
+        used = await self._disk_use(files=files)
+        running = [owner for owner in used if self._running.get(owner)]
+        if not running:
+            return
+        owner = max(running, key=lambda name: used[name])
+        self._refused.add(owner)
+        jobs = list(self._running[owner])
+        say(f"the disk is nearly full, and {owner!r} uses most of it: ending {count_of(len(jobs), 'job', 'jobs')}")
+        await asyncio.gather(*(self.stop(job, reason="DISK_FULL") for job in jobs), return_exceptions=True)
+
+    async def _disk_use(self, *, files: bool) -> dict[str, float]:
+        """What each owner has on the disk, in bytes or in files: their homes, and all folders of their jobs."""
+        used: dict[str, float] = {}
+        folders = list(self._accounts.homes().items())
+        folders += [(job.known_owner, job.folder.path) for job in self._table.values()]
+        for owner, folder in folders:
+            used[owner] = used.get(owner, 0) + await measured(folder, files=files)
+        return used
+
+
+async def measured(folder: str, *, files: bool) -> float:
+    """The bytes, or the number of files, of a folder and all below. Other tasks run in between.
+
+    A path that is too long for the kernel cannot be looked into. It counts as infinite: no owner can hide files.
+    """
+    total, steps, folders = 0, 0, [folder]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    steps += 1
+                    if steps % MEASURED_STEPS == 0:
+                        await asyncio.sleep(0)
+                    facts = entry.stat(follow_symlinks=False)
+                    total += 1 if files else facts.st_blocks * 512
+                    if stat.S_ISDIR(facts.st_mode):
+                        folders.append(entry.path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return float("inf")
+    await asyncio.sleep(0)
+    return total
+
+
+def holds_port(process: int, port: int) -> bool:
+    """Whether a process has a TCP socket with this local port. A socket that is bound and does not listen stands in no
+    file of /proc, so each socket is looked at with a copy of its descriptor (pidfd_getfd(2), Linux 5.6).
+    """
+    with contextlib.ExitStack() as resources, contextlib.suppress(OSError):
+        pidfd = os.pidfd_open(process)
+        resources.callback(os.close, pidfd)
+        for name in os.listdir(f"/proc/{process}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{process}/fd/{name}").startswith("socket:"):
+                    words = (ctypes.c_long(number) for number in (SYS_PIDFD_GETFD, pidfd, int(name), 0))
+                    with socket.socket(fileno=libc_call("syscall", *words)) as copy:
+                        tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+                        if tcp and copy.getsockname()[1] == port:
+                            return True
+    return False
+
+
+def count_of(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def check_kernel() -> None:
@@ -3140,10 +3471,11 @@ def check_request(request: JobRequest) -> None:
         check_id(request.id)
     if not request.command:
         raise BadRequestError("the command is empty")
-    for number, word in enumerate((request.command, *request.args)):
-        if "\0" in word:
-            where = "the command" if number == 0 else f"argument {number}"
-            raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
+    words = (request.command, *request.args)
+    if "\0" in "".join(words):
+        number = next(number for number, word in enumerate(words) if "\0" in word)
+        where = "the command" if number == 0 else f"argument {number}"
+        raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
     check_environment(request)
     if request.timeout is not None and not 0 <= request.timeout < float("inf"):
         raise BadRequestError(f"the timeout {request.timeout} is not a number of seconds")
@@ -3175,6 +3507,8 @@ def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
 
 
 def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
+    if request.io is not None and 0 < request.io < IO_FLOOR:
+        raise BadRequestError(f"io {request.io} is not allowed: at least {IO_FLOOR} (1M), or a stop would take minutes")
     asked, default, cap = request, options.defaults, options.caps
     return Limits(
         cpu=capped("cpu", asked.cpu, default.cpu, cap.cpu),
@@ -3184,17 +3518,36 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
     )
 
 
-def checked_reserve(state: pathlib.Path, share: float) -> int:
-    """The bytes of the state folder's file system that jobs may not fill. Raises ExhaustedError where they did."""
+def is_short_of_files(disk: os.statvfs_result, share: float) -> bool:
+    """Whether less than this share of the inodes is free. Some file systems count none."""
+    return disk.f_files > 0 and (disk.f_favail == 0 or disk.f_favail < disk.f_files * share)
+
+
+def is_short(disk: os.statvfs_result, share: float) -> bool:
+    """Whether less than this share of a file system is free, in bytes or in inodes."""
+    return disk.f_bavail < disk.f_blocks * share or is_short_of_files(disk, share)
+
+
+def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
+    """The bytes of the state folder's file system that an output leaves free: half of the reserve.
+
+    Raises ExhaustedError below that half, and below the whole reserve for an owner who is `refused`.
+    """
     disk = os.statvfs(state)
-    reserve = int(disk.f_blocks * disk.f_frsize * share)
-    free = disk.f_bavail * disk.f_frsize
-    if free < reserve or disk.f_favail == 0 < disk.f_files:
+    reserve, free = int(disk.f_blocks * disk.f_frsize * share), disk.f_bavail * disk.f_frsize
+    bound = share if refused else share / 2
+    whose = ", and most of it is used by this owner" if refused else ""
+    if is_short_of_files(disk, bound):
         raise ExhaustedError(
-            f"the disk of {state} is nearly full: {free // MIB} MiB are free and {reserve // MIB} MiB are held in "
-            f"reserve (`serve --reserve`)"
+            f"the disk of {state} has few inodes left{whose}: {disk.f_favail} of {disk.f_files} are free, and "
+            f"{free // MIB} MiB; delete files or ended jobs"
         )
-    return reserve
+    if is_short(disk, bound):
+        raise ExhaustedError(
+            f"the disk of {state} is nearly full{whose}: {free // MIB} MiB are free and {reserve // MIB} MiB are held "
+            f"in reserve (`serve --reserve`)"
+        )
+    return reserve // 2
 
 
 def confinement_failure(state: str, hidden: Sequence[str]) -> str:
@@ -3248,7 +3601,7 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
         return CannotRunError(f"{name!r} cannot run: it is not a program for this machine, and it has no `#!` line")
     if number == errno.E2BIG:
         return CannotRunError(
-            f"{name!r} with its {len(spec.args)} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+            f"{name!r} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {reason}")
@@ -4046,6 +4399,7 @@ SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code 
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
 LIST_STEP = 100  # jobs of a list after which other calls are served
+STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
 
 
 def frame_result(chunk: bytes) -> bytes:
@@ -4084,18 +4438,54 @@ def optional(message: Any, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
 
 
+class OpenCalls:
+    """The open calls of each owner, and how many one owner may have. A call is open until its answer was sent."""
+
+    def __init__(self, most: int, kind: str) -> None:
+        self._most = most
+        self._kind = kind  # "calls" or "streams"
+        self._open: dict[str, int] = {}
+
+    def enter(self, owner: str, context: grpc.aio.ServicerContext[Any, Any]) -> int:
+        """Count a call until gRPC is done with it. Returns how many are open. Raises ExhaustedError."""
+        count = self._open.get(owner, 0)
+        if count >= self._most:
+            raise ExhaustedError(
+                f"{owner!r} has {count} {self._kind} open, and `serve --owner-{self._kind}` allows no more"
+            )
+        self._open[owner] = count + 1
+        context.add_done_callback(lambda _: self._leave(owner))  # type: ignore[arg-type]
+        return count + 1
+
+    def _leave(self, owner: str) -> None:
+        self._open[owner] -= 1
+        if not self._open[owner]:
+            del self._open[owner]
+
+
+@dataclasses.dataclass(frozen=True)
+class CallLimits:
+    """How many calls and how many streams one owner may have open."""
+
+    calls: int = OWNER_CALLS
+    streams: int = OWNER_STREAMS
+
+
 class Service:
     """WorkerService over a `Worker`, for the callers that the gate admits."""
 
-    def __init__(self, worker: Worker, gate: Gate) -> None:
+    def __init__(self, worker: Worker, gate: Gate, limits: CallLimits = CallLimits()) -> None:
         self._worker = worker
         self._gate = gate
+        self._calls = OpenCalls(limits.calls, "calls")
+        self._streams = OpenCalls(limits.streams, "streams")
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self._checked(context) as caller:
+                    self._calls.enter(caller.name, context)
                     return await answer(caller, parse_request(request, message))
 
             return grpc.unary_unary_rpc_method_handler(
@@ -4134,12 +4524,14 @@ class Service:
             )
 
     async def _start(self, caller: Caller, message: pb.StartJobRequest) -> pb.StartJobResponse:
+        check_size(message)
         if message.run_as and not caller.admin:
             raise DeniedError("only an admin may run a job as another account")
         request = JobRequest(
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
             env=tuple(sorted(message.env.items())), cwd=message.cwd, name=message.name,
             confine=message.confine,
+            admin=caller.admin,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
         )  # fmt: skip
         return pb.StartJobResponse(ID=(await self._worker.start(request)).id)
@@ -4205,13 +4597,16 @@ class Service:
 
     async def _stream(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with self._checked(context) as caller:
+            size = read_size(self._streams.enter(caller.name, context))
             request = parse_request(pb.GetStreamRequest, message)
             job = allowed_job(self._worker, caller, request.id)
             offset = min(request.offset, 1 << 62)  # larger than any file, and still an offset for the kernel
+            metadata = dict(STREAM_METADATA)
             if request.HasField("tail"):
                 offset = await self._worker.tail_offset(job, request.tail)
-                await context.send_initial_metadata(((OFFSET_KEY, str(offset)),))
-            stream = self._worker.stream(job, offset, follow=not request.no_follow)
+                metadata[OFFSET_KEY] = str(offset)
+            await context.send_initial_metadata(tuple(metadata.items()))
+            stream = self._worker.stream(job, offset, size, follow=not request.no_follow)
             async with contextlib.aclosing(stream) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
@@ -4227,6 +4622,26 @@ def signal_number(name: str) -> int:
         return signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"].value
     except KeyError:
         raise BadRequestError(f"there is no signal {name!r}; for example TERM, INT, HUP or USR1") from None
+
+
+def read_size(streams: int) -> int:
+    """The bytes of one message of a stream, by the number of streams that its owner has open.
+
+    gRPC holds two copies of a message that a client does not read. 512 unread streams of one owner held 283 MB when
+    each message had 256 KiB.
+    """
+    return max(SMALLEST_READ_BYTES, min(READ_BYTES, STREAMS_BYTES // streams))
+
+
+def check_size(message: pb.StartJobRequest) -> None:
+    """Refuse more arguments than the kernel takes, before each becomes an object. Raises BadRequestError.
+
+    The kernel counts 9 bytes more for each (execve(2)), and the wire at most 5.
+    """
+    if message.ByteSize() + 4 * len(message.args) > ARGUMENTS_BYTES + KIB:
+        raise BadRequestError(
+            f"{len(message.args)} arguments with the command are too long for the kernel (128 KiB each, 2 MiB in all)"
+        )
 
 
 def shortened(sentence: str) -> str:
@@ -4261,7 +4676,7 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         io_limit=enforced.get("io"),
         timeout=spec.timeout,
         max_output=spec.max_output,
-        notes=status.notes,
+        notes=(*status.notes, *left_out_note(spec)),
         id=spec.id,
         name=spec.name,
         cwd=spec.cwd,
@@ -4269,12 +4684,23 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
     )
 
 
+def left_out_note(spec: Spec) -> list[str]:
+    if not spec.args_left_out:
+        return []
+    return [
+        f"{spec.args_left_out} more arguments are not shown here: a status shows {SPEC_HEAD_BYTES // KIB} KiB of them"
+    ]
+
+
 # --- 12. Server -----------------------------------------------------------------------------------------
 # Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. It makes no
 # certificate: the folder that it is given is complete.
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
-LARGEST_MESSAGE = 4 * MIB  # bytes of a request; the kernel takes half of that as arguments
+LARGEST_MESSAGE = ARGUMENTS_BYTES + 64 * KIB  # bytes of a request
+FEW_FILES = 4096  # descriptors; with fewer, `serve` warns
+CONNECTION_CALLS = 100  # open calls of one connection
+WAITING_CALLS = 1_000_000  # more than 10,000 connections can have open
 KEEPALIVE_OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
@@ -4288,6 +4714,10 @@ SERVER_OPTIONS = [
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),  # a silent connection holds a descriptor
     ("grpc.so_reuseport", 0),  # without it a second server binds the same port and no error is reported
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_concurrent_streams", CONNECTION_CALLS),
+    # Above 1000 waiting calls gRPC cancels some at random, and so the calls of other callers.
+    ("grpc.server.max_pending_requests", WAITING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", WAITING_CALLS),
 ]
 RELOAD_SECONDS = 0.1  # see ServerCertificates._fetch
 LATER_MODULES = (  # modules that the packages import at their first use
@@ -4303,6 +4733,7 @@ class ServeOptions:
     listen: tuple[str, int]
     certs: pathlib.Path
     stop_jobs: bool = False
+    calls: CallLimits = CallLimits()
 
 
 def prepare_grpc() -> None:
@@ -4451,10 +4882,11 @@ async def serve(options: ServeOptions) -> int:
     certificates.load()
     ended = asyncio.Event()
     async with Worker(options.worker) as worker:
-        raise_file_limit()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((Service(worker, gate).handlers(),))
-        address = bind(server, options.listen, certificates.credentials())
+        files = raise_file_limit()
+        # The rest is for outputs that are followed and for starts: connections alone never use all descriptors.
+        server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", files * 3 // 4)])
+        server.add_generic_rpc_handlers((Service(worker, gate, options.calls).handlers(),))
+        address = await bind_port(server, options.listen, certificates, worker)
         await server.start()
         handle_signals(ended, certificates)
         with certificates.watched():
@@ -4469,8 +4901,18 @@ async def serve(options: ServeOptions) -> int:
     return 0
 
 
-def count_of(number: int, one: str, more: str) -> str:
-    return f"{number} {one if number == 1 else more}"
+async def bind_port(
+    server: grpc.aio.Server, listen: tuple[str, int], certificates: ServerCertificates, worker: Worker
+) -> str:
+    """Listen as `bind` does. A job of this server that took the port while no server held it is stopped."""
+    try:
+        return bind(server, listen, certificates.credentials())
+    except JobWorkerError:
+        held = await worker.stop_holders_of(listen[1])
+        if not held:
+            raise
+    say(f"stopped job {', '.join(held)}: it held the port {listen[1]} of this server")
+    return bind(server, listen, certificates.credentials())
 
 
 def bind(server: grpc.aio.Server, listen: tuple[str, int], credentials: grpc.ServerCredentials) -> str:
@@ -4514,11 +4956,14 @@ def has_ipv6() -> bool:
     return True
 
 
-def raise_file_limit() -> None:
-    """Allow as many descriptors as the hard limit: each follower has one. The launcher keeps the limit of before."""
+def raise_file_limit() -> int:
+    """Allow as many descriptors as the hard limit, which is returned: each follower has one. The launcher keeps the
+    limit of before.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def handle_signals(ended: asyncio.Event, certificates: ServerCertificates) -> None:
@@ -4547,6 +4992,12 @@ def announce(worker: Worker, address: str) -> None:
     """Report on standard output that the server listens, and on standard error what it cannot give to jobs."""
     for note in worker.notes():
         say(f"warning: on this server {note}")
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < FEW_FILES:
+        say(
+            f"warning: this server may open {hard} descriptors, and each connection and each output that is followed "
+            f"takes one; `ulimit -Hn` or LimitNOFILE= gives more"
+        )
     account = Account.of_server()
     systemd = os.path.isdir("/run/systemd/system")  # sd_booted(3)
     if systemd and account.uid != 0 and not os.path.exists(f"/var/lib/systemd/linger/{account.name}"):
@@ -4764,15 +5215,18 @@ class Client:
                 f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of
             )
             chunks = ask(request)
+            metadata = dict(chunks.initial_metadata())
+            self._reached = bool(metadata)  # a server of an earlier version sends none
+            if tail is not None and OFFSET_KEY not in metadata:
+                next(chunks, None)  # raises the error of the call, if there is one
+                raise OldServerError(f"the one at {self._options.address} does not know `--tail`")
             if tail is not None:
-                metadata = dict(chunks.initial_metadata())
-                if OFFSET_KEY not in metadata:
-                    next(chunks, None)  # raises the error of the call, if there is one
-                    raise OldServerError(f"the one at {self._options.address} does not know `--tail`")
                 tail, sink.offset = None, int(metadata[OFFSET_KEY])
             for chunk in chunks:
                 self._reached = True
                 sink.take(chunk)
+            if follow:
+                check_complete(channel, job_id, sink.offset)
 
         self._with_retries(attempt)
 
@@ -4786,6 +5240,8 @@ class Client:
                     return attempt(channel)
             except grpc.RpcError as error:
                 failure = self._explained(error, retried=lost_at > 0)
+            except UnavailableError as error:
+                failure = error
             if failure.status != "UNAVAILABLE" or self._options.retry_for == 0:
                 raise failure
             if not lost_at or self._reached:
@@ -4810,8 +5266,8 @@ class Client:
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
             failure: JobWorkerError = UnavailableError(sentence) if retried else JobWorkerError(sentence)
             return failure
-        if status == "UNAVAILABLE":
-            return UnavailableError(details)
+        if is_loss(status, details):
+            return UnavailableError(details or status)
         if status == "DEADLINE_EXCEEDED":
             return NoAnswerError(f"{self._options.address} did not answer in time")
         if status == "UNIMPLEMENTED":
@@ -4819,6 +5275,30 @@ class Client:
         if code := dict(error.trailing_metadata() or ()).get(SHELL_CODE_KEY):
             return CannotRunError(details, int(code))
         return JobWorkerError(details or status)
+
+
+def is_loss(status: str, details: str) -> bool:
+    """Whether gRPC's error means that the server or the connection was lost.
+
+    A server that ends may reset a call before it has sent a status. gRPC reports that as CANCELLED, which this client
+    never asks for, as INTERNAL or as UNKNOWN.
+    """
+    return status in ("UNAVAILABLE", "CANCELLED") or bool(re.search("RST_STREAM|GOAWAY|Stream removed", details))
+
+
+def check_complete(channel: grpc.Channel, job_id: str, position: int) -> None:
+    """Raise UnavailableError where a stream ended before its job did, or before the last byte."""
+    ask = channel.unary_unary(
+        f"/{SERVICE_NAME}/GetJobStatus", pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
+    )
+    try:
+        status = ask(pb.GetStatusRequest(id=job_id), timeout=CALL_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            return  # the job was deleted, and its streams had every byte before that
+        raise
+    if status.status == pb.RUNNING or status.output_bytes > position:
+        raise UnavailableError("the stream ended before the job's output did")
 
 
 def why_unreachable(options: ClientOptions) -> str:
@@ -5134,6 +5614,22 @@ KEEPING_OPTIONS: list[Row] = [
     ("--reserve", as_share, "SHARE", RESERVE, "the share of the disk that jobs may not fill (default: 5%%)"),
     ("--max-jobs", as_count, "N", MAX_JOBS, f"jobs that run at the same time (default: {MAX_JOBS})"),
 ]
+OWNER_OPTIONS: list[Row] = [
+    ("--owner-memory", as_bytes, "SIZE", None, "memory of all jobs (default: 75%% of this machine's)"),
+    ("--owner-pids", as_count, "N", None, "processes and threads of all jobs (default: a quarter of pid_max)"),
+    ("--owner-cpu", as_cpus, "CPUS", None, "CPUs of all jobs (default: no bound; owners have equal shares)"),
+    ("--owner-jobs", as_count, "N", None, "jobs that run at the same time (default: a quarter of --max-jobs)"),
+    ("--owner-calls", as_count, "N", OWNER_CALLS, f"calls that are open at the same time (default: {OWNER_CALLS})"),
+    ("--owner-streams", as_count, "N", OWNER_STREAMS, f"streams that are open (default: {OWNER_STREAMS})"),
+]
+
+
+MAX_DEFAULTS = {
+    "cpu": "--owner-cpu, or this machine's",
+    "memory": "--owner-memory",
+    "pids": "--owner-pids",
+    "io": "no bound",
+}
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -5150,8 +5646,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits of a job (--X: the default; --max-X: the most that `start` may ask for)")
     for name, kind, default in LIMIT_OPTIONS:
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
-        limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: as --{name}")
+        limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: {MAX_DEFAULTS[name]}")
     add_rows(limits, ENDING_OPTIONS)
+    add_rows(parser.add_argument_group("bounds of all that one owner has"), OWNER_OPTIONS)
     keep = parser.add_argument_group("retention")
     add_rows(keep, KEEPING_OPTIONS)
     keep.add_argument(
@@ -5166,23 +5663,45 @@ def run_serve(options: argparse.Namespace) -> int:
     made = prepare_folder(certs, options.name)
     if made:
         say(made)
-    return asyncio.run(serve(ServeOptions(worker, options.listen, certs, options.stop_jobs)))
+    calls = CallLimits(options.owner_calls, options.owner_streams)
+    return asyncio.run(serve(ServeOptions(worker, options.listen, certs, options.stop_jobs, calls)))
+
+
+OWNER_NAMES = tuple(flag[2:].replace("-", "_") for flag, *_ in OWNER_OPTIONS)
 
 
 def worker_options(options: argparse.Namespace) -> WorkerOptions:
     limits = {name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
     defaults = Limits(**limits)
-    caps = {name: getattr(options, f"max_{name}") or getattr(defaults, name) for name, _, _ in LIMIT_OPTIONS}
-    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs"):
+    owner = owner_limits(options)
+    machine = Limits(cpu=owner.cpu or float(os.cpu_count() or 1), memory=owner.memory, pids=owner.pids, io=NO_BOUND)
+    caps = {name: getattr(options, f"max_{name}") or getattr(machine, name) for name, _, _ in LIMIT_OPTIONS}
+    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs", *OWNER_NAMES):
         if getattr(options, name) == 0:
-            raise UsageError(f"--{name.replace('_', '-')} 0 would let no job run")
+            raise UsageError(f"--{name.replace('_', '-')} 0 would let nothing run")
+    for name in ("io", "max_io"):
+        if (getattr(options, name) or IO_FLOOR) < IO_FLOOR:
+            raise UsageError(f"--{name.replace('_', '-')} is at least 1M a second: below it, a stop would take minutes")
     same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
     return WorkerOptions(
         state=pathlib.Path(options.state or default_state()).absolute(),
         without=chosen_without(options.without) | ({"confine"} if options.no_confine else set()),
         defaults=defaults,
         caps=Limits(**caps),
+        owner=owner,
         **{name: getattr(options, name) for name in same},
+    )
+
+
+def owner_limits(options: argparse.Namespace) -> OwnerLimits:
+    """The totals of one owner, which default to shares of this machine's (proc_meminfo(5), proc_sys_kernel(5))."""
+    memory = int(re.findall(r"MemTotal:\s+(\d+)", kernel_read("/proc/meminfo"))[0]) * KIB
+    numbers = int(kernel_read("/proc/sys/kernel/pid_max"))
+    return OwnerLimits(
+        cpu=options.owner_cpu or 0.0,
+        memory=options.owner_memory or int(memory * OWNER_MEMORY),
+        pids=options.owner_pids or int(numbers * OWNER_PIDS),
+        jobs=options.owner_jobs or max(1, options.max_jobs // 4),
     )
 
 

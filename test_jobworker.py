@@ -2527,7 +2527,7 @@ async def test_jobs_do_not_use_the_reserve_of_the_disk(small_disk):
     async with worker_on(small_disk, reserve=share) as worker:
         text, status = await result(worker, JobRequest("yes", owner="alice"))
         assert (status.status, status.ending.reason) == ("STOPPED", "DISK_FULL")
-        assert MIB < len(text) < 12 * MIB
+        assert MIB < len(text) < 14 * MIB  # up to half of the reserve
         with pytest.raises(ExhaustedError, match="nearly full"):
             await start_id(worker, shell("true"))
         worker.remove(worker.job(status.spec.id))
@@ -3105,11 +3105,7 @@ MESSAGES = {  # every message: the number and the type of every field
         "confine": (16, "bool"),
     },
     "StartJobResponse": {"ID": (1, "string")},
-    "StopJobRequest": {
-        "id": (1, "string"),
-        "signal": (2, "string"),
-        "grace": (3, "double"),
-    },
+    "StopJobRequest": {"id": (1, "string"), "signal": (2, "string"), "grace": (3, "double")},
     "StopJobResponse": {},
     "GetStatusRequest": {"id": (1, "string"), "wait": (2, "bool")},
     "GetStatusResponse": {
@@ -3489,6 +3485,486 @@ def test_a_full_server_refuses_a_start_and_names_the_option_that_allows_more(sta
     with serving(state, certs, "--reserve", "99.99%") as served:
         status, sentence = call(served, "StartJob", pb.StartJobRequest(cmd="true"))
         assert (status, "is nearly full" in sentence, "--reserve" in sentence) == ("RESOURCE_EXHAUSTED", True, True)
+
+
+# --- Bounds on what a caller may take ---------------------------------------------------------------------
+# One caller attacks, and a good client beside it must be answered each time.
+
+
+@contextlib.contextmanager
+def good_client(served, role="user2"):
+    """A client that asks for a status again and again while the block runs; what it was answered, counted."""
+    answers, over = collections.Counter(), threading.Event()
+    with channel_to(served, role=role) as channel:
+        job = ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
+
+        def ask_on():
+            while not over.is_set():
+                answer = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job))
+                answers[answer[0] if isinstance(answer, tuple) else "OK"] += 1
+
+        thread = threading.Thread(target=ask_on)
+        thread.start()
+        try:
+            yield answers
+        finally:
+            over.set()
+            thread.join()
+
+
+def many_calls(served):
+    """3,000 calls at once on one connection."""
+
+    async def attack():
+        pair = key_and_certificate(served.certs, "user")
+        credentials = grpc.ssl_channel_credentials((served.certs / "server-ca.pem").read_bytes(), *pair)
+        async with grpc.aio.secure_channel(served.address, credentials) as channel:
+            call_ = channel.unary_unary("/proto.WorkerService/GetJobStatus")
+            message = pb.GetStatusRequest(id=ID).SerializeToString()
+            await asyncio.gather(*(call_(message) for _ in range(3000)), return_exceptions=True)
+
+    asyncio.run(attack())
+
+
+def rapid_reset(served):
+    """10,000 calls that are reset at once (CVE-2023-44487)."""
+    begin, reset = headers("/proto.WorkerService/GetJobStatus"), b"\0\0\0\x08"
+    with tls_to(served) as connection, contextlib.suppress(OSError):
+        connection.sendall(PREFACE)
+        for number in range(1, 20001, 2):
+            connection.sendall(frame(1, 4, number, begin) + frame(3, 0, number, reset))
+        connection.settimeout(1)
+        while connection.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize("attack", [many_calls, rapid_reset])
+def test_calls_without_number_cancel_no_other_caller_s_call(shared, attack):
+    with good_client(shared) as answers:
+        for _ in range(3):
+            attack(shared)
+    assert set(answers) == {"OK"}
+    assert answers["OK"] > 10
+
+
+@contextlib.contextmanager
+def open_streams(served, job, count, role="user"):
+    """So many streams, all begun: an iterator each, and the status of those that were refused."""
+    with contextlib.ExitStack() as stack:
+        streams = []
+        for number in range(count):
+            if number % 50 == 0:
+                channel = stack.enter_context(channel_to(served, role=role))
+            stream = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+            streams.append(stream(pb.GetStreamRequest(id=job).SerializeToString()))
+            stack.callback(streams[-1].cancel)
+        yield streams
+
+
+def test_an_owner_s_open_streams_are_bounded_and_nobody_else_s(state, certs):
+    with serving(state, certs, "--owner-streams", "3") as served:
+        job = served.start("--", "sh", "-c", WAITS)
+        with open_streams(served, job, 3) as streams:
+            assert [next(stream)[2:] for stream in streams] == [b"ready\n"] * 3
+            status, sentence = call(served, "GetOutputStream", pb.GetStreamRequest(id=job))
+            assert (status, sentence) == (
+                "RESOURCE_EXHAUSTED",
+                "'user' has 3 streams open, and `serve --owner-streams` allows no more",
+            )
+            with open_streams(served, job, 1, "admin") as (other,):
+                assert next(other)[2:] == b"ready\n"
+        until(lambda: watches_of(served) == 1)
+        with open_streams(served, job, 3) as streams:
+            assert [next(stream)[2:] for stream in streams] == [b"ready\n"] * 3
+
+
+def test_an_owner_s_open_calls_are_bounded_and_nobody_else_s(state, certs):
+    with serving(state, certs, "--owner-calls", "2") as served, channel_to(served) as channel:
+        script = "trap '' TERM; echo $$; exec sleep 1000"
+        job = served.start("--", "sh", "-c", script)
+        process = int(first_line(served, job))
+        shim = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+        os.kill(shim, signal.SIGSTOP)  # so that a stop waits
+        try:
+            stops = [
+                channel.unary_unary("/proto.WorkerService/StopJob").future(
+                    pb.StopJobRequest(id=job).SerializeToString()
+                )
+                for _ in range(2)
+            ]
+            until(lambda: call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0:1] == ("RESOURCE_EXHAUSTED",))
+            assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job), role="admin").status == pb.RUNNING
+        finally:
+            os.kill(shim, signal.SIGCONT)
+        assert [stop.result(PATIENCE) for stop in stops] == [b"", b""]
+        until(lambda: not isinstance(call(served, "GetJobStatus", pb.GetStatusRequest(id=job)), tuple))
+
+
+async def serve_faulty(certs, faults):
+    """A gRPC server of one job that printed `whole`: each stream ends in the way that is next in `faults`."""
+    left = iter(faults)
+
+    async def stream(message, context):
+        offset, fault = pb.GetStreamRequest.FromString(message).offset, next(left, None)
+        await context.send_initial_metadata(jobworker.STREAM_METADATA)
+        if fault == "begun":
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+        await context.write(pb.GetStreamResponse(result=b"whole"[offset : offset + 2]))
+        if fault == "silent":
+            return
+        if fault:
+            await context.abort(grpc.StatusCode[fault], "a reset")
+        await context.write(pb.GetStreamResponse(result=b"whole"[offset + 2 :]))
+
+    async def status(message, context):
+        return pb.GetStatusResponse(status=pb.FINISHED, output_bytes=5)
+
+    server = grpc.aio.server()
+    calls = {
+        "GetOutputStream": grpc.unary_stream_rpc_method_handler(stream, None, pb.GetStreamResponse.SerializeToString),
+        "GetJobStatus": grpc.unary_unary_rpc_method_handler(status, None, pb.GetStatusResponse.SerializeToString),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("proto.WorkerService", calls),))
+    pair = tuple(Path(certs, f"server.{kind}").read_bytes() for kind in ("key", "pem"))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+
+
+@contextlib.contextmanager
+def faulty_server(certs, faults):
+    """`serve_faulty` in a process of its own, since gRPC's threads stay."""
+    program = f"import asyncio, test_jobworker as t; asyncio.run(t.serve_faulty({str(certs)!r}, {faults!r}))"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE) as process:
+        try:
+            yield Served(process, int(process.stdout.readline()), certs)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("fault", ["CANCELLED", "UNAVAILABLE", "silent"])
+def test_a_stream_that_the_server_ends_early_is_resumed_at_its_byte(certs, fault):
+    with faulty_server(certs, [fault]) as served:
+        done = served.run("stream", ID)
+    assert (done.returncode, done.stdout) == (0, "whole"), done.stderr
+    assert "was lost" in done.stderr
+
+
+def test_each_loss_of_a_stream_has_the_whole_time_to_retry_also_of_a_job_that_prints_nothing(certs):
+    with faulty_server(certs, ["begun", "begun"]) as served:
+        done = served.run("stream", ID)
+    assert (done.returncode, done.stdout) == (0, "whole"), done.stderr
+    assert done.stderr.count("was lost") == 2
+
+
+@functools.cache
+def many_words(size):
+    """Arguments of control characters: each takes six bytes in job.json."""
+    return ["\x01" * 1000] * (size // 1000)
+
+
+def test_a_status_shows_a_bounded_part_of_many_arguments_and_says_so(shared):
+    arguments = many_words(1_900_000)
+    for command, state_ in (("sleep", pb.RUNNING), ("true", pb.FINISHED)):
+        words = ["1000", *arguments] if command == "sleep" else arguments
+        request = pb.StartJobRequest(cmd="sh", args=["-c", f"echo $#; exec {command} 1000", "sh", *words])
+        job = call(shared, "StartJob", request).ID
+        with open_streams(shared, job, 1) as (stream,):
+            assert next(stream)[2:] == b"%d\n" % len(words)
+            if command == "true":
+                assert list(stream) == []
+            status = call(shared, "GetJobStatus", pb.GetStatusRequest(id=job))
+        assert status.status == state_
+        assert status.ByteSize() <= 64 * KIB + KIB
+        assert list(status.args) == list(request.args)[: len(status.args)]
+        assert 10 < len(status.args) < len(request.args)
+        assert f"{len(request.args) - len(status.args)} more arguments are not shown" in status.notes[-1]
+        request.id = job  # all arguments are compared
+        assert job == call(shared, "StartJob", request).ID
+        request.args.append("one more")
+        assert call(shared, "StartJob", request)[0] == "ALREADY_EXISTS"
+        call(shared, "StopJob", pb.StopJobRequest(id=job))
+
+
+@pytest.mark.parametrize("words", [
+    [], [""], ["a"] * 30_000, ["x" * 100_000], ['", "'] * 20_000, ['\\", "args": ["'] * 10_000, ['"'] * 40_000, ["\\"] * 40_000, ["☃" * 30_000] * 3,
+], ids=lambda words: f"{len(words)} of {words[:1]!s:.20}")  # fmt: skip
+def test_the_head_of_a_spec_has_the_first_arguments_and_knows_how_many_more_there_are(tmp_path, words):
+    spec = make_spec(args=tuple(words), owner=', "args": [')
+    text = spec.to_json()
+    assert jobworker.Spec.from_json(text) == spec
+    head = jobworker.Spec.from_head(text)
+    assert head.args == spec.args[: len(head.args)]
+    assert head.arg_count == len(words)
+    assert len(head.to_json()) <= jobworker.SPEC_HEAD_BYTES + 100
+    (tmp_path / "job.json").write_bytes(text)
+    folder = jobworker.JobFolder(str(tmp_path))
+    assert (folder.read_head(), folder.read_labels()) == (head, (spec.owner, spec.name))
+    first_version = {**json.loads(text)}
+    del first_version["arg_count"]
+    (tmp_path / "job.json").write_text(json.dumps({"args": first_version.pop("args"), **first_version}))
+    assert folder.read_head() == spec
+
+
+@pytest.mark.parametrize("count", [250_000, 1_000_000, 2_090_000])
+def test_more_arguments_than_the_kernel_takes_are_refused_before_they_are_unpacked(shared, monkeypatch, count):
+    answer = call(shared, "StartJob", pb.StartJobRequest(cmd="true", args=[""] * count))
+    assert (answer[0], "larger" in answer[1] or "too long" in answer[1]) in {
+        ("INVALID_ARGUMENT", True),
+        ("RESOURCE_EXHAUSTED", True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "count"), [(["x"] * 200_000, 200_000), (["x" * 100_000] * 20, 20)], ids=["many", "long"]
+)
+def test_as_many_arguments_as_the_kernel_takes_are_taken(shared, words, count):
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo $#", "sh", *words])).ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"%d\n" % count
+
+
+def anonymous_memory(served):
+    return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{served.process.pid}/status").read_text())[1]) << 10
+
+
+def unread(served, method, message, count):
+    """A connection with so many calls whose answers it does not take: its HTTP/2 window is 0."""
+    connection = tls_to(served)
+    connection.sendall(PREFACE[:24] + frame(4, 0, 0, struct.pack(">HI", 4, 0)))
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    for number in range(1, 2 * count, 2):
+        connection.sendall(frame(1, 4, number, headers(f"/proto.WorkerService/{method}")) + frame(0, 1, number, body))
+    return connection
+
+
+@pytest.mark.parametrize(("method", "most"), [("GetJobStatus", 32 * MIB), ("GetOutputStream", 96 * MIB)])
+def test_answers_that_are_not_read_cost_bounded_memory(state, certs, method, most):
+    with serving(state, certs) as served, contextlib.ExitStack() as stack:
+        request = pb.StartJobRequest(
+            cmd="sh", args=["-c", "head -c 3000000 /dev/zero; exec sleep 1000", *many_words(1_900_000)]
+        )
+        job = call(served, "StartJob", request).ID
+        with open_streams(served, job, 1) as (stream,):
+            next(stream)
+            message = pb.GetStatusRequest(id=job).SerializeToString()
+            before = anonymous_memory(served)
+            with good_client(served) as answers:
+                for _ in range(15):
+                    stack.enter_context(unread(served, method, message, 100))
+                asked = answers["OK"]
+                until(lambda: answers["OK"] > asked + 200)
+            assert set(answers) == {"OK"}
+            assert anonymous_memory(served) - before < most
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """No new descriptor while the block runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def line_in_log(capfd, words, log):
+    """Wait until this process has said something on its standard error."""
+    while words not in log[0]:
+        await asyncio.sleep(0.01)
+        log[0] += capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["ended", "lost"])
+@in_loop
+async def test_an_end_that_comes_when_no_descriptor_is_free_is_seen_when_one_is(state, capfd, lost):
+    log = [""]
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell("echo $PPID; exec sleep 1000"))
+        shim = int(await wait_for_output(worker, job, b"\n"))
+        stream = asyncio.create_task(output(worker, job))
+        await asyncio.sleep(0)
+        control = os.open(worker.job(job).folder.path + "/control", os.O_WRONLY)
+        with no_descriptors():
+            if lost:
+                os.kill(shim, signal.SIGKILL)
+            else:
+                os.write(control, b"kill alice\n")
+            await line_in_log(capfd, "trying again", log)
+            with pytest.raises(ExhaustedError):
+                await worker.stop(worker.job(job))
+        os.close(control)
+        assert await stream == b"%d\n" % shim
+        assert ending(worker, job) == (("FINISHED", 255, "LOST") if lost else ("STOPPED", 137, ""))
+    assert "Traceback" not in log[0] + capfd.readouterr().err
+
+
+def test_connections_that_say_nothing_take_no_job_s_end_and_no_stream(state, certs, tmp_path):
+    files = 128
+
+    def few_files():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+    log = tmp_path / "log"
+    with log.open("w") as errors, serving(state, certs, preexec_fn=few_files, stderr=errors) as served:
+        jobs = [served.start("--", "sh", "-c", "echo $$; exec sleep 1000") for _ in range(4)]
+        processes = [int(first_line(served, job)) for job in jobs]
+        with channel_to(served) as channel, contextlib.ExitStack() as stack:
+            stream = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+            chunks = stream(pb.GetStreamRequest(id=jobs[0]).SerializeToString())
+            next(chunks)
+            for _ in range(2 * files):
+                stack.enter_context(socket.create_connection(("localhost", served.port)))
+            for process in processes:
+                os.kill(process, signal.SIGTERM)
+            assert list(chunks) == []
+            for job in jobs:
+                until(lambda: ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job)).exitcode == 143)  # noqa: B023
+            assert ask(channel, "StartJob", pb.StartJobRequest(cmd="true")).ID
+    assert "Traceback" not in log.read_text()
+    assert f"may open {files} descriptors" in log.read_text()
+
+
+def test_many_followers_of_a_job_that_prints_fast_keep_nobody_waiting(shared):
+    """The good client is answered far more often than the followers are woken."""
+    ticks = "import os, time\nwhile True:\n  time.sleep(0.003)\n  os.write(1, b'%020d\\n' % time.monotonic_ns())"
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=["-c", ticks])).ID
+    received = collections.Counter()
+
+    async def follow(channel, number):
+        chunks = channel.unary_stream("/proto.WorkerService/GetOutputStream")
+        async for _ in chunks(pb.GetStreamRequest(id=job).SerializeToString()):
+            received[number] += 1
+
+    async def everybody(answers):
+        pair = key_and_certificate(shared.certs, "user")
+        credentials = grpc.ssl_channel_credentials((shared.certs / "server-ca.pem").read_bytes(), *pair)
+        async with contextlib.AsyncExitStack() as stack:
+            channels = [
+                await stack.enter_async_context(grpc.aio.secure_channel(shared.address, credentials, DEFAULT_CHANNEL))
+                for _ in range(6)
+            ]
+            tasks = [asyncio.create_task(follow(channels[number % 6], number)) for number in range(450)]
+            while len(received) < len(tasks):
+                await asyncio.sleep(0.05)
+            before, asked = received.total(), answers["OK"]
+            while received.total() < before + 5 * len(tasks):
+                await asyncio.sleep(0.05)
+            woken = (received.total() - before) / len(tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            return (answers["OK"] - asked) / woken
+
+    with good_client(shared) as answers:
+        answered = asyncio.run(everybody(answers))
+    assert set(answers) == {"OK"}
+    assert answered > 3
+    call(shared, "StopJob", pb.StopJobRequest(id=job))
+
+
+def test_an_owner_has_a_part_of_the_places_and_an_admin_always_one(state, certs):
+    with serving(state, certs, "--max-jobs", "2", "--owner-jobs", "1") as served:
+        waits = pb.StartJobRequest(cmd="sleep", args=["1000"])
+        assert call(served, "StartJob", waits).ID
+        status, sentence = call(served, "StartJob", waits)
+        assert (status, "1 jobs of 'user' are running" in sentence) == ("RESOURCE_EXHAUSTED", True)
+        assert call(served, "StartJob", waits, role="user2").ID
+        assert [bool(call(served, "StartJob", waits, role="admin").ID) for _ in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize("io", [1, 20_000, MIB - 1])
+def test_a_rate_at_which_a_stop_would_take_minutes_is_refused(shared, state, certs, io):
+    status, sentence = call(shared, "StartJob", pb.StartJobRequest(cmd="true", io=io))
+    assert (status, "at least" in sentence) == ("INVALID_ARGUMENT", True)
+    for option in ("--io", "--max-io"):
+        one_sentence(shared.run("serve", "--state", str(state), option, str(io)), option, "at least 1M", status=2)
+
+
+@in_loop
+async def test_the_disk_s_main_user_is_ended_and_refused_and_the_others_go_on(small_disk):
+    disk = os.statvfs(small_disk)
+    share = (free_bytes(small_disk) - 6 * MIB) / (disk.f_blocks * disk.f_frsize)
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for owners with homes of their own")
+    async with worker_on(small_disk, reserve=share) as worker:
+        other = await start_id(worker, shell("echo ready; exec sleep 1000", owner="bob"))
+        glutton = await start_id(worker, shell("head -c 8000000 /dev/zero >file; exec sleep 1000"))
+        await output(worker, glutton)
+        assert ending(worker, glutton) == ("STOPPED", 137, "DISK_FULL")
+        assert ending(worker, other)[0] == "RUNNING"
+        with pytest.raises(ExhaustedError, match="most of it is used by this owner"):
+            await start_id(worker, shell("true"))
+        assert (await result(worker, shell("exit 3", owner="bob")))[1].exit_code == 3
+        await worker.stop(worker.job(other))
+
+
+@in_loop
+async def test_an_owner_who_hides_files_below_too_long_a_path_counts_as_the_main_user(tmp_path):
+    (tmp_path / "seen").write_bytes(bytes(100_000))
+    assert 100_000 <= await jobworker.measured(str(tmp_path), files=False) < MIB
+    assert await jobworker.measured(str(tmp_path), files=True) == 1
+    here, name = os.open(tmp_path, os.O_RDONLY), "x" * 250
+    for _ in range(20):
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    assert await jobworker.measured(str(tmp_path), files=False) == float("inf")
+
+
+@pytest.mark.parametrize("listens", ["", "s.listen();"], ids=["bound", "listening"])
+def test_a_job_that_holds_the_server_s_port_is_stopped_when_the_server_starts(state, certs, tmp_path, listens):
+    holds = (
+        f"import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 0)); {listens} "
+        "print(s.getsockname()[1], flush=True); time.sleep(1000)"
+    )
+    with serving(state, certs, end=signal.SIGKILL) as served:
+        job = served.start("--", PYTHON, "-c", holds)
+        port = int(first_line(served, job))
+        bystander = served.start("--", "sleep", "1000")
+    log = tmp_path / "log"
+    with log.open("w") as errors, serving(state, certs, port=port, stderr=errors) as served:
+        status = call(served, "GetJobStatus", pb.GetStatusRequest(id=job))
+        assert (status.status, status.stopped_by) == (pb.STOPPED, "serve")
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=bystander)).status == pb.RUNNING
+    assert f"stopped job {job}: it held the port {port}" in log.read_text()
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_an_owner_s_totals_are_the_kernel_s(state):
+    total = jobworker.OwnerLimits(cpu=0.5, memory=64 * MIB, pids=20)
+    async with worker_on(state, owner=total) as worker:
+        job = await start_id(worker, shell(WAITS))
+        owner = Path(worker.job(job).spec.cgroup).parent
+        read = {
+            name: (owner / name).read_text().strip() for name in ("cpu.max", "cpu.weight", "memory.max", "pids.max")
+        }
+        assert read == {"cpu.max": "50000 100000", "cpu.weight": "100", "memory.max": str(64 * MIB), "pids.max": "20"}
+        hogs = [
+            await start_id(worker, python("x = bytearray(48 << 20); import time; time.sleep(1000)")) for _ in range(2)
+        ]
+        done, _ = await asyncio.wait(
+            [asyncio.create_task(output(worker, hog)) for hog in hogs], return_when=asyncio.FIRST_COMPLETED
+        )
+        assert done
+        assert ("STOPPED", 137, "OOM") in [ending(worker, hog) for hog in hogs]
+        await worker.stop_all()
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_a_stop_lifts_the_rate_of_the_disk_first(state):
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(WAITS, io=MIB))
+        cgroup = Cgroup(worker.job(job).spec.cgroup)
+        assert "wbps=1048576" in Path(cgroup.path, "io.max").read_text()
+        cgroup._lift_io()
+        assert Path(cgroup.path, "io.max").read_text() == ""
+        await worker.stop(worker.job(job))
 
 
 # --- Server ---------------------------------------------------------------------------------------------
