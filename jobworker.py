@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
     import binascii
-    import concurrent.futures as concurrent
     import ctypes
     import datetime
     import ipaddress
@@ -124,7 +123,6 @@ __all__ = [
 
 DEFERRED = {  # each of these names is a module that is imported at its first use
     "argparse": "argparse",
-    "concurrent": "concurrent.futures",
     "asyncio": "asyncio",
     "binascii": "binascii",
     "ctypes": "ctypes",
@@ -549,7 +547,7 @@ class Cgroup:
         """Send a signal to every process in this cgroup and below. A process that forks now may miss it."""
         for folder, _, _ in os.walk(self.path):
             for process in kernel_read(f"{folder}/cgroup.procs").split():
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
                     os.kill(int(process), number)
 
     def populated(self) -> bool:
@@ -1253,13 +1251,16 @@ class Ending:
 LOST = Ending("FINISHED", 255, reason="LOST")
 
 
+CWD_STEP = "the working folder"  # the step of a start that enters it
+
+
 @dataclasses.dataclass(frozen=True)
 class StartFailure:
     """Why a command could not be run, as its process saw it with the job's uid."""
 
     errno: int
     found: str = ""  # what is at the command's path: "folder", "file", or empty: nothing, or nothing that it may see
-    step: str = ""  # the step of the confinement that failed
+    step: str = ""  # the step of the confinement that failed, or CWD_STEP
 
     def to_word(self) -> bytes:
         """For the pipe between the child and its shim, and for `events`."""
@@ -1352,7 +1353,7 @@ class StopRequest:
 
     def to_line(self) -> bytes:
         # A shim of an earlier version takes the reason of a kill for a name, and kills as well.
-        word = f"!{self.reason}" if self.reason else encode_name(self.by)[:1000]
+        word = f"!{self.reason}" if self.reason else encode_name(self.by[:100])
         return (f"stop {self.signal} {self.grace:.3f} {word}\n" if self.signal else f"kill {word}\n").encode()
 
 
@@ -1808,7 +1809,7 @@ def capabilities() -> int:
 
 
 class ConfinementError(OSError):
-    """A step of the confinement failed. `step` says what it makes."""
+    """A step of the child failed before the exec. `step` says what it makes."""
 
     def __init__(self, number: int, step: str) -> None:
         super().__init__(number, os.strerror(number))
@@ -2132,8 +2133,12 @@ class Shim:
     def run(self, cgroup: int) -> None:
         """Start the job, supervise it and finish it. `cgroup` is a descriptor of its cgroup; -1: it has none."""
         write_event(self._events, "born")
-        output = self._folder.open_output()
-        pipe, stdout = make_pipe(self._spec)
+        try:
+            output = self._folder.open_output()
+            pipe, stdout = make_pipe(self._spec)
+        except OSError as error:
+            write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
+            return
         if not self._spec.cgroup:  # orphans of the job become children of the shim, which finds them so
             libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
@@ -2206,7 +2211,7 @@ class Shim:
             self._stop(StopRequest("TIMEOUT"))
 
     def _stop(self, request: StopRequest) -> None:
-        """End the job as requested. The first request is recorded; a later one can only shorten the grace."""
+        """End the job as requested. The first request is recorded; a later one can only end the job sooner."""
         first = self._request is None
         if first and request.signal and self._main_process_ended():
             return  # a stop that comes too late does not turn FINISHED into STOPPED
@@ -2214,8 +2219,9 @@ class Shim:
         if not request.signal:
             self._deadline = None
             self._kill()
-        elif first:
-            self._deadline = time.monotonic() + request.grace
+        else:
+            kill_at = time.monotonic() + request.grace
+            self._deadline = kill_at if self._deadline is None else min(self._deadline, kill_at)
             self._processes.send(request.signal)
             self._processes.send(signal.SIGCONT)  # a stopped process could not end
 
@@ -2230,7 +2236,7 @@ class Shim:
         self._signal_main_process(signal.SIGKILL)
 
     def _signal_main_process(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
             signal.pidfd_send_signal(self._pidfd, number)
 
     def _ending(self, process: int, exhausted: StopRequest | None) -> Ending:
@@ -2364,10 +2370,7 @@ def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str, steps: Sequen
             os.setgroups(spec.groups)
             os.setresgid(spec.gid, spec.gid, spec.gid)
             os.setresuid(spec.uid, spec.uid, spec.uid)
-        try:
-            os.chdir(spec.home)
-        except OSError:
-            os.chdir("/")  # as sshd does for an account without a home
+        enter_folder(spec)
         failure = exec_first(spec.programs(), [spec.command, *spec.args], spec.environment())
     except ConfinementError as error:
         failure = StartFailure(error.number, step=error.step)
@@ -2378,6 +2381,19 @@ def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str, steps: Sequen
     finally:
         os.write(errpipe, failure.to_word())
         os._exit(127)
+
+
+def enter_folder(spec: Spec) -> None:
+    """Enter the job's working folder. Raises ConfinementError, whose step names the folder that was asked for."""
+    try:
+        os.chdir(spec.home)
+    except OSError:
+        os.chdir("/")  # as sshd does for an account without a home
+    try:
+        if spec.cwd:
+            os.chdir(spec.cwd)
+    except OSError as error:
+        raise ConfinementError(error.errno or errno.EINVAL, CWD_STEP) from None
 
 
 def exec_first(programs: Sequence[str], arguments: list[str], environment: Mapping[str, str]) -> StartFailure:
@@ -3500,8 +3516,9 @@ def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
     if asked is None:
         return min(default, cap)
     if not 0 < asked <= cap:
+        option = name if name.startswith("max-") else f"max-{name}"
         raise BadRequestError(
-            f"{name} {asked:g} is not allowed here: more than 0 and at most {cap:g} (`serve --max-{name}`)"
+            f"{name} {asked:,.15g} is not allowed here: more than 0 and at most {cap:,.15g} (`serve --{option}`)"
         )
     return type(cap)(asked)
 
@@ -3581,6 +3598,8 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
     """
     name, number = spec.command, failure.errno
     reason = os.strerror(number)
+    if failure.step == CWD_STEP:
+        return CannotRunError(f"cannot enter the working folder {spec.cwd!r}: {reason}")
     if failure.step:
         exhausted = number in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
         sentence = f"cannot confine the job: {failure.step}: {reason}"
@@ -3821,7 +3840,7 @@ def fill_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
     try:
         for name, pair in made.items():
             write_pair(new, name, pair)
-        if folder.exists() and os.listdir(folder):
+        if folder.is_symlink() or os.path.ismount(folder) or (folder.exists() and os.listdir(folder)):
             for path in sorted(new.iterdir(), key=lambda path: path.name == "server.pem"):
                 path.rename(folder / path.name)
         else:
@@ -3908,7 +3927,11 @@ def load_authorities(folder: pathlib.Path) -> list[x509.Certificate]:
 
 def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
     """Make a new server.pem where the present one lacks some of these names. It keeps the names that it has."""
-    present = extension(x509.load_pem_x509_certificate(read_file(folder / "server.pem")), x509.SubjectAlternativeName)
+    try:
+        certificate = x509.load_pem_x509_certificate(read_file(folder / "server.pem"))
+    except ValueError as error:
+        raise JobWorkerError(f"{folder / 'server.pem'} cannot be read: {error}") from None
+    present = extension(certificate, x509.SubjectAlternativeName)
     has = [str(name.value) for name in present or ()]
     names = [str(general_name(name).value) for name in names]
     if set(names) <= set(has):
@@ -4561,8 +4584,8 @@ class Service:
     async def _list(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with self._checked(context) as caller:
             request = parse_request(pb.ListJobsRequest, message)
-            if request.everyone and not caller.admin:
-                raise DeniedError("only an admin may list the jobs of all owners")
+            if not caller.admin and (request.everyone or request.owner not in ("", caller.name)):
+                raise DeniedError("only an admin may list the jobs of other owners")
             jobs = self._listed(caller, request)
             for number, job in enumerate(jobs[-request.limit :]):
                 if number % LIST_STEP == 0:
@@ -4616,7 +4639,7 @@ def signal_number(name: str) -> int:
     """The number of a signal, from `TERM`, `SIGTERM` or `15`; 0 where the name is empty. Raises BadRequestError."""
     if not name:
         return 0
-    if name.isdigit() and int(name) in signal.valid_signals():
+    if name.isascii() and name.isdigit() and int(name) in signal.valid_signals():
         return int(name)
     try:
         return signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"].value
@@ -4722,6 +4745,7 @@ SERVER_OPTIONS = [
 RELOAD_SECONDS = 0.1  # see ServerCertificates._fetch
 LATER_MODULES = (  # modules that the packages import at their first use
     "encodings.idna",
+    "cryptography.hazmat.backends.openssl.backend",
 )
 
 
@@ -5022,6 +5046,7 @@ def notify(state: str) -> None:
 
 CONNECT_SECONDS = 4.0
 CALL_SECONDS = STOP_SECONDS + 30.0
+ONCE = ("SignalJob", "RemoveJob")  # calls whose second try would have an effect, or a wrong answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries
 CLIENT_OPTIONS = [
     *KEEPALIVE_OPTIONS,
@@ -5159,9 +5184,11 @@ class Sink:
 
     def take(self, chunk: bytes) -> None:
         self.busy = True
-        self._write(chunk)
-        self.offset += len(chunk)
-        self.busy = False
+        try:
+            self._write(chunk)
+            self.offset += len(chunk)
+        finally:
+            self.busy = False
 
 
 class Client:
@@ -5186,13 +5213,13 @@ class Client:
         """Do nothing: each call closes its channel."""
 
     def call(self, method: str, request: Any, reply: Any, timeout: float | None = CALL_SECONDS) -> Any:
-        """One call, repeated when the server was lost. Every call may be repeated without a second effect."""
+        """One call, repeated when the server was lost, unless a second one would have an effect of its own."""
 
         def attempt(channel: grpc.Channel) -> Any:
             ask = channel.unary_unary(f"/{SERVICE_NAME}/{method}", type(request).SerializeToString, reply.FromString)
             return ask(request, timeout=timeout)
 
-        return self._with_retries(attempt)
+        return self._with_retries(attempt, repeat=method not in ONCE)
 
     def list(self, request: pb.ListJobsRequest) -> list[pb.GetStatusResponse]:
         """The jobs that the request asks for, oldest first."""
@@ -5230,7 +5257,7 @@ class Client:
 
         self._with_retries(attempt)
 
-    def _with_retries(self, attempt: Callable[[grpc.Channel], Any]) -> Any:
+    def _with_retries(self, attempt: Callable[[grpc.Channel], Any], *, repeat: bool = True) -> Any:
         """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost."""
         lost_at, pause = 0.0, FIRST_PAUSE
         while True:
@@ -5242,7 +5269,7 @@ class Client:
                 failure = self._explained(error, retried=lost_at > 0)
             except UnavailableError as error:
                 failure = error
-            if failure.status != "UNAVAILABLE" or self._options.retry_for == 0:
+            if failure.status != "UNAVAILABLE" or self._options.retry_for == 0 or not repeat:
                 raise failure
             if not lost_at or self._reached:
                 lost_at, pause = time.monotonic(), FIRST_PAUSE
@@ -5363,7 +5390,8 @@ WATCH_SECONDS = 2.0
 
 
 def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]?)(?:i?b)?", text.strip().lower())
+    suffix = "(?:i?b)?" if units is SIZES else ""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*([a-z]?){suffix}", text.strip().lower(), re.ASCII)
     if found is None or found[2] not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {kind}")
     value = float(found[1]) * units[found[2]]
@@ -5387,7 +5415,10 @@ def as_cpus(text: str) -> float:
 
 
 def as_count(text: str) -> int:
-    return int(quantity(text, {"": 1}, "number"))
+    count = quantity(text, {"": 1}, "whole number")
+    if count != int(count):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(count)
 
 
 def as_share(text: str) -> float:
@@ -5537,8 +5568,10 @@ def chosen_jobs(client: Client, options: argparse.Namespace) -> list[str]:
 def chosen_job(client: Client, options: argparse.Namespace) -> str:
     if options.job is not None and options.jobs:
         raise UsageError(f"`{options.verb}` takes one job")
-    (job_id,) = chosen_jobs(client, options)
-    return job_id
+    jobs = chosen_jobs(client, options)
+    if len(jobs) != 1:
+        raise UsageError(f"`{options.verb}` takes one job")
+    return jobs[0]
 
 
 def find_job(client: Client, word: str) -> str:
@@ -6208,30 +6241,42 @@ def run_stream(options: argparse.Namespace) -> int:
 
 def stream_several(jobs: Sequence[str], options: argparse.Namespace) -> int:
     """Write the outputs of several jobs, each line after the first characters of its job's id."""
+    lock, ended = threading.Lock(), threading.Semaphore(0)
+    failures: list[Exception] = []
 
     def follow(job_id: str) -> None:
-        lines = LineSink(f"{job_id[:8]} | ".encode(), options.offset)
-        with client_of(options) as client:
-            client.stream(job_id, lines, tail=options.tail, follow=not options.no_follow)
-        lines.finish()
+        lines = LineSink(f"{job_id[:8]} | ".encode(), options.offset, lock)
+        try:
+            with client_of(options) as client:
+                client.stream(job_id, lines, tail=options.tail, follow=not options.no_follow)
+            lines.finish()
+        except Exception as error:  # noqa: BLE001  the main thread raises it
+            failures.append(error)
+        finally:
+            ended.release()
 
-    with concurrent.ThreadPoolExecutor(len(jobs)) as pool:
-        for done in concurrent.as_completed([pool.submit(follow, job_id) for job_id in jobs]):
-            done.result()
+    for job_id in jobs:  # daemons, so that Ctrl-C and an error of one end the process at once
+        threading.Thread(target=follow, args=(job_id,), daemon=True).start()
+    for _ in jobs:
+        ended.acquire()
+        if failures:
+            raise failures[0]
     return 0
 
 
 class LineSink(Sink):
-    """Standard output, whole lines at a time, with a prefix. Each write is one call, so lines are never mixed."""
+    """Standard output, whole lines at a time, with a prefix. A lock keeps the lines of several sinks apart."""
 
-    def __init__(self, prefix: bytes, offset: int) -> None:
+    def __init__(self, prefix: bytes, offset: int, lock: threading.Lock) -> None:
         super().__init__(self._write_lines, offset)
+        self._lock = lock
         self._prefix = prefix
         self._rest = b""
 
     def _write_lines(self, chunk: bytes) -> None:
         *lines, self._rest = (self._rest + chunk).split(b"\n")
-        write_out(b"".join(b"%s%s\n" % (self._prefix, line) for line in lines))
+        with self._lock:
+            write_out(b"".join(b"%s%s\n" % (self._prefix, line) for line in lines))
 
     def finish(self) -> None:
         if self._rest:
@@ -6581,7 +6626,7 @@ def make_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, list[str
         own = verbs.add_parser(name, help=verb.summary, description=f"{verb.summary[0].upper()}{verb.summary[1:]}.")
         if name in words[:1]:
             verb.add_arguments(own)
-            lines = [f"  {line if PROGRAM in line else f'{PROGRAM} {line}'}" for line in verb.examples]
+            lines = [f"  {PROGRAM} {line}" for line in verb.examples]
             own.epilog = "\n".join([*([own.epilog, ""] if own.epilog else []), "examples:", *lines])
     return parser, value_flags
 

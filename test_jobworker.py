@@ -3105,7 +3105,11 @@ MESSAGES = {  # every message: the number and the type of every field
         "confine": (16, "bool"),
     },
     "StartJobResponse": {"ID": (1, "string")},
-    "StopJobRequest": {"id": (1, "string"), "signal": (2, "string"), "grace": (3, "double")},
+    "StopJobRequest": {
+        "id": (1, "string"),
+        "signal": (2, "string"),
+        "grace": (3, "double"),
+    },
     "StopJobResponse": {},
     "GetStatusRequest": {"id": (1, "string"), "wait": (2, "bool")},
     "GetStatusResponse": {
@@ -6101,7 +6105,7 @@ def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
         assert [json.loads(line)["id"] for line in served.run("list", "--json").stdout.splitlines()] == [first, running]
         assert served.run("list", "-q", "--everyone", role="admin").stdout.split() == [first, running, other]
         assert served.run("list", "-q", "--owner", "user2", role="admin").stdout == f"{other}\n"
-        assert served.run("list", "-q", "--owner", "user2").stdout == ""
+        one_sentence(served.run("list", "-q", "--owner", "user2"), "only an admin")
         one_sentence(served.run("list", "--everyone"), "only an admin")
         second = [status.SerializeToString() for status in listed(served)]  # an ended job is answered from memory
         assert second[0] == listed(served)[0].SerializeToString()
@@ -6242,6 +6246,16 @@ def test_a_job_gets_its_variables_and_no_reply_contains_their_values(state, cert
         assert served.run("run", "--env", "PATH=/nowhere", "ls").returncode == 127
 
 
+def test_a_job_runs_in_the_folder_that_was_asked_for(state, certs):
+    with serving(state, certs) as served:
+        assert served.run("run", "--cwd", "/usr", "pwd").stdout == "/usr\n"
+        home = served.run("run", "sh", "-c", "mkdir below; pwd").stdout.strip()
+        assert served.run("run", "--cwd", "below", "pwd").stdout == f"{home}/below\n"
+        done = served.run("run", "--cwd", "/nowhere", "pwd")
+        one_sentence(done, "cannot enter the working folder '/nowhere'", status=126)
+        assert not (state / "jobs" / "quarantine").exists()
+
+
 @given(st.lists(st.sampled_from([b"a", b"\n", b"bc\n", b""]), max_size=30), st.integers(1, 8), st.integers(1, 5))
 def test_the_last_lines_are_found_in_blocks_of_any_size(parts, lines, size):
     text = b"".join(parts)
@@ -6275,6 +6289,25 @@ def test_several_streams_are_written_line_by_line(state, certs):
         lines = served.run("stream", "one", "two").stdout.splitlines()
         assert [line for line in lines if line.startswith(one[:8])] == [f"{one[:8]} | 1a", f"{one[:8]} | 1b"]
         assert [line for line in lines if line.startswith(two[:8])] == [f"{two[:8]} | 2a", f"{two[:8]} | 2b"]
+
+
+def test_lines_of_several_streams_are_never_mixed(state, certs):
+    with serving(state, certs) as served:
+        ids = [served.start("sh", "-c", f"yes {letter * 20} | head -n 100000") for letter in "ab"]
+        with served.popen("stream", *ids) as client:
+            lines = collections.Counter(client.stdout)
+        assert lines == {
+            f"{job[:8]} | {letter * 20}\n".encode(): 100_000 for job, letter in zip(ids, "ab", strict=True)
+        }
+
+
+def test_control_c_ends_several_streams_at_once(state, certs):
+    with serving(state, certs) as served:
+        jobs = [served.start("sh", "-c", WAITS) for _ in range(2)]
+        with served.popen("stream", *jobs) as client:
+            assert {client.stdout.readline() for _ in jobs} == {f"{job[:8]} | ready\n".encode() for job in jobs}
+            client.send_signal(signal.SIGINT)
+            assert client.wait(PATIENCE) == 130
 
 
 def test_a_watched_list_shows_rates(state, certs):
