@@ -3543,7 +3543,7 @@ def rapid_reset(served):
 
 
 @pytest.mark.parametrize("attack", [many_calls, rapid_reset])
-def test_calls_without_number_cancel_no_other_caller_s_call(shared, attack):
+def test_a_caller_with_unlimited_calls_cancels_no_call_of_another_caller(shared, attack):
     with good_client(shared) as answers:
         for _ in range(3):
             attack(shared)
@@ -3565,7 +3565,7 @@ def open_streams(served, job, count, role="user"):
         yield streams
 
 
-def test_an_owner_s_open_streams_are_bounded_and_nobody_else_s(state, certs):
+def test_an_owner_s_open_streams_are_bounded_without_an_effect_on_other_owners(state, certs):
     with serving(state, certs, "--owner-streams", "3") as served:
         job = served.start("--", "sh", "-c", WAITS)
         with open_streams(served, job, 3) as streams:
@@ -3582,7 +3582,7 @@ def test_an_owner_s_open_streams_are_bounded_and_nobody_else_s(state, certs):
             assert [next(stream)[2:] for stream in streams] == [b"ready\n"] * 3
 
 
-def test_an_owner_s_open_calls_are_bounded_and_nobody_else_s(state, certs):
+def test_an_owner_s_open_calls_are_bounded_without_an_effect_on_other_owners(state, certs):
     with serving(state, certs, "--owner-calls", "2") as served, channel_to(served) as channel:
         script = "trap '' TERM; echo $$; exec sleep 1000"
         job = served.start("--", "sh", "-c", script)
@@ -3655,7 +3655,7 @@ def test_a_stream_that_the_server_ends_early_is_resumed_at_its_byte(certs, fault
     assert "was lost" in done.stderr
 
 
-def test_each_loss_of_a_stream_has_the_whole_time_to_retry_also_of_a_job_that_prints_nothing(certs):
+def test_after_each_loss_a_stream_is_retried_for_the_whole_time_even_if_the_job_prints_nothing(certs):
     with faulty_server(certs, ["begun", "begun"]) as served:
         done = served.run("stream", ID)
     assert (done.returncode, done.stdout) == (0, "whole"), done.stderr
@@ -3723,7 +3723,7 @@ def test_more_arguments_than_the_kernel_takes_are_refused_before_they_are_unpack
 @pytest.mark.parametrize(
     ("words", "count"), [(["x"] * 200_000, 200_000), (["x" * 100_000] * 20, 20)], ids=["many", "long"]
 )
-def test_as_many_arguments_as_the_kernel_takes_are_taken(shared, words, count):
+def test_the_largest_number_of_arguments_that_the_kernel_allows_is_accepted(shared, words, count):
     job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "echo $#", "sh", *words])).ID
     assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"%d\n" % count
 
@@ -3743,7 +3743,7 @@ def unread(served, method, message, count):
 
 
 @pytest.mark.parametrize(("method", "most"), [("GetJobStatus", 32 * MIB), ("GetOutputStream", 96 * MIB)])
-def test_answers_that_are_not_read_cost_bounded_memory(state, certs, method, most):
+def test_unread_answers_cost_bounded_memory(state, certs, method, most):
     with serving(state, certs) as served, contextlib.ExitStack() as stack:
         request = pb.StartJobRequest(
             cmd="sh", args=["-c", "head -c 3000000 /dev/zero; exec sleep 1000", *many_words(1_900_000)]
@@ -3782,7 +3782,7 @@ async def line_in_log(capfd, words, log):
 
 @pytest.mark.parametrize("lost", [False, True], ids=["ended", "lost"])
 @in_loop
-async def test_an_end_that_comes_when_no_descriptor_is_free_is_seen_when_one_is(state, capfd, lost):
+async def test_a_job_s_end_without_a_free_descriptor_is_seen_when_one_is_free(state, capfd, lost):
     log = [""]
     async with worker_on(state) as worker:
         job = await start_id(worker, shell("echo $PPID; exec sleep 1000"))
@@ -3804,7 +3804,7 @@ async def test_an_end_that_comes_when_no_descriptor_is_free_is_seen_when_one_is(
     assert "Traceback" not in log[0] + capfd.readouterr().err
 
 
-def test_connections_that_say_nothing_take_no_job_s_end_and_no_stream(state, certs, tmp_path):
+def test_silent_connections_prevent_no_job_s_end_and_no_stream(state, certs, tmp_path):
     files = 128
 
     def few_files():
@@ -3830,7 +3830,7 @@ def test_connections_that_say_nothing_take_no_job_s_end_and_no_stream(state, cer
     assert f"may open {files} descriptors" in log.read_text()
 
 
-def test_many_followers_of_a_job_that_prints_fast_keep_nobody_waiting(shared):
+def test_many_followers_of_a_fast_job_do_not_delay_other_calls(shared):
     """The good client is answered far more often than the followers are woken."""
     ticks = "import os, time\nwhile True:\n  time.sleep(0.003)\n  os.write(1, b'%020d\\n' % time.monotonic_ns())"
     job = call(shared, "StartJob", pb.StartJobRequest(cmd=PYTHON, args=["-c", ticks])).ID
@@ -3868,7 +3868,7 @@ def test_many_followers_of_a_job_that_prints_fast_keep_nobody_waiting(shared):
     call(shared, "StopJob", pb.StopJobRequest(id=job))
 
 
-def test_an_owner_has_a_part_of_the_places_and_an_admin_always_one(state, certs):
+def test_an_owner_may_run_at_most_owner_jobs_and_an_admin_can_always_start_a_job(state, certs):
     with serving(state, certs, "--max-jobs", "2", "--owner-jobs", "1") as served:
         waits = pb.StartJobRequest(cmd="sleep", args=["1000"])
         assert call(served, "StartJob", waits).ID
@@ -3887,7 +3887,7 @@ def test_a_rate_at_which_a_stop_would_take_minutes_is_refused(shared, state, cer
 
 
 @in_loop
-async def test_the_disk_s_main_user_is_ended_and_refused_and_the_others_go_on(small_disk):
+async def test_the_main_user_of_a_full_disk_is_stopped_and_refused_and_others_go_on(small_disk):
     disk = os.statvfs(small_disk)
     share = (free_bytes(small_disk) - 6 * MIB) / (disk.f_blocks * disk.f_frsize)
     if os.geteuid() != 0:
@@ -3905,7 +3905,7 @@ async def test_the_disk_s_main_user_is_ended_and_refused_and_the_others_go_on(sm
 
 
 @in_loop
-async def test_an_owner_who_hides_files_below_too_long_a_path_counts_as_the_main_user(tmp_path):
+async def test_an_owner_with_files_below_a_path_that_is_too_long_counts_as_the_main_user(tmp_path):
     (tmp_path / "seen").write_bytes(bytes(100_000))
     assert 100_000 <= await jobworker.measured(str(tmp_path), files=False) < MIB
     assert await jobworker.measured(str(tmp_path), files=True) == 1
@@ -3939,7 +3939,7 @@ def test_a_job_that_holds_the_server_s_port_is_stopped_when_the_server_starts(st
 
 @pytest.mark.controllers
 @in_loop
-async def test_an_owner_s_totals_are_the_kernel_s(state):
+async def test_the_kernel_holds_an_owner_s_total_limits(state):
     total = jobworker.OwnerLimits(cpu=0.5, memory=64 * MIB, pids=20)
     async with worker_on(state, owner=total) as worker:
         job = await start_id(worker, shell(WAITS))
@@ -3961,7 +3961,7 @@ async def test_an_owner_s_totals_are_the_kernel_s(state):
 
 @pytest.mark.controllers
 @in_loop
-async def test_a_stop_lifts_the_rate_of_the_disk_first(state):
+async def test_a_stop_first_lifts_the_job_s_io_limit(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(WAITS, io=MIB))
         cgroup = Cgroup(worker.job(job).spec.cgroup)
