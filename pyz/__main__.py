@@ -179,21 +179,20 @@ def import_first_run(archive):
 
 
 def main():
-    check_python(sys.version_info[:2], (3, 10))
     archive, running = sys.path[0], this_platform()
+    if "targets" in BUILT:
+        check_python(sys.version_info[:2], (3, 10))
+    else:
+        check_platform(running, BUILT["platform"])
     # Only the standard library and the unpacked folder are searched. The working directory, PYTHONPATH and this
     # Python's own packages are not: their code would run as this user.
     library = os.path.dirname(os.__file__)
     keep = ("lib-dynload", "python%d%d.zip" % sys.version_info[:2])
     sys.path[:] = [p for p in sys.path if p == library or os.path.basename(p) in keep]
     package_folders, packages = [], BUILT["packages"]
-    if "targets" in BUILT:
-        kind = target_of(running, BUILT) or "own"
-        if kind == "own":
-            package_folders, packages = import_first_run(archive).own_packages(running, BUILT)
-    else:
-        kind = "ordinary"
-        check_platform(running, BUILT["platform"])
+    kind = target_of(running, BUILT) or "own" if "targets" in BUILT else "ordinary"
+    if kind == "own":
+        package_folders, packages = import_first_run(archive).own_packages(running, BUILT)
     # Several machines may share a home, so the name tells them apart.
     folder = unpacked_folder(archive, "%s-%s-%s" % (BUILT["hash"], sys.implementation.cache_tag, kind), kind)
     sys.path.insert(0, folder)
