@@ -2152,17 +2152,9 @@ class Shim:
         try:
             output = self._folder.open_output()
             pipe, stdout = make_pipe(self._spec)
-        except OSError as error:
-            write_event(self._events, "failed", errno=error.errno or errno.EINVAL)
-            return
-        if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
-            libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
-        try:
-            steps = steps_of(self._folder, self._spec)
-            process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdout, steps)
-            self._wait_for_exec(errpipe)
-            failure = check_exec(process, errpipe)
+            if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
+                libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            process, failure = self._start(cgroup, stdout)
         except OSError as error:
             failure = StartFailure(error.errno or errno.EINVAL)
         if failure:
@@ -2180,6 +2172,14 @@ class Shim:
         ending = self._ending(process, None if self._request else pump.drain())
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pump)
+
+    def _start(self, cgroup: int, stdout: int) -> tuple[int, StartFailure | None]:
+        """Start the main process. Returns its pid and, if its command could not be run, why. Raises OSError."""
+        self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
+        steps = steps_of(self._folder, self._spec)
+        process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdout, steps)
+        self._wait_for_exec(errpipe)
+        return process, check_exec(process, errpipe)
 
     def _wait_for_exec(self, errpipe: int) -> None:
         """Wait until `errpipe` reports the exec, which a lease or a slow disk can delay, or until the job is killed."""
