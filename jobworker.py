@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Job worker runs commands on a Linux machine, each in its own cgroup, over mutual TLS 1.3 and gRPC.
 
-This is one module, and it reads from top to bottom. ``serve`` is the server. ``start``, ``stop``, ``status`` and
-``stream`` are clients of it. `Worker` is the library below both: it needs no gRPC, no TLS and no third-party package.
+This is one module, and it reads from top to bottom. ``serve`` is the server. ``run``, ``start``, ``stop``, ``stream``
+and the other verbs are clients of it. `Worker` is the library below both: it needs no gRPC, no TLS and no third-party
+package.
 
 The processes, and the way of a byte from a job to a client::
 
     client ══ gRPC, mTLS 1.3 ══ server ── one packet with descriptors ──> launcher
                                  │ ▲ ▲                                       │ fork
                                  │ │ └─ inotify ─ <state>/jobs/<id>/events <─┤
-                  stop request │ │                                         ▼
+                    stop request │ │                                         ▼
                                  └─┼──> <state>/jobs/<id>/control (FIFO) ─> shim ── clone3 into ──> job
                                    │                                         │      its cgroup       │
             inotify, pread 256 KiB └─── <state>/jobs/<id>/output <─ splice ──┴──────── pipe <────────┘
