@@ -291,9 +291,12 @@ class Setup:
 
     def bounds(self) -> list[str]:
         """Return the options that allow one owner to be a crowd; an earlier version has no such bounds."""
-        words = [sys.executable, str(self.program), "serve", "--help"]
-        known = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        return ["--owner-streams", "4000"] if "--owner-streams" in known else []
+        return ["--owner-streams", "4000"] if "--owner-streams" in self.help("serve") else []
+
+    def help(self, *verb: str) -> str:
+        """Return the help of the program, or of one verb, because an earlier version knows less."""
+        words = [sys.executable, str(self.program), *verb, "--help"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
     def baseline(self) -> contextlib.AbstractContextManager[Server]:
         """Run the bare grpc.aio server."""
@@ -832,10 +835,11 @@ async def bench_calls(setup: Setup) -> list[Row]:
         processes: dict[str, Callable[[], float]] = {
             "status": lambda: timed_process(*client, "status", job, **variables),
             "start": lambda: timed_process(*client, "start", "--", "true", **variables),
-            "run": lambda: timed_process(*client, "run", "true", **variables),
             "pass": lambda: timed_process(sys.executable, "-c", "pass"),
             "import": lambda: timed_process(sys.executable, "-c", "import grpc"),
         }
+        if " run " in setup.help():
+            processes["run"] = lambda: timed_process(*client, "run", "true", **variables)
         if ssh:
             processes["ssh"] = lambda: timed_process(*ssh, "true")
         times: dict[str, list[float]] = {name: [] for name in processes}
@@ -857,7 +861,7 @@ async def bench_calls(setup: Setup) -> list[Row]:
         Row(
             "`run true` as a process, from the .pyz",
             "ms",
-            times["run"],
+            times.get("run", []),
             "ssh true" if ssh else "no sshd here",
             times.get("ssh", []),
         ),
@@ -1090,8 +1094,9 @@ def measure_both(item: str, program: Path, other: Path, *, quick: bool, turns: i
         sides = {each: {row.what: row for row in measure(item, each, quick=quick)} for each in order}
         for what, row in sides[program].items():
             pair = rows.setdefault(what, Row(what, row.unit, [], str(other), []))
-            pair.rounds.append(statistics.median(row.rounds))
-            pair.peer_rounds.append(statistics.median(sides[other][what].rounds))
+            if row.rounds and sides[other][what].rounds:  # an earlier version may lack what a row measures
+                pair.rounds.append(statistics.median(row.rounds))
+                pair.peer_rounds.append(statistics.median(sides[other][what].rounds))
     return list(rows.values())
 
 
