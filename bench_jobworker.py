@@ -1076,6 +1076,13 @@ BENCHES = (
 ITEMS = {bench.__name__.partition("_")[2]: bench for bench in BENCHES}
 
 
+def forget_claims(folder: Path) -> None:
+    """Delete the claims of uids of the servers below this folder, because claims outlive their servers."""
+    for claim in Path(jobworker.UID_CLAIMS).glob("*"):
+        if f" {folder}/" in claim.read_text(errors="replace"):
+            claim.unlink()
+
+
 def measure(item: str, program: Path, *, quick: bool) -> list[Row]:
     """Measure one item with servers, certificates and a state folder of its own."""
     print(f"{time.strftime('%T')} measuring {item} of {program} ...", file=sys.stderr)
@@ -1083,7 +1090,10 @@ def measure(item: str, program: Path, *, quick: bool) -> list[Row]:
         folder = Path(name)
         folder.chmod(0o711)  # jobs pass through it to their homes
         jobworker.prepare_folder(folder / "certs", [])
-        return asyncio.run(ITEMS[item](Setup(folder, program, quick)))
+        try:
+            return asyncio.run(ITEMS[item](Setup(folder, program, quick)))
+        finally:
+            forget_claims(folder)
 
 
 def measure_both(item: str, program: Path, other: Path, *, quick: bool, turns: int = 3) -> list[Row]:

@@ -218,6 +218,9 @@ end_demo() {
         [ -d "$job" ] && python3 $pyz stop -r admin -j "$(basename "$job")" >/dev/null 2>&1 || :
     done
     [ -z "$server" ] || { kill "$server" 2>/dev/null && wait "$server" || :; }
+    for claim in /var/lib/jobworker-uids/*; do # of uids, which outlives a server
+        ! grep -qF " $tmp/state/" "$claim" 2>/dev/null || rm -f "$claim"
+    done
     rm -rf "$tmp"
     exit $status
 }

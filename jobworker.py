@@ -5933,7 +5933,8 @@ class InterruptibleSink(Sink):
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup(1) ignores SIGHUP
+            # nohup(1) ignores SIGHUP, and a shell without job control ignores SIGINT of `run … &`.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
 
