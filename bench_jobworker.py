@@ -838,7 +838,7 @@ async def bench_calls(setup: Setup) -> list[Row]:
             "pass": lambda: timed_process(sys.executable, "-c", "pass"),
             "import": lambda: timed_process(sys.executable, "-c", "import grpc"),
         }
-        if " run " in setup.help():
+        if "\n    run " in setup.help():
             processes["run"] = lambda: timed_process(*client, "run", "true", **variables)
         if ssh:
             processes["ssh"] = lambda: timed_process(*ssh, "true")
