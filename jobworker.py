@@ -4560,8 +4560,11 @@ class Service:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
             async def handle(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self._checked(context) as caller:
-                    self._calls.enter(caller.name, context)
-                    return await answer(caller, parse_request(request, message))
+                    parsed = parse_request(request, message)
+                    # A call that waits for a job's end is open as long as a stream.
+                    counter = self._streams if getattr(parsed, "wait", False) else self._calls
+                    counter.enter(caller.name, context)
+                    return await answer(caller, parsed)
 
             return grpc.unary_unary_rpc_method_handler(
                 handle, response_serializer=lambda reply: reply.SerializeToString()
@@ -4635,6 +4638,7 @@ class Service:
 
     async def _list(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         async with self._checked(context) as caller:
+            self._streams.enter(caller.name, context)
             request = parse_request(pb.ListJobsRequest, message)
             if not caller.admin and (request.everyone or request.owner not in ("", caller.name)):
                 raise DeniedError("only an admin may list the jobs of other owners")
@@ -4647,7 +4651,7 @@ class Service:
 
     def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
         """The jobs that a list shows. A prefix is searched among all jobs that the caller may see."""
-        jobs = [job for job in self._worker.jobs() if caller.may_see(job.owner)]
+        jobs = [job for job in self._worker.jobs() if caller.may_see(job.known_owner)]
         if request.running:
             jobs = [job for job in jobs if not job.ended]
         if request.prefix:
@@ -4655,7 +4659,7 @@ class Service:
             return [job for job in jobs if job.id.startswith(prefix) or job.name == request.prefix]
         if request.everyone:
             return jobs
-        return [job for job in jobs if job.owner == (request.owner or caller.name)]
+        return [job for job in jobs if job.known_owner == (request.owner or caller.name)]
 
     def _summary(self, job: Job) -> bytes:
         """A job's status as bytes. Those of ended jobs do not change, so they are kept."""

@@ -6089,6 +6089,19 @@ def test_run_resumes_after_its_server_was_killed_and_names_its_job_when_it_gives
         assert client.wait(PATIENCE) == 6
 
 
+def test_a_hundred_waits_of_one_owner_are_all_answered_at_the_end(state, certs):
+    with serving(state, certs) as served, channel_to(served) as one, channel_to(served) as two:
+        job = served.start("sleep", "1000")
+        path = f"/{jobworker.SERVICE_NAME}/GetJobStatus"
+        coders = pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
+        request = pb.GetStatusRequest(id=job, wait=True)
+        calls = [channel.unary_unary(path, *coders) for channel in (one, two)]
+        waits = [call.future(request, timeout=PATIENCE) for call in calls for _ in range(50)]
+        assert "RUNNING" in served.run("status", job).stdout
+        served.run("stop", job)
+        assert {wait.result().status for wait in waits} == {pb.STOPPED}
+
+
 def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
     with serving(state, certs) as served:
         first = served.start("--name", "build", "sh", "-c", "echo out; exit 3")
