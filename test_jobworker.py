@@ -6531,6 +6531,8 @@ def test_the_pyz_runs_from_a_read_only_place_as_anybody_and_without_a_home(tmp_p
         "sh",
     )
     other = (*mounted, "setpriv", "--reuid=54321", "--regid=54321", "--clear-groups")
+    version = subprocess.run([PYTHON_FOR_ALL, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
+    same_python = version.split(".")[:2] == [str(number) for number in sys.version_info[:2]]
     for wrapper, environment in (
         (mounted, {}),
         (mounted, {"HOME": "/nowhere"}),
@@ -6538,9 +6540,10 @@ def test_the_pyz_runs_from_a_read_only_place_as_anybody_and_without_a_home(tmp_p
         (other, {"HOME": "/root"}),
     ):
         done = run_pyz("--version", program=PYTHON_FOR_ALL, pyz=place / "jobworker.pyz", wrapper=wrapper, **environment)
-        assert re.fullmatch(VERSION_LINE, done.stdout) or "is for CPython" in done.stderr or "needs" in done.stderr, (
-            done.stderr
-        )
+        if same_python:
+            assert re.fullmatch(VERSION_LINE, done.stdout), done.stderr
+        else:
+            one_sentence(done, "is for CPython")
     shutil.rmtree("/var/tmp/jobworker-54321", ignore_errors=True)
 
 
