@@ -28,13 +28,18 @@ Contents (each section uses only the sections above it)
      5. Job folder                          every file of the state folder: spec, events, control, output
      6. Launcher and shim                   the launcher of the server; the shim and the child of each job
      7. Accounts                            the uid and the home that a job runs with
-     8. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
-     9. Certificates                        authorities, what they issue, and what a server's folder holds
-    10. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
-    11. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
-    12. Server                              port, signals, reload, systemd
-    13. Client                              connecting, retrying, explaining failures, resuming a stream
-    14. Command line                        one table of verbs; `main`
+     8. Requests                            what a caller may ask for, and why a command could not be started
+     9. Disk and ports                      what is free, who uses it, and who holds a port
+    10. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
+    11. Certificates                        authorities, what they issue, and what a server's folder holds
+    12. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
+    13. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
+    14. Server                              port, signals, reload, systemd
+    15. Client                              connecting, retrying, explaining failures, resuming a stream
+    16. Options and printed lines           what several verbs share
+    17. Verbs of the server's machine       serve, identity, revoke, unit
+    18. Verbs of a client                   run, start, stop, status, stream, list, wait, signal, rm
+    19. Main                                one table of verbs; `main`
 
 As a library, `Worker` and the names in `__all__` are stable within a major version. Everything else may change.
 """
@@ -1117,6 +1122,27 @@ class Tail:
 
     async def changed(self) -> None:
         await self._bell.wait()
+
+
+class LineSearch:
+    """Finds where the last N lines of a text begin, in blocks from its end to its beginning."""
+
+    def __init__(self, lines: int) -> None:
+        self._left = lines
+        self._at_end = True
+
+    def find(self, block: bytes) -> int | None:
+        """Where in this block the lines begin; None: in an earlier block."""
+        end = len(block)
+        if self._at_end and block.endswith(b"\n"):
+            end -= 1  # the last line's own end does not begin another line
+        self._at_end = False
+        while self._left > 0:
+            newline = block.rfind(b"\n", 0, end)
+            if newline < 0:
+                return None
+            self._left, end = self._left - 1, newline
+        return end + 1
 
 
 # --- 5. Job folder --------------------------------------------------------------------------------------
@@ -2640,13 +2666,9 @@ def make_token(owners: pathlib.Path) -> str:
     return read_token(owners)
 
 
-# --- 8. Job and job table -------------------------------------------------------------------------------
-# Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
-# jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
-
-DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
-MEASURED_STEPS = 200  # files that are measured before other tasks run; 200 take about 1 ms
-SYS_PIDFD_GETFD = 438
+# --- 8. Requests ---------------------------------------------------------------------------------------
+# Owns what a caller may ask for, what this machine can give, and the sentence for a command that cannot be started. It
+# starts nothing and knows no job.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2689,6 +2711,258 @@ class JobRequest:
     name: str = ""
     confine: bool = False  # a job with `run_as` is confined only if this asks for it; others always
     admin: bool = False  # it may use the places that are kept for admins
+
+
+def count_of(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
+def check_kernel() -> None:
+    """Refuse a kernel older than Linux 5.4: poll(2) cannot wait for a pidfd there."""
+    release = os.uname().release
+    version = tuple(map(int, re.findall(r"\d+", release)[:2]))
+    if version < (5, 4):
+        raise JobWorkerError(f"this is Linux {release}, and serving jobs needs 5.4 or newer")
+
+
+def new_job_id() -> str:
+    """A random UUID4 (RFC 9562). The import of `uuid` would cost a client more than this."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
+def check_id(job_id: str) -> str:
+    """The id, if it is one. Raises BadRequestError."""
+    if JOB_ID.fullmatch(job_id) is None:
+        raise BadRequestError(f"{job_id!r} is not a job id: a random UUID in lower case with dashes")
+    return job_id
+
+
+def check_request(request: JobRequest) -> None:
+    """Refuse what no kernel could run (execve(2)). Raises BadRequestError."""
+    if request.id:
+        check_id(request.id)
+    if not request.command:
+        raise BadRequestError("the command is empty")
+    words = (request.command, *request.args)
+    if "\0" in "".join(words):
+        number = next(number for number, word in enumerate(words) if "\0" in word)
+        where = "the command" if number == 0 else f"argument {number}"
+        raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
+    check_environment(request)
+    if request.timeout is not None and not 0 <= request.timeout < float("inf"):
+        raise BadRequestError(f"the timeout {request.timeout} is not a number of seconds")
+
+
+def check_environment(request: JobRequest) -> None:
+    """Refuse a variable, folder or name that no process could be given. The sentence never contains a value."""
+    for key, value in request.env:
+        if not key or "=" in key or "\0" in key or "\0" in value:
+            raise BadRequestError(
+                f"{key!r} cannot be a variable of the environment: its name is empty or has `=`, or there is a NUL byte"
+            )
+    for what, text in (("the working folder", request.cwd), ("the name", request.name)):
+        if "\0" in text:
+            raise BadRequestError(f"{what} contains a NUL byte")
+    if len(request.name) > 200 or any(not character.isprintable() for character in request.name):
+        raise BadRequestError("the name of a job has at most 200 characters, and all of them can be printed")
+
+
+def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
+    """The value that was asked for, or the default. Raises BadRequestError above the cap."""
+    if asked is None:
+        return min(default, cap)
+    if not 0 < asked <= cap:
+        option = name if name.startswith("max-") else f"max-{name}"
+        raise BadRequestError(
+            f"{name} {asked:,.15g} is not allowed here: more than 0 and at most {cap:,.15g} (`serve --{option}`)"
+        )
+    return type(cap)(asked)
+
+
+def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
+    if request.io is not None and 0 < request.io < IO_FLOOR:
+        raise BadRequestError(f"io {request.io} is not allowed: at least {IO_FLOOR} (1M), or a stop would take minutes")
+    asked, default, cap = request, options.defaults, options.caps
+    return Limits(
+        cpu=capped("cpu", asked.cpu, default.cpu, cap.cpu),
+        memory=capped("memory", asked.memory, default.memory, cap.memory),
+        pids=capped("pids", asked.pids, default.pids, cap.pids),
+        io=capped("io", asked.io, default.io, cap.io),
+    )
+
+
+def confinement_failure(state: str, hidden: Sequence[str]) -> str:
+    """Why this machine cannot confine jobs; empty: it can."""
+    release = os.uname().release
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 8):
+        # There hidepid is one setting of the whole machine, and a job's mount would change it for everybody.
+        return f"this is Linux {release}, and a /proc of a job's own needs 5.8"
+    failure = try_confinement(state, hidden)
+    return f"{failure.step}: {failure.strerror}" if failure else ""
+
+
+def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool, confined: bool) -> tuple[str, ...]:
+    notes = []
+    missing = [name for name in CONTROLLERS if name not in controllers]
+    if missing:
+        notes.append(f"limits on {', '.join(missing)} are not enforced")
+    if not cgroup:
+        notes.append("there is no cgroup: leftover processes are found by a search of /proc, which a job can evade")
+    if not separate:
+        notes.append(
+            "the job runs as the server's own user or as root: limits and separation hold only if it cooperates"
+        )
+    if separate and not confined:
+        notes.append("it is not confined: it shares /tmp, shared memory and the list of processes with other users")
+    return tuple(notes)
+
+
+def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
+    """The error for a command that could not be run (execve(2)).
+
+    It repeats the command as it was typed, and tells only what the job's own uid could see.
+    """
+    name, number = spec.command, failure.errno
+    reason = os.strerror(number)
+    if failure.step == CWD_STEP:
+        return CannotRunError(f"cannot enter the working folder {spec.cwd!r}: {reason}")
+    if failure.step:
+        exhausted = number in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+        sentence = f"cannot confine the job: {failure.step}: {reason}"
+        return ExhaustedError(sentence) if exhausted else JobWorkerError(sentence)
+    if number == errno.ENOENT and not failure.found:
+        return CannotRunError(f"{name!r} is not found" + not_found_hint(name, spec.path()), 127)
+    if number == errno.ENOENT:
+        return CannotRunError(
+            f"{name!r} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
+        )
+    if number == errno.EACCES and failure.found == "folder":
+        return CannotRunError(f"{name!r} is a folder, not a command")
+    if number == errno.EACCES and failure.found:
+        return CannotRunError(f"{name!r} is not executable for {spec.user}")
+    if number == errno.EACCES:
+        return CannotRunError(f"{name!r} is not found, or is in a folder that is closed to {spec.user}", 127)
+    if number == errno.ENOEXEC:
+        return CannotRunError(f"{name!r} cannot run: it is not a program for this machine, and it has no `#!` line")
+    if number == errno.E2BIG:
+        return CannotRunError(
+            f"{name!r} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+        )
+    if number in (errno.EAGAIN, errno.ENOMEM):
+        return ExhaustedError(f"this machine cannot start another process: {reason}")
+    if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
+        return CannotRunError(f"{name!r} cannot run: {reason}")
+    return JobWorkerError(f"{name!r} could not be started: {reason}")
+
+
+def not_found_hint(command: str, searched: str) -> str:
+    """What follows "is not found": the PATH that was searched, and the remedy for a shell line."""
+    path = "" if "/" in command else f" on PATH, which is {searched}"
+    return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", command) else "")
+
+
+# --- 9. Disk and ports ---------------------------------------------------------------------------------
+# Owns the questions about the machine that the job table acts on: how much of the disk is free, who uses it, and which
+# process holds a port. It changes nothing.
+
+MEASURED_STEPS = 200  # files that are measured before other tasks run; 200 take about 1 ms
+SYS_PIDFD_GETFD = 438
+
+
+async def measured(folder: str, *, files: bool) -> float:
+    """The bytes, or the number of files, of a folder and all below. Other tasks run in between.
+
+    A path that is too long for the kernel cannot be looked into. It counts as infinite: no owner can hide files.
+    """
+    total, folders = 0, [folder]
+    while folders:
+        await asyncio.sleep(0)
+        try:
+            with os.scandir(folders.pop()) as entries:
+                found, below = await measured_entries(entries, files=files)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return float("inf")
+        else:
+            total += found
+            folders += below
+    return total
+
+
+async def measured_entries(entries: Iterable[os.DirEntry[str]], *, files: bool) -> tuple[int, list[str]]:
+    """The bytes, or the number, of these entries, and the folders among them. Raises OSError."""
+    total, folders = 0, []
+    for number, entry in enumerate(entries, 1):
+        if number % MEASURED_STEPS == 0:
+            await asyncio.sleep(0)
+        facts = entry.stat(follow_symlinks=False)
+        total += 1 if files else facts.st_blocks * 512
+        if stat.S_ISDIR(facts.st_mode):
+            folders.append(entry.path)
+    return total, folders
+
+
+def holds_port(process: int, port: int) -> bool:
+    """Whether a process has a TCP socket with this local port. A socket that is bound and does not listen stands in no
+    file of /proc, so each socket is looked at with a copy of its descriptor (pidfd_getfd(2), Linux 5.6).
+    """
+    with contextlib.ExitStack() as resources, contextlib.suppress(OSError):
+        pidfd = os.pidfd_open(process)
+        resources.callback(os.close, pidfd)
+        return any(has_port(process, pidfd, int(name), port) for name in os.listdir(f"/proc/{process}/fd"))
+    return False
+
+
+def has_port(process: int, pidfd: int, descriptor: int, port: int) -> bool:
+    """Whether this descriptor of a process is a TCP socket with this local port."""
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/{process}/fd/{descriptor}").startswith("socket:"):
+            words = (ctypes.c_long(number) for number in (SYS_PIDFD_GETFD, pidfd, descriptor, 0))
+            with socket.socket(fileno=libc_call("syscall", *words)) as copy:
+                tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+                return bool(tcp and copy.getsockname()[1] == port)
+    return False
+
+
+def is_short_of_files(disk: os.statvfs_result, share: float) -> bool:
+    """Whether less than this share of the inodes is free. Some file systems count none."""
+    return disk.f_files > 0 and (disk.f_favail == 0 or disk.f_favail < disk.f_files * share)
+
+
+def is_short(disk: os.statvfs_result, share: float) -> bool:
+    """Whether less than this share of a file system is free, in bytes or in inodes."""
+    return disk.f_bavail < disk.f_blocks * share or is_short_of_files(disk, share)
+
+
+def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
+    """The bytes of the state folder's file system that an output leaves free: half of the reserve.
+
+    Raises ExhaustedError below that half, and below the whole reserve for an owner who is `refused`.
+    """
+    disk = os.statvfs(state)
+    reserve, free = int(disk.f_blocks * disk.f_frsize * share), disk.f_bavail * disk.f_frsize
+    bound = share if refused else share / 2
+    whose = ", and most of it is used by this owner" if refused else ""
+    if is_short_of_files(disk, bound):
+        raise ExhaustedError(
+            f"the disk of {state} has few inodes left{whose}: {disk.f_favail} of {disk.f_files} are free, and "
+            f"{free // MIB} MiB; delete files or ended jobs"
+        )
+    if is_short(disk, bound):
+        raise ExhaustedError(
+            f"the disk of {state} is nearly full{whose}: {free // MIB} MiB are free and {reserve // MIB} MiB are held "
+            f"in reserve (`serve --reserve`)"
+        )
+    return reserve // 2
+
+
+# --- 10. Job and job table -----------------------------------------------------------------------------
+# Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
+# jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
+
+DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2856,27 +3130,6 @@ class TaskSet:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-
-
-class LineSearch:
-    """Finds where the last N lines of a text begin, in blocks from its end to its beginning."""
-
-    def __init__(self, lines: int) -> None:
-        self._left = lines
-        self._at_end = True
-
-    def find(self, block: bytes) -> int | None:
-        """Where in this block the lines begin; None: in an earlier block."""
-        end = len(block)
-        if self._at_end and block.endswith(b"\n"):
-            end -= 1  # the last line's own end does not begin another line
-        self._at_end = False
-        while self._left > 0:
-            newline = block.rfind(b"\n", 0, end)
-            if newline < 0:
-                return None
-            self._left, end = self._left - 1, newline
-        return end + 1
 
 
 class Worker:
@@ -3440,244 +3693,7 @@ class Worker:
         return used
 
 
-async def measured(folder: str, *, files: bool) -> float:
-    """The bytes, or the number of files, of a folder and all below. Other tasks run in between.
-
-    A path that is too long for the kernel cannot be looked into. It counts as infinite: no owner can hide files.
-    """
-    total, folders = 0, [folder]
-    while folders:
-        await asyncio.sleep(0)
-        try:
-            with os.scandir(folders.pop()) as entries:
-                found, below = await measured_entries(entries, files=files)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                return float("inf")
-        else:
-            total += found
-            folders += below
-    return total
-
-
-async def measured_entries(entries: Iterable[os.DirEntry[str]], *, files: bool) -> tuple[int, list[str]]:
-    """The bytes, or the number, of these entries, and the folders among them. Raises OSError."""
-    total, folders = 0, []
-    for number, entry in enumerate(entries, 1):
-        if number % MEASURED_STEPS == 0:
-            await asyncio.sleep(0)
-        facts = entry.stat(follow_symlinks=False)
-        total += 1 if files else facts.st_blocks * 512
-        if stat.S_ISDIR(facts.st_mode):
-            folders.append(entry.path)
-    return total, folders
-
-
-def holds_port(process: int, port: int) -> bool:
-    """Whether a process has a TCP socket with this local port. A socket that is bound and does not listen stands in no
-    file of /proc, so each socket is looked at with a copy of its descriptor (pidfd_getfd(2), Linux 5.6).
-    """
-    with contextlib.ExitStack() as resources, contextlib.suppress(OSError):
-        pidfd = os.pidfd_open(process)
-        resources.callback(os.close, pidfd)
-        return any(has_port(process, pidfd, int(name), port) for name in os.listdir(f"/proc/{process}/fd"))
-    return False
-
-
-def has_port(process: int, pidfd: int, descriptor: int, port: int) -> bool:
-    """Whether this descriptor of a process is a TCP socket with this local port."""
-    with contextlib.suppress(OSError):
-        if os.readlink(f"/proc/{process}/fd/{descriptor}").startswith("socket:"):
-            words = (ctypes.c_long(number) for number in (SYS_PIDFD_GETFD, pidfd, descriptor, 0))
-            with socket.socket(fileno=libc_call("syscall", *words)) as copy:
-                tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
-                return bool(tcp and copy.getsockname()[1] == port)
-    return False
-
-
-def count_of(number: int, one: str, more: str) -> str:
-    return f"{number} {one if number == 1 else more}"
-
-
-def check_kernel() -> None:
-    """Refuse a kernel older than Linux 5.4: poll(2) cannot wait for a pidfd there."""
-    release = os.uname().release
-    version = tuple(map(int, re.findall(r"\d+", release)[:2]))
-    if version < (5, 4):
-        raise JobWorkerError(f"this is Linux {release}, and serving jobs needs 5.4 or newer")
-
-
-def new_job_id() -> str:
-    """A random UUID4 (RFC 9562). The import of `uuid` would cost a client more than this."""
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) % 4]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-
-
-def check_id(job_id: str) -> str:
-    """The id, if it is one. Raises BadRequestError."""
-    if JOB_ID.fullmatch(job_id) is None:
-        raise BadRequestError(f"{job_id!r} is not a job id: a random UUID in lower case with dashes")
-    return job_id
-
-
-def check_request(request: JobRequest) -> None:
-    """Refuse what no kernel could run (execve(2)). Raises BadRequestError."""
-    if request.id:
-        check_id(request.id)
-    if not request.command:
-        raise BadRequestError("the command is empty")
-    words = (request.command, *request.args)
-    if "\0" in "".join(words):
-        number = next(number for number, word in enumerate(words) if "\0" in word)
-        where = "the command" if number == 0 else f"argument {number}"
-        raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
-    check_environment(request)
-    if request.timeout is not None and not 0 <= request.timeout < float("inf"):
-        raise BadRequestError(f"the timeout {request.timeout} is not a number of seconds")
-
-
-def check_environment(request: JobRequest) -> None:
-    """Refuse a variable, folder or name that no process could be given. The sentence never contains a value."""
-    for key, value in request.env:
-        if not key or "=" in key or "\0" in key or "\0" in value:
-            raise BadRequestError(
-                f"{key!r} cannot be a variable of the environment: its name is empty or has `=`, or there is a NUL byte"
-            )
-    for what, text in (("the working folder", request.cwd), ("the name", request.name)):
-        if "\0" in text:
-            raise BadRequestError(f"{what} contains a NUL byte")
-    if len(request.name) > 200 or any(not character.isprintable() for character in request.name):
-        raise BadRequestError("the name of a job has at most 200 characters, and all of them can be printed")
-
-
-def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
-    """The value that was asked for, or the default. Raises BadRequestError above the cap."""
-    if asked is None:
-        return min(default, cap)
-    if not 0 < asked <= cap:
-        option = name if name.startswith("max-") else f"max-{name}"
-        raise BadRequestError(
-            f"{name} {asked:,.15g} is not allowed here: more than 0 and at most {cap:,.15g} (`serve --{option}`)"
-        )
-    return type(cap)(asked)
-
-
-def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
-    if request.io is not None and 0 < request.io < IO_FLOOR:
-        raise BadRequestError(f"io {request.io} is not allowed: at least {IO_FLOOR} (1M), or a stop would take minutes")
-    asked, default, cap = request, options.defaults, options.caps
-    return Limits(
-        cpu=capped("cpu", asked.cpu, default.cpu, cap.cpu),
-        memory=capped("memory", asked.memory, default.memory, cap.memory),
-        pids=capped("pids", asked.pids, default.pids, cap.pids),
-        io=capped("io", asked.io, default.io, cap.io),
-    )
-
-
-def is_short_of_files(disk: os.statvfs_result, share: float) -> bool:
-    """Whether less than this share of the inodes is free. Some file systems count none."""
-    return disk.f_files > 0 and (disk.f_favail == 0 or disk.f_favail < disk.f_files * share)
-
-
-def is_short(disk: os.statvfs_result, share: float) -> bool:
-    """Whether less than this share of a file system is free, in bytes or in inodes."""
-    return disk.f_bavail < disk.f_blocks * share or is_short_of_files(disk, share)
-
-
-def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
-    """The bytes of the state folder's file system that an output leaves free: half of the reserve.
-
-    Raises ExhaustedError below that half, and below the whole reserve for an owner who is `refused`.
-    """
-    disk = os.statvfs(state)
-    reserve, free = int(disk.f_blocks * disk.f_frsize * share), disk.f_bavail * disk.f_frsize
-    bound = share if refused else share / 2
-    whose = ", and most of it is used by this owner" if refused else ""
-    if is_short_of_files(disk, bound):
-        raise ExhaustedError(
-            f"the disk of {state} has few inodes left{whose}: {disk.f_favail} of {disk.f_files} are free, and "
-            f"{free // MIB} MiB; delete files or ended jobs"
-        )
-    if is_short(disk, bound):
-        raise ExhaustedError(
-            f"the disk of {state} is nearly full{whose}: {free // MIB} MiB are free and {reserve // MIB} MiB are held "
-            f"in reserve (`serve --reserve`)"
-        )
-    return reserve // 2
-
-
-def confinement_failure(state: str, hidden: Sequence[str]) -> str:
-    """Why this machine cannot confine jobs; empty: it can."""
-    release = os.uname().release
-    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 8):
-        # There hidepid is one setting of the whole machine, and a job's mount would change it for everybody.
-        return f"this is Linux {release}, and a /proc of a job's own needs 5.8"
-    failure = try_confinement(state, hidden)
-    return f"{failure.step}: {failure.strerror}" if failure else ""
-
-
-def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool, confined: bool) -> tuple[str, ...]:
-    notes = []
-    missing = [name for name in CONTROLLERS if name not in controllers]
-    if missing:
-        notes.append(f"limits on {', '.join(missing)} are not enforced")
-    if not cgroup:
-        notes.append("there is no cgroup: leftover processes are found by a search of /proc, which a job can evade")
-    if not separate:
-        notes.append(
-            "the job runs as the server's own user or as root: limits and separation hold only if it cooperates"
-        )
-    if separate and not confined:
-        notes.append("it is not confined: it shares /tmp, shared memory and the list of processes with other users")
-    return tuple(notes)
-
-
-def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
-    """The error for a command that could not be run (execve(2)).
-
-    It repeats the command as it was typed, and tells only what the job's own uid could see.
-    """
-    name, number = spec.command, failure.errno
-    reason = os.strerror(number)
-    if failure.step == CWD_STEP:
-        return CannotRunError(f"cannot enter the working folder {spec.cwd!r}: {reason}")
-    if failure.step:
-        exhausted = number in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-        sentence = f"cannot confine the job: {failure.step}: {reason}"
-        return ExhaustedError(sentence) if exhausted else JobWorkerError(sentence)
-    if number == errno.ENOENT and not failure.found:
-        return CannotRunError(f"{name!r} is not found" + not_found_hint(name, spec.path()), 127)
-    if number == errno.ENOENT:
-        return CannotRunError(
-            f"{name!r} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
-        )
-    if number == errno.EACCES and failure.found == "folder":
-        return CannotRunError(f"{name!r} is a folder, not a command")
-    if number == errno.EACCES and failure.found:
-        return CannotRunError(f"{name!r} is not executable for {spec.user}")
-    if number == errno.EACCES:
-        return CannotRunError(f"{name!r} is not found, or is in a folder that is closed to {spec.user}", 127)
-    if number == errno.ENOEXEC:
-        return CannotRunError(f"{name!r} cannot run: it is not a program for this machine, and it has no `#!` line")
-    if number == errno.E2BIG:
-        return CannotRunError(
-            f"{name!r} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
-        )
-    if number in (errno.EAGAIN, errno.ENOMEM):
-        return ExhaustedError(f"this machine cannot start another process: {reason}")
-    if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
-        return CannotRunError(f"{name!r} cannot run: {reason}")
-    return JobWorkerError(f"{name!r} could not be started: {reason}")
-
-
-def not_found_hint(command: str, searched: str) -> str:
-    """What follows "is not found": the PATH that was searched, and the remedy for a shell line."""
-    path = "" if "/" in command else f" on PATH, which is {searched}"
-    return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", command) else "")
-
-
-# --- 9. Certificates ------------------------------------------------------------------------------------
+# --- 11. Certificates ----------------------------------------------------------------------------------
 # Owns the making of authorities, server certificates and identities, the reading of a server's folder, and the rules
 # for what such a folder holds. Authorities are valid for ten years and leaves for one. All are backdated by a day,
 # since clocks differ. Source: RFC 5280.
@@ -4251,7 +4267,7 @@ def valid_authorities_first(authorities: Iterable[x509.Certificate]) -> bytes:
     return to_pem(*sorted(authorities, key=order))
 
 
-# --- 10. Identity and authorization ---------------------------------------------------------------------
+# --- 12. Identity and authorization --------------------------------------------------------------------
 # Owns the questions who the caller is and which jobs the caller may see. It makes no certificate. Of gRPC it knows only
 # the dictionary that holds the results of the TLS handshake.
 
@@ -4462,7 +4478,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
     return job
 
 
-# --- 11. gRPC service -----------------------------------------------------------------------------------
+# --- 13. gRPC service ----------------------------------------------------------------------------------
 # Owns the translation between `Worker` and the wire. It is the only section that makes gRPC statuses. Every call passes
 # through `Service._checked`, which identifies the caller before anything else happens.
 
@@ -4771,7 +4787,7 @@ def left_out_note(spec: Spec) -> list[str]:
     ]
 
 
-# --- 12. Server -----------------------------------------------------------------------------------------
+# --- 14. Server ----------------------------------------------------------------------------------------
 # Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. It makes no
 # certificate: the folder that it is given is complete.
 
@@ -5096,7 +5112,7 @@ def notify(state: str) -> None:
             channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-# --- 13. Client -----------------------------------------------------------------------------------------
+# --- 15. Client ----------------------------------------------------------------------------------------
 # Owns the connection to a server: the channel, the retries that are safe, and the reason why a server is not reached.
 # It knows nothing of this machine's jobs.
 
@@ -5434,17 +5450,12 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         return f"{options.address} does not speak TLS 1.3 with {own.file}: {reason}"
 
 
-# --- 14. Command line -----------------------------------------------------------------------------------
-# Owns what a person types and reads: verbs, options, lines that are printed, and exit codes. A verb is a function
-# `add_X_arguments` beside a function `run_X`, and one row of VERBS. Scripts rely on the lines of `start`, `stop` and
-# `status`.
+# --- 16. Options and printed lines ---------------------------------------------------------------------
+# Owns how a person types a size, a duration or a job, the options that several verbs have, and how lines are printed.
 
 SIZES = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 DURATIONS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": DAY}
 PROGRAM = "jobworker.pyz"
-INTERRUPT_GRACE = 10.0  # seconds from a first Ctrl-C, or the signal of a stop, to the kill
-STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the answer to a stop, and then writes output again
-WATCH_SECONDS = 2.0
 
 
 def quantity(text: str, units: Mapping[str, int], kind: str) -> float:
@@ -5547,8 +5558,6 @@ def printable_json(value: Any, indent: int | None = None) -> str:
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return CONTROL.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
-
-# -- Options that several verbs have
 
 Row: TypeAlias = "tuple[str, Callable[[str], Any], str, Any, str]"  # flag, type, metavar, default, help
 LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
@@ -5665,8 +5674,9 @@ def client_of(options: argparse.Namespace) -> Client:
     return Client(ClientOptions(host or "localhost", port, credentials, options.retry_for))
 
 
-# -- serve
-
+# --- 17. Verbs of the server's machine -----------------------------------------------------------------
+# Owns `serve`, `identity`, `revoke` and `unit`. A verb is a function `add_X_arguments` beside a function `run_X`, and
+# one row of VERBS (section 19).
 
 PLACE_OPTIONS: list[Row] = [
     (
@@ -5807,7 +5817,217 @@ def chosen_without(text: str) -> frozenset[str]:
     return names | {*CONTROLLERS, "auto"} if "all" in names else names
 
 
-# -- start, stop, status, stream, rm
+def as_days(text: str) -> int:
+    days = as_count(text)
+    if not 1 <= days <= AUTHORITY_DAYS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to {AUTHORITY_DAYS}")
+    return days
+
+
+def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
+    add_certs_arguments(parser)
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="the common name: the owner of the client's jobs, and the name of its files",
+    )
+    parser.add_argument(
+        "--admin", action="store_true", help="it may see and stop the jobs of all owners (default: its own)"
+    )
+    parser.add_argument(
+        "--renew", action="store_true", help="make a new key and certificate for a name that exists, with its roles"
+    )
+    days = f"how many days the certificate is valid (default: {LEAF_DAYS})"
+    parser.add_argument("--days", type=as_days, metavar="N", default=LEAF_DAYS, help=days)
+    parser.add_argument(
+        "--bundle",
+        nargs="?",
+        type=host_and_port,
+        const=("", DEFAULT_PORT),
+        metavar="HOST[:PORT]",
+        help="print one file for the client (key, certificate, server authority, the server's address; "
+        "default: this machine's name); no file of the identity is left here",
+    )
+    parser.add_argument("--list", action="store_true", help="print the identities of this folder as a table")
+
+
+def run_identity(options: argparse.Namespace) -> int:
+    folder = pathlib.Path(options.certs) if options.certs else default_certs()
+    if options.list:
+        return list_identities(folder)
+    name = checked_name(utf8_text(options.name or ""), renew=options.renew)
+    with locked_folder(folder):
+        authority = load_authority(folder, "client-ca")
+        known = issued_certificates(folder, authority.certificate)
+        revoked = revoked_of(read_revocation_lists(folder, load_authorities(folder)))
+        if options.renew:
+            roles = renewable_roles(known, name, revoked)
+        else:
+            check_new_name(folder, name, known, revoked)
+            roles = ["admin" if options.admin else "user"]
+        made = issue_identity(authority, name, roles, options.days)
+        old = [each for each in known if read_identity(each)[0] == name]  # so that it can be revoked, once overwritten
+        bundle = checked_bundle(folder, made, options.bundle) if options.bundle else b""
+        record_issued(folder, [*old, made.certificate])
+        if not bundle:
+            write_pair(folder, name, made)
+    if bundle:
+        write_out(bundle)
+        return 0
+    print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
+    return 0
+
+
+def checked_bundle(folder: pathlib.Path, made: CertifiedKey, server: tuple[str, int]) -> bytes:
+    """The client's one file. Warns if server.pem is for other names, since the client would refuse the server."""
+    host = server[0] or socket.gethostname()
+    if not is_named(folder, host):
+        say(f"warning: {folder / 'server.pem'} is not for {host!r}; `serve --name {host}` makes one that is")
+    return bundle_of(folder, made, host, server[1])
+
+
+def checked_name(name: str, *, renew: bool) -> str:
+    """A name that an identity may have. Raises UsageError."""
+    if CONTROL.search(name):
+        raise UsageError(f"{name!r} has a control character, which no name of an identity may have")
+    in_use = f"{name}.pem" in {*MADE_FILES, ISSUED_FILE, CRL_FILE} and not (renew and name in ROLES)
+    if not re.fullmatch(r"[^/]{1,64}", name) or name.startswith(".") or in_use:
+        raise UsageError(
+            f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that is in use here"
+        )
+    return name
+
+
+def check_new_name(folder: pathlib.Path, name: str, known: Sequence[x509.Certificate], revoked: Revoked) -> None:
+    """Refuse a name whose files or jobs another certificate has. Raises JobWorkerError."""
+    mine = [each for each in known if read_identity(each)[0] == name]
+    remedy = f"`identity {name} --renew` makes a new one, `revoke {name}` ends it"
+    for each in mine:
+        if mark_of(each) not in revoked and each.not_valid_after_utc.timestamp() > time.time():
+            raise JobWorkerError(f"{name!r} exists already, valid until {day_of(each)}; {remedy}")
+    if not mine and ((folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists()):
+        raise JobWorkerError(f"{folder / name}.pem exists already")
+
+
+def list_identities(folder: pathlib.Path) -> int:
+    """Print every client's certificate that the folder knows of, and what else its revocation list has."""
+    authorities = load_authorities(folder)
+    revoked = revoked_of(read_revocation_lists(folder, authorities))
+    known = {mark_of(each): each for authority in authorities for each in issued_certificates(folder, authority)}
+    rows = [("NAME", "ROLES", "SERIAL", "FROM", "UNTIL", "REVOKED")]
+    for mark, each in known.items():
+        name, roles, _ = read_identity(each)
+        since = each.not_valid_before_utc.date().isoformat()
+        revocation = "yes" if mark in revoked else "no"
+        rows.append((printable(name), ",".join(sorted(roles)), f"{mark[1]:x}", since, day_of(each), revocation))
+    rows += [("-", "-", f"{mark[1]:x}", "-", "-", "yes") for mark in sorted(revoked - set(known))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def add_revoke_arguments(parser: argparse.ArgumentParser) -> None:
+    add_certs_arguments(parser)
+    parser.add_argument(
+        "identity",
+        metavar="NAME|SERIAL|FILE",
+        help="an identity's name (all its certificates), one certificate's serial in hexadecimal, or its file (a word "
+        "with a slash, or ending in .pem)",
+    )
+
+
+def run_revoke(options: argparse.Namespace) -> int:
+    folder = pathlib.Path(options.certs) if options.certs else default_certs()
+    with locked_folder(folder):
+        authority = load_authority(folder, "client-ca")
+        serials = chosen_serials(folder, authority.certificate, utf8_text(options.identity))
+        add_to_revocation_list(folder, authority, serials)
+    written = ", ".join(f"{serial:x}" for serial in serials)
+    print(f"revoked {printable(options.identity)}: {written}; a server of {folder} refuses it from now on")
+    return 0
+
+
+def chosen_serials(folder: pathlib.Path, authority: x509.Certificate, word: str) -> list[int]:
+    """The serials of the certificates that a word stands for. Raises JobWorkerError."""
+    if "/" in word or word.endswith(".pem"):
+        blocks = pem_blocks(read_file(pathlib.Path(word)), b"CERTIFICATE")
+        certificate = x509.load_pem_x509_certificate(blocks[0]) if blocks else None
+        if certificate is None or not is_issued_by(certificate, authority):
+            raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
+        return [certificate.serial_number]
+    known = [each for each in issued_certificates(folder, authority) if read_identity(each)[0] == word]
+    if known:
+        return [each.serial_number for each in known]
+    serial = word.removeprefix("0x").replace(":", "")
+    if re.fullmatch("[0-9a-fA-F]{8,40}", serial):
+        return [int(serial, 16)]
+    raise JobWorkerError(f"{folder} has no certificate of {word!r}; `identity --list` prints names and serials")
+
+
+UNIT = """\
+# {place}, made by `jobworker.pyz unit`. Jobs live outside this unit, in a cgroup tree of their own, and outlive it.
+# So it has no Delegate= (systemd could not start the unit again while jobs are in it), and no sandboxing, which the
+# jobs would inherit from the server (they have uids and limits of their own).
+[Unit]
+Description=Job worker: commands in cgroups over mutual TLS
+After=network.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=always
+RestartSec=1
+KillMode=process
+TimeoutStopSec=10
+CacheDirectory=jobworker
+CacheDirectoryMode=0700
+UMask=0077
+LimitNOFILE=1024:524288
+TasksMax=infinity
+OOMPolicy=continue
+{protection}
+[Install]
+WantedBy={target}
+"""
+
+
+def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--user", action="store_true", help="a user's unit, for ~/.config/systemd/user (default: /etc/systemd/system)"
+    )
+    parser.add_argument(
+        "serve_options", nargs=argparse.REMAINDER, metavar="-- OPTION…", help="options of `serve` for its command line"
+    )
+
+
+def run_unit(options: argparse.Namespace) -> int:
+    more = options.serve_options[1:] if options.serve_options[:1] == ["--"] else options.serve_options
+    words = [os.path.abspath(sys.executable), "-I", os.path.abspath(sys.argv[0]), "serve", *more]
+    quoted = " ".join(
+        word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$")
+        for word in words
+    )
+    text = UNIT.format(
+        place="~/.config/systemd/user/jobworker.service" if options.user else "/etc/systemd/system/jobworker.service",
+        command=quoted,
+        protection="" if options.user else "OOMScoreAdjust=-500\n",
+        target="default.target" if options.user else "multi-user.target",
+    )
+    print(text, end="")
+    return 0
+
+
+# --- 18. Verbs of a client -----------------------------------------------------------------------------
+# Owns `run`, `start`, `stop`, `status`, `stream`, `list`, `wait`, `signal` and `rm`: what they print, and their exit
+# codes. Scripts rely on the lines of `start`, `stop` and `status`.
+
+INTERRUPT_GRACE = 10.0  # seconds from a first Ctrl-C, or the signal of a stop, to the kill
+STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the answer to a stop, and then writes output again
+WATCH_SECONDS = 2.0
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
@@ -6360,211 +6580,8 @@ def run_rm(options: argparse.Namespace) -> int:
     return 0
 
 
-# -- identity, unit
-
-
-def as_days(text: str) -> int:
-    days = as_count(text)
-    if not 1 <= days <= AUTHORITY_DAYS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days from 1 to {AUTHORITY_DAYS}")
-    return days
-
-
-def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
-    add_certs_arguments(parser)
-    parser.add_argument(
-        "name",
-        nargs="?",
-        metavar="NAME",
-        help="the common name: the owner of the client's jobs, and the name of its files",
-    )
-    parser.add_argument(
-        "--admin", action="store_true", help="it may see and stop the jobs of all owners (default: its own)"
-    )
-    parser.add_argument(
-        "--renew", action="store_true", help="make a new key and certificate for a name that exists, with its roles"
-    )
-    days = f"how many days the certificate is valid (default: {LEAF_DAYS})"
-    parser.add_argument("--days", type=as_days, metavar="N", default=LEAF_DAYS, help=days)
-    parser.add_argument(
-        "--bundle",
-        nargs="?",
-        type=host_and_port,
-        const=("", DEFAULT_PORT),
-        metavar="HOST[:PORT]",
-        help="print one file for the client (key, certificate, server authority, the server's address; "
-        "default: this machine's name); no file of the identity is left here",
-    )
-    parser.add_argument("--list", action="store_true", help="print the identities of this folder as a table")
-
-
-def run_identity(options: argparse.Namespace) -> int:
-    folder = pathlib.Path(options.certs) if options.certs else default_certs()
-    if options.list:
-        return list_identities(folder)
-    name = checked_name(utf8_text(options.name or ""), renew=options.renew)
-    with locked_folder(folder):
-        authority = load_authority(folder, "client-ca")
-        known = issued_certificates(folder, authority.certificate)
-        revoked = revoked_of(read_revocation_lists(folder, load_authorities(folder)))
-        if options.renew:
-            roles = renewable_roles(known, name, revoked)
-        else:
-            check_new_name(folder, name, known, revoked)
-            roles = ["admin" if options.admin else "user"]
-        made = issue_identity(authority, name, roles, options.days)
-        old = [each for each in known if read_identity(each)[0] == name]  # so that it can be revoked, once overwritten
-        bundle = checked_bundle(folder, made, options.bundle) if options.bundle else b""
-        record_issued(folder, [*old, made.certificate])
-        if not bundle:
-            write_pair(folder, name, made)
-    if bundle:
-        write_out(bundle)
-        return 0
-    print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
-    return 0
-
-
-def checked_bundle(folder: pathlib.Path, made: CertifiedKey, server: tuple[str, int]) -> bytes:
-    """The client's one file. Warns if server.pem is for other names, since the client would refuse the server."""
-    host = server[0] or socket.gethostname()
-    if not is_named(folder, host):
-        say(f"warning: {folder / 'server.pem'} is not for {host!r}; `serve --name {host}` makes one that is")
-    return bundle_of(folder, made, host, server[1])
-
-
-def checked_name(name: str, *, renew: bool) -> str:
-    """A name that an identity may have. Raises UsageError."""
-    if CONTROL.search(name):
-        raise UsageError(f"{name!r} has a control character, which no name of an identity may have")
-    in_use = f"{name}.pem" in {*MADE_FILES, ISSUED_FILE, CRL_FILE} and not (renew and name in ROLES)
-    if not re.fullmatch(r"[^/]{1,64}", name) or name.startswith(".") or in_use:
-        raise UsageError(
-            f"{name!r} cannot name a new identity: 1 to 64 characters without a slash, and not one that is in use here"
-        )
-    return name
-
-
-def check_new_name(folder: pathlib.Path, name: str, known: Sequence[x509.Certificate], revoked: Revoked) -> None:
-    """Refuse a name whose files or jobs another certificate has. Raises JobWorkerError."""
-    mine = [each for each in known if read_identity(each)[0] == name]
-    remedy = f"`identity {name} --renew` makes a new one, `revoke {name}` ends it"
-    for each in mine:
-        if mark_of(each) not in revoked and each.not_valid_after_utc.timestamp() > time.time():
-            raise JobWorkerError(f"{name!r} exists already, valid until {day_of(each)}; {remedy}")
-    if not mine and ((folder / f"{name}.pem").exists() or (folder / f"{name}.key").exists()):
-        raise JobWorkerError(f"{folder / name}.pem exists already")
-
-
-def list_identities(folder: pathlib.Path) -> int:
-    """Print every client's certificate that the folder knows of, and what else its revocation list has."""
-    authorities = load_authorities(folder)
-    revoked = revoked_of(read_revocation_lists(folder, authorities))
-    known = {mark_of(each): each for authority in authorities for each in issued_certificates(folder, authority)}
-    rows = [("NAME", "ROLES", "SERIAL", "FROM", "UNTIL", "REVOKED")]
-    for mark, each in known.items():
-        name, roles, _ = read_identity(each)
-        since = each.not_valid_before_utc.date().isoformat()
-        revocation = "yes" if mark in revoked else "no"
-        rows.append((printable(name), ",".join(sorted(roles)), f"{mark[1]:x}", since, day_of(each), revocation))
-    rows += [("-", "-", f"{mark[1]:x}", "-", "-", "yes") for mark in sorted(revoked - set(known))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
-
-
-def add_revoke_arguments(parser: argparse.ArgumentParser) -> None:
-    add_certs_arguments(parser)
-    parser.add_argument(
-        "identity",
-        metavar="NAME|SERIAL|FILE",
-        help="an identity's name (all its certificates), one certificate's serial in hexadecimal, or its file (a word "
-        "with a slash, or ending in .pem)",
-    )
-
-
-def run_revoke(options: argparse.Namespace) -> int:
-    folder = pathlib.Path(options.certs) if options.certs else default_certs()
-    with locked_folder(folder):
-        authority = load_authority(folder, "client-ca")
-        serials = chosen_serials(folder, authority.certificate, utf8_text(options.identity))
-        add_to_revocation_list(folder, authority, serials)
-    written = ", ".join(f"{serial:x}" for serial in serials)
-    print(f"revoked {printable(options.identity)}: {written}; a server of {folder} refuses it from now on")
-    return 0
-
-
-def chosen_serials(folder: pathlib.Path, authority: x509.Certificate, word: str) -> list[int]:
-    """The serials of the certificates that a word stands for. Raises JobWorkerError."""
-    if "/" in word or word.endswith(".pem"):
-        blocks = pem_blocks(read_file(pathlib.Path(word)), b"CERTIFICATE")
-        certificate = x509.load_pem_x509_certificate(blocks[0]) if blocks else None
-        if certificate is None or not is_issued_by(certificate, authority):
-            raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
-        return [certificate.serial_number]
-    known = [each for each in issued_certificates(folder, authority) if read_identity(each)[0] == word]
-    if known:
-        return [each.serial_number for each in known]
-    serial = word.removeprefix("0x").replace(":", "")
-    if re.fullmatch("[0-9a-fA-F]{8,40}", serial):
-        return [int(serial, 16)]
-    raise JobWorkerError(f"{folder} has no certificate of {word!r}; `identity --list` prints names and serials")
-
-
-UNIT = """\
-# {place}, made by `jobworker.pyz unit`. Jobs live outside this unit, in a cgroup tree of their own, and outlive it.
-# So it has no Delegate= (systemd could not start the unit again while jobs are in it), and no sandboxing, which the
-# jobs would inherit from the server (they have uids and limits of their own).
-[Unit]
-Description=Job worker: commands in cgroups over mutual TLS
-After=network.target
-
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStart={command}
-ExecReload=/bin/kill -HUP $MAINPID
-Restart=always
-RestartSec=1
-KillMode=process
-TimeoutStopSec=10
-CacheDirectory=jobworker
-CacheDirectoryMode=0700
-UMask=0077
-LimitNOFILE=1024:524288
-TasksMax=infinity
-OOMPolicy=continue
-{protection}
-[Install]
-WantedBy={target}
-"""
-
-
-def add_unit_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--user", action="store_true", help="a user's unit, for ~/.config/systemd/user (default: /etc/systemd/system)"
-    )
-    parser.add_argument(
-        "serve_options", nargs=argparse.REMAINDER, metavar="-- OPTION…", help="options of `serve` for its command line"
-    )
-
-
-def run_unit(options: argparse.Namespace) -> int:
-    more = options.serve_options[1:] if options.serve_options[:1] == ["--"] else options.serve_options
-    words = [os.path.abspath(sys.executable), "-I", os.path.abspath(sys.argv[0]), "serve", *more]
-    quoted = " ".join(
-        word if re.fullmatch(r"[\w@+=:,./-]+", word) else json.dumps(word).replace("%", "%%").replace("$", "$$")
-        for word in words
-    )
-    text = UNIT.format(
-        place="~/.config/systemd/user/jobworker.service" if options.user else "/etc/systemd/system/jobworker.service",
-        command=quoted,
-        protection="" if options.user else "OOMScoreAdjust=-500\n",
-        target="default.target" if options.user else "multi-user.target",
-    )
-    print(text, end="")
-    return 0
+# --- 19. Main ------------------------------------------------------------------------------------------
+# Owns the table of verbs and the parser. Only `main` turns an error into an exit code.
 
 
 @dataclasses.dataclass(frozen=True)

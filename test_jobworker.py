@@ -3089,6 +3089,7 @@ CALLS = {  # every call of workerservice.proto: its request, its reply, and whet
     "RemoveJob": ("RemoveJobRequest", "RemoveJobResponse", False),
     "ListJobs": ("ListJobsRequest", "GetStatusResponse", True),
     "SignalJob": ("SignalJobRequest", "SignalJobResponse", False),
+    "SendInput": ("SendInputRequest", "SendInputResponse", False),
 }
 MESSAGES = {  # every message: the number and the type of every field
     "StartJobRequest": {
@@ -3105,6 +3106,8 @@ MESSAGES = {  # every message: the number and the type of every field
         "env": (11, "map<string, string>"),
         "cwd": (12, "string"),
         "name": (13, "string"),
+        "split": (14, "bool"),
+        "input": (15, "bool"),
         "confine": (16, "bool"),
     },
     "StartJobResponse": {"ID": (1, "string")},
@@ -3144,14 +3147,18 @@ MESSAGES = {  # every message: the number and the type of every field
         "name": (26, "string"),
         "cwd": (27, "string"),
         "memory_current": (28, "uint64"),
+        "split": (29, "bool"),
+        "error_bytes": (30, "uint64"),
+        "input_bytes": (31, "uint64"),
     },
     "GetStreamRequest": {
         "id": (1, "string"),
         "offset": (2, "uint64"),
         "tail": (3, "optional uint64"),
         "no_follow": (4, "bool"),
+        "error_offset": (5, "uint64"),
     },
-    "GetStreamResponse": {"result": (1, "bytes")},
+    "GetStreamResponse": {"result": (1, "bytes"), "error": (2, "bytes")},
     "RemoveJobRequest": {"id": (1, "string")},
     "RemoveJobResponse": {},
     "ListJobsRequest": {
@@ -3163,6 +3170,8 @@ MESSAGES = {  # every message: the number and the type of every field
     },
     "SignalJobRequest": {"id": (1, "string"), "signal": (2, "string")},
     "SignalJobResponse": {},
+    "SendInputRequest": {"id": (1, "string"), "data": (2, "bytes")},
+    "SendInputResponse": {"bytes": (1, "uint64")},
 }
 ENUMS = {"Status": {"RUNNING": 0, "STOPPED": 1, "FINISHED": 2}}
 
@@ -3192,7 +3201,7 @@ def test_every_call_message_field_and_enum_value_of_the_contract_is_unchanged():
         )
         for call in service.method
     } == CALLS
-    assert not any(call.client_streaming for call in service.method)
+    assert [call.name for call in service.method if call.client_streaming] == ["SendInput"]
     messages = {
         message.name: {field.name: (field.number, field_type(message, field)) for field in message.field}
         for message in file.message_type

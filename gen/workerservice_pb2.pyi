@@ -17,7 +17,7 @@ STOPPED: Status
 FINISHED: Status
 
 class StartJobRequest(_message.Message):
-    __slots__ = ("cmd", "args", "id", "cpu", "memory", "pids", "io", "timeout", "max_output", "run_as", "env", "cwd", "name", "confine")
+    __slots__ = ("cmd", "args", "id", "cpu", "memory", "pids", "io", "timeout", "max_output", "run_as", "env", "cwd", "name", "split", "input", "confine")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class StartJobRequest(_message.Message):
     ENV_FIELD_NUMBER: _ClassVar[int]
     CWD_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
     CONFINE_FIELD_NUMBER: _ClassVar[int]
     cmd: str
     args: _containers.RepeatedScalarFieldContainer[str]
@@ -52,8 +54,10 @@ class StartJobRequest(_message.Message):
     env: _containers.ScalarMap[str, str]
     cwd: str
     name: str
+    split: bool
+    input: bool
     confine: bool
-    def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., cwd: _Optional[str] = ..., name: _Optional[str] = ..., confine: _Optional[bool] = ...) -> None: ...
+    def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., cwd: _Optional[str] = ..., name: _Optional[str] = ..., split: _Optional[bool] = ..., input: _Optional[bool] = ..., confine: _Optional[bool] = ...) -> None: ...
 
 class StartJobResponse(_message.Message):
     __slots__ = ("ID",)
@@ -84,7 +88,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., wait: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("status", "exitcode", "reason", "signal", "stopped_by", "owner", "cmd", "args", "user", "created_ms", "started_ms", "ended_ms", "output_bytes", "cpu_seconds", "memory_peak", "read_bytes", "written_bytes", "cpu_limit", "memory_limit", "pids_limit", "io_limit", "timeout", "max_output", "notes", "id", "name", "cwd", "memory_current")
+    __slots__ = ("status", "exitcode", "reason", "signal", "stopped_by", "owner", "cmd", "args", "user", "created_ms", "started_ms", "ended_ms", "output_bytes", "cpu_seconds", "memory_peak", "read_bytes", "written_bytes", "cpu_limit", "memory_limit", "pids_limit", "io_limit", "timeout", "max_output", "notes", "id", "name", "cwd", "memory_current", "split", "error_bytes", "input_bytes")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     EXITCODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +117,9 @@ class GetStatusResponse(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     CWD_FIELD_NUMBER: _ClassVar[int]
     MEMORY_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     status: Status
     exitcode: int
     reason: str
@@ -141,25 +148,32 @@ class GetStatusResponse(_message.Message):
     name: str
     cwd: str
     memory_current: int
-    def __init__(self, status: _Optional[_Union[Status, str]] = ..., exitcode: _Optional[int] = ..., reason: _Optional[str] = ..., signal: _Optional[int] = ..., stopped_by: _Optional[str] = ..., owner: _Optional[str] = ..., cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., created_ms: _Optional[int] = ..., started_ms: _Optional[int] = ..., ended_ms: _Optional[int] = ..., output_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., memory_peak: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., cpu_limit: _Optional[float] = ..., memory_limit: _Optional[int] = ..., pids_limit: _Optional[int] = ..., io_limit: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., cwd: _Optional[str] = ..., memory_current: _Optional[int] = ...) -> None: ...
+    split: bool
+    error_bytes: int
+    input_bytes: int
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., exitcode: _Optional[int] = ..., reason: _Optional[str] = ..., signal: _Optional[int] = ..., stopped_by: _Optional[str] = ..., owner: _Optional[str] = ..., cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., created_ms: _Optional[int] = ..., started_ms: _Optional[int] = ..., ended_ms: _Optional[int] = ..., output_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., memory_peak: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., cpu_limit: _Optional[float] = ..., memory_limit: _Optional[int] = ..., pids_limit: _Optional[int] = ..., io_limit: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., cwd: _Optional[str] = ..., memory_current: _Optional[int] = ..., split: _Optional[bool] = ..., error_bytes: _Optional[int] = ..., input_bytes: _Optional[int] = ...) -> None: ...
 
 class GetStreamRequest(_message.Message):
-    __slots__ = ("id", "offset", "tail", "no_follow")
+    __slots__ = ("id", "offset", "tail", "no_follow", "error_offset")
     ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TAIL_FIELD_NUMBER: _ClassVar[int]
     NO_FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    ERROR_OFFSET_FIELD_NUMBER: _ClassVar[int]
     id: str
     offset: int
     tail: int
     no_follow: bool
-    def __init__(self, id: _Optional[str] = ..., offset: _Optional[int] = ..., tail: _Optional[int] = ..., no_follow: _Optional[bool] = ...) -> None: ...
+    error_offset: int
+    def __init__(self, id: _Optional[str] = ..., offset: _Optional[int] = ..., tail: _Optional[int] = ..., no_follow: _Optional[bool] = ..., error_offset: _Optional[int] = ...) -> None: ...
 
 class GetStreamResponse(_message.Message):
-    __slots__ = ("result",)
+    __slots__ = ("result", "error")
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     result: bytes
-    def __init__(self, result: _Optional[bytes] = ...) -> None: ...
+    error: bytes
+    def __init__(self, result: _Optional[bytes] = ..., error: _Optional[bytes] = ...) -> None: ...
 
 class RemoveJobRequest(_message.Message):
     __slots__ = ("id",)
@@ -196,3 +210,17 @@ class SignalJobRequest(_message.Message):
 class SignalJobResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class SendInputRequest(_message.Message):
+    __slots__ = ("id", "data")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    data: bytes
+    def __init__(self, id: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SendInputResponse(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...

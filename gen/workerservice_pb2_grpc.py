@@ -69,6 +69,11 @@ class WorkerServiceStub:
                 request_serializer=gen_dot_workerservice__pb2.SignalJobRequest.SerializeToString,
                 response_deserializer=gen_dot_workerservice__pb2.SignalJobResponse.FromString,
                 _registered_method=True)
+        self.SendInput = channel.stream_unary(
+                '/proto.WorkerService/SendInput',
+                request_serializer=gen_dot_workerservice__pb2.SendInputRequest.SerializeToString,
+                response_deserializer=gen_dot_workerservice__pb2.SendInputResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -122,6 +127,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendInput(self, request_iterator, context):
+        """Sends the job's standard input, and its end. The first message names the job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -159,6 +171,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.SignalJob,
                     request_deserializer=gen_dot_workerservice__pb2.SignalJobRequest.FromString,
                     response_serializer=gen_dot_workerservice__pb2.SignalJobResponse.SerializeToString,
+            ),
+            'SendInput': grpc.stream_unary_rpc_method_handler(
+                    servicer.SendInput,
+                    request_deserializer=gen_dot_workerservice__pb2.SendInputRequest.FromString,
+                    response_serializer=gen_dot_workerservice__pb2.SendInputResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +367,33 @@ class WorkerService:
             '/proto.WorkerService/SignalJob',
             gen_dot_workerservice__pb2.SignalJobRequest.SerializeToString,
             gen_dot_workerservice__pb2.SignalJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendInput(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/proto.WorkerService/SendInput',
+            gen_dot_workerservice__pb2.SendInputRequest.SerializeToString,
+            gen_dot_workerservice__pb2.SendInputResponse.FromString,
             options,
             channel_credentials,
             insecure,
