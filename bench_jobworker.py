@@ -387,7 +387,9 @@ async def serve_baseline(certs: Path) -> None:
     server = grpc.aio.server(options=jobworker.SERVER_OPTIONS)
     handlers: dict[str, Any] = {
         "GetOutputStream": grpc.unary_stream_rpc_method_handler(
-            baseline.stream, pb.GetStreamRequest.FromString, jobworker.frame_result
+            baseline.stream,
+            pb.GetStreamRequest.FromString,
+            lambda chunk: jobworker.frame_piece((1, chunk)),
         ),
         "GetJobStatus": grpc.unary_unary_rpc_method_handler(
             baseline.status, pb.GetStatusRequest.FromString, pb.GetStatusResponse.SerializeToString
@@ -412,7 +414,8 @@ async def start(channel: grpc.aio.Channel, *words: str) -> str:
 
 def stream(channel: grpc.aio.Channel, job: str, offset: int = 0, service: str = JOB_WORKER) -> AsyncIterable[bytes]:
     path = f"/{service}/GetOutputStream"
-    method = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, jobworker.result_of)
+    decode = lambda message: jobworker.pieces_of(message)[0]  # noqa: E731
+    method = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, decode)
     return method(pb.GetStreamRequest(id=job, offset=offset))
 
 

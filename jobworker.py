@@ -1035,21 +1035,22 @@ class Pace:
 
 
 class Tail:
-    """One output that is followed. All its followers share one descriptor, one watch and one wake-up.
+    """The outputs of one job that are followed. All followers share the descriptors, the watches and the wake-ups.
 
-    The descriptor outlives the removal of the file. `acquire` and `release` count the followers.
+    The descriptors outlive the removal of the files. `acquire` and `release` count the followers.
     """
 
-    def __init__(self, path: str, inotify: Inotify, pace: Pace) -> None:
-        self._path = path
+    def __init__(self, paths: Sequence[str], inotify: Inotify, pace: Pace) -> None:
+        self.paths = paths
         self._inotify = inotify
         self._pace = pace
         self._followers = 0
-        self._descriptor = -1
-        self._last_read = (0, b"")  # an offset and the bytes there: followers at the same byte share one read
-        self._watch: int | None = None
+        self._descriptors: list[int] = []
+        # A file, an offset and the bytes there: followers at the same byte share one read.
+        self._last_read = (0, 0, b"")
+        self._watches: list[int] = []
         self._woken_at = 0.0  # by the loop's clock
-        # How often the watch was set. If it changed since a follower's read, that follower must read again before it
+        # How often the watches were set. If it changed since a follower's read, that follower must read again before it
         # sleeps.
         self.arm_count = 0
         self._bell = Bell()
@@ -1057,65 +1058,75 @@ class Tail:
     def acquire(self) -> float:
         """Add one follower. Returns the seconds that it waits after a wake-up: not all may read at the same time."""
         if self._followers == 0:
-            try:
-                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise disk_error(f"cannot open {self._path}", error) from error
+            self._open()
         self._followers += 1
         return (self._followers - 1) // WAKE_GROUP * WAKE_GROUP * FOLLOWER_SECONDS
+
+    def _open(self) -> None:
+        for path in self.paths:
+            try:
+                self._descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                self._close()
+                raise disk_error(f"cannot open {path}", error) from error
+
+    def _close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def release(self) -> int:
         """Remove one follower and return how many are left."""
         self._followers -= 1
         if self._followers == 0:
-            os.close(self._descriptor)
+            self._close()
             self._disarm()
         return self._followers
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset`; none at the end of the file."""
-        if self._last_read[0] == offset and self._last_read[1]:
-            return self._last_read[1][:size]
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` of the file with this index in `paths`; none at its end."""
+        if self._last_read[:2] == (file, offset) and self._last_read[2]:
+            return self._last_read[2][:size]
         try:
-            chunk = os.pread(self._descriptor, size, offset)
+            chunk = os.pread(self._descriptors[file], size, offset)
         except OSError as error:
-            raise KernelError(f"cannot read {self._path}", error) from error
+            raise KernelError(f"cannot read {self.paths[file]}", error) from error
         if chunk:
-            self._last_read = (offset, chunk)
+            self._last_read = (file, offset, chunk)
         return chunk
 
     def arm(self) -> bool:
-        """Ask the kernel for one event at the next change.
+        """Ask the kernel for one event at the next change of each file.
 
-        True: the event was not asked for before. The caller then reads once more, because bytes that were written
+        True: an event was not asked for before. The caller then reads once more, because bytes that were written
         between its last read and now cause no event.
         """
-        if self._watch is not None:
+        if len(self._watches) == len(self.paths):
             return False
-        self._watch = self._inotify.watch(self._path, IN_MODIFY | IN_ONESHOT, self._grew)
+        self._disarm()  # an earlier call may have set a part of them before it failed
+        for path in self.paths:
+            self._watches.append(self._inotify.watch(path, IN_MODIFY | IN_ONESHOT, self._grew))
         self.arm_count += 1
         return True
 
     def _grew(self, _mask: int) -> None:
         """Wake the followers now, or when it is their time: at the earliest COALESCE_SECONDS after the last wake-up.
-        Until then `_watch` stays set, so that a follower that reaches the end meanwhile sets no new watch but waits for
-        the same wake-up.
+        Until then `_watches` stay set, so that a follower that reaches the end meanwhile sets no new watch but waits
+        for the same wake-up.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        due = max(self._woken_at + COALESCE_SECONDS, self._pace.take(now, self._followers))
+        due = max(self._woken_at + COALESCE_SECONDS, self._pace.take(now, self._followers * len(self.paths)))
         if due > now:
             loop.call_at(due, self.wake)
         else:
             self.wake()
 
     def _disarm(self) -> None:
-        if self._watch is not None:
-            self._inotify.unwatch(self._watch)
-            self._watch = None
+        while self._watches:
+            self._inotify.unwatch(self._watches.pop())
 
     def wake(self) -> None:
-        """Make every follower read: the output may have grown, or it will not grow any more."""
+        """Make every follower read: an output may have grown, or it will not grow any more."""
         self._woken_at = asyncio.get_running_loop().time()
         self._disarm()
         self._bell.ring()
@@ -1152,6 +1163,7 @@ class LineSearch:
 #     <state>/lock                 locked by the one server of this state folder (flock(2)); holds its pid
 #     <state>/jobs/<id>/job.json   the spec: what was asked for; written once
 #     <state>/jobs/<id>/output     what the job printed; only its shim writes it
+#     <state>/jobs/<id>/error      its standard error, if both outputs are kept apart; `output` is standard output then
 #     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
 #     <state>/jobs/<id>/control    a FIFO that the shim reads: stop requests; it has a reader while the shim lives
 #     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
@@ -1175,6 +1187,7 @@ NEXT_PHASES: dict[str, tuple[str, ...]] = {
     "done": (),  # no process of the job is left, and its output is complete
 }
 FALLOC_FL_KEEP_SIZE = 1
+OUTPUTS = ("output", "error")  # the files of standard output and standard error, in the order of their descriptors
 TMP_FOLDERS = {"tmp": "/tmp", "var-tmp": "/var/tmp"}  # noqa: S108  a confined job's folders, and where it sees them
 HIDDEN = "view/hidden"  # below the state folder: what a confined job sees in place of a hidden folder
 TRIAL = "view/trial"  # in place of a job's folder; it stays, so that a full disk keeps no server from its next start
@@ -1209,6 +1222,7 @@ class Spec:
     name: str = ""
     confine: bool = False  # whether the job is confined (section 6)
     hidden: tuple[str, ...] = ()  # folders that a confined job sees empty
+    split: bool = False  # whether standard error is kept apart from standard output
     args_left_out: int = 0  # how many arguments more job.json holds; see `SPEC_HEAD_BYTES`
 
     def to_json(self) -> bytes:
@@ -1422,7 +1436,7 @@ class JobFolder:
 
     # `events` is deleted first. After a crash in between, recovery takes the rest for a job that never ran, and deletes
     # it.
-    FILES = ("events", "control", "output", "job.json")
+    FILES = ("events", "control", *OUTPUTS, "job.json")
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -1436,11 +1450,11 @@ class JobFolder:
         except OSError as error:
             raise disk_error(f"cannot make {self.path}", error) from error
 
-    def create_files(self, resources: contextlib.ExitStack) -> list[int]:
-        """Make `control`, `output` and `events`. Returns descriptors for the shim, as `open_for_shim` does."""
+    def create_files(self, resources: contextlib.ExitStack, *, split: bool = False) -> list[int]:
+        """Make `control`, the outputs and `events`. Returns descriptors for the shim, as `open_for_shim` does."""
         try:
             os.mkfifo(f"{self.path}/control", 0o600)
-            for name in ("output", "events"):
+            for name in (*OUTPUTS[: 1 + split], "events"):
                 os.close(os.open(f"{self.path}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             descriptors = self.open_for_shim(resources)
             allocate(descriptors[1], EVENTS_BYTES)
@@ -1558,9 +1572,16 @@ class JobFolder:
     def _open_control(self) -> int:
         return os.open(f"{self.path}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
-    def open_output(self) -> int:
-        """A descriptor for the shim to write the output. Raises OSError."""
-        return os.open(f"{self.path}/output", os.O_WRONLY | os.O_CLOEXEC)
+    def outputs(self) -> tuple[str, ...]:
+        """The paths of the files with output: one, or two if they are kept apart. The spec of an ended job is not in
+        memory, and that `error` exists says the same.
+        """
+        paths = tuple(f"{self.path}/{name}" for name in OUTPUTS)
+        return paths if os.path.exists(paths[1]) else paths[:1]
+
+    def open_outputs(self) -> list[int]:
+        """Descriptors for the shim to write the outputs. Raises OSError."""
+        return [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in self.outputs()]
 
     def disk_bytes(self) -> int:
         """The size of all files of the folder."""
@@ -1570,15 +1591,15 @@ class JobFolder:
                 total += os.lstat(f"{self.path}/{name}").st_size
         return total
 
-    def output_bytes(self) -> int:
+    def output_bytes(self, name: str = OUTPUTS[0]) -> int:
         try:
-            return os.stat(f"{self.path}/output").st_size
+            return os.stat(f"{self.path}/{name}").st_size
         except OSError:
             return 0
 
-    def read_output(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes of the output. Raises KernelError."""
-        path = f"{self.path}/output"
+    def read_output(self, name: str, offset: int, size: int) -> bytes:
+        """Up to `size` bytes of an output. Raises KernelError."""
+        path = f"{self.path}/{name}"
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -1591,7 +1612,7 @@ class JobFolder:
     def sync(self) -> bool:
         """Make all files durable except `events`. False: the disk did not take them (fsync(2))."""
         try:
-            for path in (f"{self.path}/job.json", f"{self.path}/output", self.path, os.path.dirname(self.path)):
+            for path in (f"{self.path}/job.json", *self.outputs(), self.path, os.path.dirname(self.path)):
                 sync(path)
         except OSError:
             return False
@@ -2089,24 +2110,42 @@ def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
     os._exit(0)
 
 
-class Pump:
-    """Moves what a job prints from its pipe to `output`, up to the job's cap and the disk's reserve."""
+class Room:
+    """What the outputs of a job may still take together: of the job's cap, and of the disk."""
 
-    def __init__(self, pipe: int, output: int, spec: Spec) -> None:
+    def __init__(self, spec: Spec) -> None:
+        self.left = spec.max_output
+        self._reserve = spec.reserve
+        self._unchecked = 0  # bytes since the last check of the disk
+
+    def take(self, size: int, output: int) -> StopRequest | None:
+        """Count bytes that were written to `output`. Returns a request to end the job if the disk is exhausted."""
+        self.left -= size
+        self._unchecked += size
+        if self._unchecked < MIB:
+            return None
+        self._unchecked = 0
+        disk = os.fstatvfs(output)
+        return StopRequest("DISK_FULL") if disk.f_bavail * disk.f_frsize < self._reserve else None
+
+
+class Pump:
+    """Moves what a job prints from a pipe to a file, up to the job's cap and the disk's reserve."""
+
+    def __init__(self, pipe: int, output: int, room: Room, *, splices: bool) -> None:
         self.pipe = pipe
         self.output = output
         self.open = True  # until every writer has closed the pipe
         self.small_batch = False  # whether the last move was small: then it is worth 1 ms to wait for more
-        self._spec = spec
+        self._room = room
         self._written = 0
-        self._unchecked = 0  # bytes since the last check of the disk
-        self._splices = spec.splice
+        self._splices = splices
         self._min_batch = min(MIN_BATCH_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
 
     def move(self) -> StopRequest | None:
         """Move at most 1 MiB. Returns a request to end the job if the cap or the disk is exhausted."""
         self.small_batch = False
-        room = min(MIB, self._spec.max_output - self._written)
+        room = min(MIB, self._room.left)
         try:
             moved = self._move(room) if room else self._waiting()
         except BlockingIOError:
@@ -2121,8 +2160,7 @@ class Pump:
             return StopRequest("OUTPUT_LIMIT")
         self.small_batch = 0 < moved < self._min_batch
         self._written += moved
-        self._unchecked += moved
-        return self._check_disk() if self._unchecked >= MIB else None
+        return self._room.take(moved, self.output)
 
     def _move(self, room: int) -> int:
         if self._splices:
@@ -2142,11 +2180,6 @@ class Pump:
         """How many bytes are in the pipe (FIONREAD, pipe(7)). 0 after poll reported the pipe: end of file."""
         return int.from_bytes(fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
-    def _check_disk(self) -> StopRequest | None:
-        self._unchecked = 0
-        disk = os.fstatvfs(self.output)
-        return StopRequest("DISK_FULL") if disk.f_bavail * disk.f_frsize < self._spec.reserve else None
-
     def drain(self) -> StopRequest | None:
         """Move what is in the pipe, and no more than one pipe holds: a process outside the job may hold the pipe open
         and write without end.
@@ -2158,6 +2191,12 @@ class Pump:
             if request or (self._written == before and self.open):
                 return request
         return None
+
+
+def drain_all(pumps: Sequence[Pump]) -> StopRequest | None:
+    """Drain each pipe. Returns the first request to end the job."""
+    requests = [pump.drain() for pump in pumps]
+    return next(filter(None, requests), None)
 
 
 class Shim:
@@ -2177,34 +2216,36 @@ class Shim:
         """Start the job, supervise it and finish it. `cgroup` is a descriptor of its cgroup; -1: it has none."""
         write_event(self._events, "born")
         try:
-            output = self._folder.open_output()
-            pipe, stdout = make_pipe(self._spec)
+            outputs = self._folder.open_outputs()
+            pipes = [make_pipe(self._spec) for _ in outputs]
             if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
                 libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            process, failure = self._start(cgroup, stdout)
+            process, failure = self._start(cgroup, [writer for _, writer in pipes])
         except OSError as error:
             failure = StartFailure(error.errno or errno.EINVAL)
         if failure:
             names = {"found": encode_name(failure.found), "step": encode_name(failure.step)}
             write_event(self._events, "failed", errno=failure.errno, **names)
             return
-        os.close(stdout)
+        for _, writer in pipes:
+            os.close(writer)
         if not self._spec.cgroup:
             reap_orphans(process)
         if cgroup >= 0:
             os.close(cgroup)
         write_event(self._events, "started")
-        pump = Pump(pipe, output, self._spec)
-        self._supervise(pump)
-        ending = self._ending(process, None if self._request else pump.drain())
+        room, ends = Room(self._spec), zip(pipes, outputs, strict=True)
+        pumps = [Pump(pipe, output, room, splices=self._spec.splice) for (pipe, _), output in ends]
+        self._supervise(pumps)
+        ending = self._ending(process, None if self._request else drain_all(pumps))
         write_event(self._events, "exited", **vars(ending))
-        finish_job(self._folder, self._spec, self._events, ending, pump)
+        finish_job(self._folder, self._spec, self._events, ending, pumps)
 
-    def _start(self, cgroup: int, stdout: int) -> tuple[int, StartFailure | None]:
+    def _start(self, cgroup: int, writers: Sequence[int]) -> tuple[int, StartFailure | None]:
         """Start the main process. Returns its pid and, if its command could not be run, why. Raises OSError."""
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         steps = steps_of(self._folder, self._spec)
-        process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdout, steps)
+        process, self._pidfd, errpipe = start_process(self._spec, cgroup, writers, steps)
         self._wait_for_exec(errpipe)
         return process, check_exec(process, errpipe)
 
@@ -2219,10 +2260,10 @@ class Shim:
             if errpipe in reported or (self._request and self._deadline is None):
                 return
 
-    def _supervise(self, pump: Pump) -> None:
+    def _supervise(self, pumps: Sequence[Pump]) -> None:
         """Wait for the end of the main process. Move its output and carry out requests meanwhile."""
         poller = select.poll()
-        for descriptor in (self._pidfd, pump.pipe, self._control):
+        for descriptor in (self._pidfd, *(pump.pipe for pump in pumps), self._control):
             poller.register(descriptor, select.POLLIN)
         batch = select.poll()  # waits for all but output, so that short lines that come fast share a move
         for descriptor in (self._pidfd, self._control):
@@ -2231,17 +2272,23 @@ class Shim:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(self._deadline))}
             # Requests are carried out before the end is handled: if both are in one poll, a kill counts as the first.
             self._carry_out(ready)
-            if pump.pipe in ready:
-                exhausted = pump.move()
-                if exhausted:
-                    self._stop(exhausted)
-                if exhausted or not pump.open:
-                    poller.unregister(pump.pipe)
+            small_batch = False
+            for pump in pumps:
+                if pump.pipe in ready:
+                    self._move(pump, poller)
+                    small_batch |= pump.small_batch
             if self._pidfd in ready:
                 return
-            if pump.small_batch:
+            if small_batch:
                 batch.poll(COALESCE_MILLISECONDS)
-                pump.small_batch = False
+
+    def _move(self, pump: Pump, poller: select.poll) -> None:
+        """Move output, and end the job if that is exhausted. A pipe that gives no more leaves the poll."""
+        exhausted = pump.move()
+        if exhausted:
+            self._stop(exhausted)
+        if exhausted or not pump.open:
+            poller.unregister(pump.pipe)
 
     def _carry_out(self, ready: set[int]) -> None:
         """Carry out the requests in `control`, and the deadline if it has passed."""
@@ -2312,16 +2359,16 @@ def milliseconds_until(deadline: float | None) -> int | None:
 
 
 def make_pipe(spec: Spec) -> tuple[int, int]:
-    """The pipe of the job's stdout and stderr. The job's uid owns it: an open of /dev/stderr opens the pipe
-    anew and checks the permission.
+    """A pipe for stdout, stderr or both of the job. The job's uid owns it: an open of /dev/stderr opens the pipe anew
+    and checks the permission.
     """
-    pipe, stdout = os.pipe2(os.O_CLOEXEC)
+    pipe, writer = os.pipe2(os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # EPERM: the user's quota of pipe memory is used up, and the default size works
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     os.set_blocking(pipe, False)
     if spec.uid != os.geteuid():
-        os.fchown(stdout, spec.uid, spec.gid)
-    return pipe, stdout
+        os.fchown(writer, spec.uid, spec.gid)
+    return pipe, writer
 
 
 def reap_orphans(main_process: int) -> None:
@@ -2337,12 +2384,12 @@ def reap_orphans(main_process: int) -> None:
     signal.signal(signal.SIGCHLD, reap)
 
 
-def start_process(spec: Spec, cgroup: int, stdout: int, steps: Sequence[Step]) -> tuple[int, int, int]:
+def start_process(spec: Spec, cgroup: int, writers: Sequence[int], steps: Sequence[Step]) -> tuple[int, int, int]:
     """Start the job's main process in its cgroup. Returns its pid, its pidfd, and the pipe that `check_exec` reads."""
     errpipe_read, errpipe_write = os.pipe2(os.O_CLOEXEC)
     process, pidfd, in_cgroup = clone_into(cgroup)
     if process == 0:
-        become_job(spec, stdout, errpipe_write, "" if in_cgroup else spec.cgroup, steps)
+        become_job(spec, writers, errpipe_write, "" if in_cgroup else spec.cgroup, steps)
     os.close(errpipe_write)
     return process, pidfd, errpipe_read
 
@@ -2398,7 +2445,7 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     return process, os.pidfd_open(process) if process else -1, False
 
 
-def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str, steps: Sequence[Step]) -> NoReturn:
+def become_job(spec: Spec, writers: Sequence[int], errpipe: int, cgroup: str, steps: Sequence[Step]) -> NoReturn:
     """The child: takes the job's cgroup, session, descriptors, confinement and uid, and runs the command.
 
     Every exception becomes a StartFailure in `errpipe`, which closes on a successful exec.
@@ -2408,8 +2455,8 @@ def become_job(spec: Spec, stdout: int, errpipe: int, cgroup: str, steps: Sequen
         if cgroup:
             Cgroup(cgroup).attach(0)
         os.setsid()
-        os.dup2(stdout, 1)
-        os.dup2(stdout, 2)
+        os.dup2(writers[0], 1)
+        os.dup2(writers[-1], 2)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         confine(steps)
         if os.geteuid() == 0:
@@ -2459,14 +2506,14 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
     return failure
 
 
-def finish_job(folder: JobFolder, spec: Spec, events: int, ending: Ending, pump: Pump | None) -> None:
+def finish_job(folder: JobFolder, spec: Spec, events: int, ending: Ending, pumps: Sequence[Pump]) -> None:
     """Finish a job after the end of its main process: kill what is left, keep the last output, write `done` last.
 
     A crash may happen after any step. `finish_lost` then repeats all of them.
     """
     processes = spec.processes()
     processes.kill_all()
-    rest = pump.drain() if pump else None
+    rest = drain_all(pumps)
     usage = processes.usage()
     processes.remove()
     with contextlib.suppress(OSError):  # a disk that fails must not keep the job from its end; `delete` tries again
@@ -2483,7 +2530,7 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
     if ending is None:
         ending = LOST
         write_event(events, "exited", **vars(ending))
-    finish_job(folder, spec, events, ending, None)
+    finish_job(folder, spec, events, ending, ())
 
 
 # --- 7. Accounts ----------------------------------------------------------------------------------------
@@ -2709,6 +2756,7 @@ class JobRequest:
     env: tuple[tuple[str, str], ...] = ()
     cwd: str = ""
     name: str = ""
+    split: bool = False  # keep standard error apart from standard output
     confine: bool = False  # a job with `run_as` is confined only if this asks for it; others always
     admin: bool = False  # it may use the places that are kept for admins
 
@@ -2978,6 +3026,7 @@ class JobStatus:
     output_bytes: int
     memory_current: int
     notes: tuple[str, ...]
+    error_bytes: int = 0  # of standard error, if it is kept apart; `output_bytes` is standard output then
 
     @property
     def exit_code(self) -> int:
@@ -3296,7 +3345,7 @@ class Worker:
             timeout=options.timeout if request.timeout is None else request.timeout,
             max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
-            env=request.env, cwd=request.cwd, name=request.name,
+            env=request.env, cwd=request.cwd, name=request.name, split=request.split,
             confine=confine, hidden=self._hidden if confine else (),
         )  # fmt: skip
 
@@ -3342,7 +3391,7 @@ class Worker:
             self._table[job.id] = job
             self._count_running(job)
             with contextlib.ExitStack() as handed_over:
-                descriptors = job.folder.create_files(handed_over)
+                descriptors = job.folder.create_files(handed_over, split=spec.split)
                 if spec.confine:
                     job.folder.create_tmp(self._tmp_points)
                 text = spec.to_json()
@@ -3396,6 +3445,7 @@ class Worker:
                 separate=spec.uid not in (0, os.geteuid()),
                 confined=spec.confine,
             ),
+            error_bytes=job.folder.output_bytes(OUTPUTS[1]) if spec.split else 0,
         )
 
     async def wait(self, job: Job) -> None:
@@ -3431,15 +3481,19 @@ class Worker:
         while running := [job for job in self._table.values() if not job.ended]:
             await asyncio.gather(*(self.stop(job, by) for job in running))
 
-    async def tail_offset(self, job: Job, lines: int) -> int:
-        """The offset at which the last `lines` lines of the output begin. It reads the output backwards, in blocks."""
-        end = job.folder.output_bytes()
+    async def tail_offset(self, job: Job, lines: int, number: int = 1) -> int:
+        """The offset at which the last `lines` lines of an output begin. It reads the output backwards, in blocks.
+
+        `number` is 1 for standard output, and 2 for standard error if both are kept apart.
+        """
+        name = OUTPUTS[number - 1]
+        end = job.folder.output_bytes(name)
         if lines == 0:
             return end
         search = LineSearch(lines)
         while end > 0:
             begin = max(0, end - READ_BYTES)
-            found = search.find(job.folder.read_output(begin, end - begin))
+            found = search.find(job.folder.read_output(name, begin, end - begin))
             if found is not None:
                 return begin + found
             end = begin
@@ -3458,21 +3512,46 @@ class Worker:
     ) -> AsyncGenerator[bytes, None]:
         """The job's output from byte `offset` on, at most `size` bytes at a time. It ends when the job has ended and
         every byte was given, or, without `follow`, at the present end of the output.
+
+        Of a job that keeps both outputs apart it is standard output; `stream_split` gives both.
         """
-        tail = job.tail = job.tail or Tail(f"{job.folder.path}/output", self._inotify, self._pace)
+        async with contextlib.aclosing(self._follow(job, [offset], size, follow=follow)) as pieces:
+            async for _, chunk in pieces:
+                yield chunk
+
+    def stream_split(
+        self, job: Job, offset: int = 0, error_offset: int = 0, size: int = READ_BYTES, *, follow: bool = True
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        """Both outputs of a job as pairs of a number and bytes, each output in its own order and from its own offset.
+
+        The number is 1 for standard output and 2 for standard error. If the job does not keep them apart, it is 1 for
+        both. It ends as `stream` does.
+        """
+        return self._follow(job, [offset, error_offset], size, follow=follow)
+
+    async def _follow(
+        self, job: Job, offsets: list[int], size: int, *, follow: bool
+    ) -> AsyncGenerator[tuple[int, bytes], None]:
+        """What the first outputs of a job have from these offsets on. They take turns, so that none waits until the
+        other is at its end.
+        """
+        tail = job.tail = job.tail or Tail(job.folder.outputs(), self._inotify, self._pace)
         delay = tail.acquire()
         try:
+            del offsets[len(tail.paths) :]
             while True:
-                complete = (
-                    not follow or job.ended or not self._in_table(job)
-                )  # before the read, which then returns every byte
+                # Before the reads, which then return every byte.
+                complete = not follow or job.ended or not self._in_table(job)
                 arm_count = tail.arm_count
-                if chunk := tail.read(offset, size):
-                    offset += len(chunk)
-                    yield chunk
-                elif complete:
+                most = 0
+                for number, offset in enumerate(offsets, 1):
+                    if chunk := tail.read(number - 1, offset, size):
+                        offsets[number - 1] += len(chunk)
+                        most = max(most, len(chunk))
+                        yield number, chunk
+                if complete and not most:
                     return
-                if complete or len(chunk) == size:
+                if complete or most == size:
                     continue
                 if not self._inotify.is_open:
                     raise UnavailableError("the server is stopping; the job goes on")
@@ -4483,7 +4562,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
 # through `Service._checked`, which identifies the caller before anything else happens.
 
 SERVICE_NAME = "proto.WorkerService"
-OFFSET_KEY = "offset"  # metadata of a stream that begins with the last lines: where it begins
+OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with the last lines: where each output does
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
@@ -4491,9 +4570,13 @@ LIST_STEP = 100  # jobs of a list after which other calls are served
 STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
 
 
-def frame_result(chunk: bytes) -> bytes:
-    """A GetStreamResponse with these bytes, as protobuf writes it (field 1, wire type 2), without a message object."""
-    size, prefix = len(chunk), bytearray(b"\x0a")
+def frame_piece(piece: tuple[int, bytes]) -> bytes:
+    """A GetStreamResponse with bytes of one output, as protobuf writes it (wire type 2), without a message object.
+
+    The number of the output is the number of its field: 1 for `result`, 2 for `error`.
+    """
+    number, chunk = piece
+    size, prefix = len(chunk), bytearray((number << 3 | 2,))
     while size > 0x7F:
         prefix.append(size & 0x7F | 0x80)
         size >>= 7
@@ -4501,17 +4584,18 @@ def frame_result(chunk: bytes) -> bytes:
     return bytes(prefix) + chunk
 
 
-def result_of(message: bytes) -> bytes:
-    """The bytes in a GetStreamResponse that `frame_result`, or any other protobuf, wrote."""
+def pieces_of(message: bytes) -> tuple[bytes, bytes]:
+    """The bytes of both outputs in a GetStreamResponse that `frame_piece`, or any other protobuf, wrote."""
     size = shift = 0
     for position, byte in enumerate(message[1:6], 2):
         size |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
-            if message[0] == 0x0A and position + size == len(message):
-                return message[position:]
+            if message[0] in (0x0A, 0x12) and position + size == len(message):
+                return (message[position:], b"") if message[0] == 0x0A else (b"", message[position:])
             break
-    return bytes(pb.GetStreamResponse.FromString(message).result)
+    reply = pb.GetStreamResponse.FromString(message)
+    return bytes(reply.result), bytes(reply.error)
 
 
 def parse_request(kind: Any, message: bytes) -> Any:
@@ -4593,7 +4677,7 @@ class Service:
             "RemoveJob": unary(self._remove, pb.RemoveJobRequest),
             "SignalJob": unary(self._signal, pb.SignalJobRequest),
             "ListJobs": grpc.unary_stream_rpc_method_handler(self._list),
-            "GetOutputStream": grpc.unary_stream_rpc_method_handler(self._stream, response_serializer=frame_result),
+            "GetOutputStream": grpc.unary_stream_rpc_method_handler(self._stream, response_serializer=frame_piece),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
 
@@ -4623,7 +4707,7 @@ class Service:
             raise DeniedError("only an admin may run a job as another account")
         request = JobRequest(
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
-            env=tuple(sorted(message.env.items())), cwd=message.cwd, name=message.name,
+            env=tuple(sorted(message.env.items())), cwd=message.cwd, name=message.name, split=message.split,
             confine=message.confine,
             admin=caller.admin,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
@@ -4695,16 +4779,17 @@ class Service:
             size = read_size(self._streams.enter(caller.name, context))
             request = parse_request(pb.GetStreamRequest, message)
             job = allowed_job(self._worker, caller, request.id)
-            offset = min(request.offset, 1 << 62)  # larger than any file, and still an offset for the kernel
-            metadata = dict(STREAM_METADATA)
+            # 2^62 is larger than any file, and still an offset for the kernel.
+            offset, error_offset = (min(each, 1 << 62) for each in (request.offset, request.error_offset))
+            metadata = list(STREAM_METADATA)
             if request.HasField("tail"):
-                offset = await self._worker.tail_offset(job, request.tail)
-                metadata[OFFSET_KEY] = str(offset)
-            await context.send_initial_metadata(tuple(metadata.items()))
-            stream = self._worker.stream(job, offset, size, follow=not request.no_follow)
-            async with contextlib.aclosing(stream) as chunks:
-                async for chunk in chunks:
-                    await context.write(chunk)
+                offset, error_offset = [await self._worker.tail_offset(job, request.tail, each) for each in (1, 2)]
+                metadata += zip(OFFSET_KEYS, (str(offset), str(error_offset)), strict=True)
+            await context.send_initial_metadata(tuple(metadata))
+            stream = self._worker.stream_split(job, offset, error_offset, size, follow=not request.no_follow)
+            async with contextlib.aclosing(stream) as pieces:
+                async for piece in pieces:
+                    await context.write(piece)
 
 
 def parse_signal(name: str) -> int:
@@ -4776,6 +4861,8 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         name=spec.name,
         cwd=spec.cwd,
         memory_current=status.memory_current,
+        split=spec.split,
+        error_bytes=status.error_bytes,
     )
 
 
@@ -5247,20 +5334,20 @@ class ClientOptions:
 
 
 class Sink:
-    """Where a stream is written. `offset` is the offset of the next byte; it changes only after a whole chunk was
-    written.
+    """Where a stream is written: `write` gets the number of an output (1: standard output, 2: standard error) and
+    bytes. `offsets` has the offset of each output's next byte; it changes only after a whole chunk was written.
     """
 
-    def __init__(self, write: Callable[[bytes], None], offset: int = 0) -> None:
+    def __init__(self, write: Callable[[int, bytes], None], offset: int = 0, error_offset: int = 0) -> None:
         self._write = write
-        self.offset = offset
+        self.offsets = {1: offset, 2: error_offset}
         self.busy = False  # a signal handler must not raise now, or bytes would be written twice
 
-    def take(self, chunk: bytes) -> None:
+    def take(self, number: int, chunk: bytes) -> None:
         self.busy = True
         try:
-            self._write(chunk)
-            self.offset += len(chunk)
+            self._write(number, chunk)
+            self.offsets[number] += len(chunk)
         finally:
             self.busy = False
 
@@ -5307,27 +5394,31 @@ class Client:
         return found
 
     def stream(self, job_id: str, sink: Sink, *, tail: int | None = None, follow: bool = True) -> None:
-        """Write a job's output to `sink`, from its offset on. After a loss of the server it resumes at its byte."""
+        """Write a job's outputs to `sink`, each from its offset. After a loss of the server it resumes."""
 
         def attempt(channel: grpc.Channel) -> None:
             nonlocal tail
-            request = pb.GetStreamRequest(id=job_id, offset=sink.offset, tail=tail, no_follow=not follow)
+            offsets = {"offset": sink.offsets[1], "error_offset": sink.offsets[2]}
+            request = pb.GetStreamRequest(id=job_id, **offsets, tail=tail, no_follow=not follow)
             ask = channel.unary_stream(
-                f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, result_of
+                f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, pieces_of
             )
-            chunks = ask(request)
-            metadata = dict(chunks.initial_metadata())
+            messages = ask(request)
+            metadata = dict(messages.initial_metadata())
             self._reached = bool(metadata)  # a server of an earlier version sends none
-            if tail is not None and OFFSET_KEY not in metadata:
-                next(chunks, None)  # raises the error of the call, if there is one
+            if tail is not None and OFFSET_KEYS[0] not in metadata:
+                next(messages, None)  # raises the error of the call, if there is one
                 raise OldServerError(f"the one at {self._options.address} does not know `--tail`")
             if tail is not None:
-                tail, sink.offset = None, int(metadata[OFFSET_KEY])
-            for chunk in chunks:
+                tail = None
+                sink.offsets = {number: int(metadata.get(key, 0)) for number, key in enumerate(OFFSET_KEYS, 1)}
+            for pieces in messages:
                 self._reached = True
-                sink.take(chunk)
+                for number, chunk in enumerate(pieces, 1):
+                    if chunk:
+                        sink.take(number, chunk)
             if follow:
-                check_complete(channel, job_id, sink.offset)
+                check_complete(channel, job_id, sink.offsets)
 
         self._with_retries(attempt)
 
@@ -5387,7 +5478,7 @@ def is_loss(status: str, details: str) -> bool:
     return status in ("UNAVAILABLE", "CANCELLED") or bool(re.search("RST_STREAM|GOAWAY|Stream removed", details))
 
 
-def check_complete(channel: grpc.Channel, job_id: str, position: int) -> None:
+def check_complete(channel: grpc.Channel, job_id: str, offsets: Mapping[int, int]) -> None:
     """Raise UnavailableError if a stream ended before its job did, or before the last byte."""
     ask = channel.unary_unary(
         f"/{SERVICE_NAME}/GetJobStatus", pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
@@ -5398,7 +5489,7 @@ def check_complete(channel: grpc.Channel, job_id: str, position: int) -> None:
         if error.code() is grpc.StatusCode.NOT_FOUND:
             return  # the job was deleted, and its streams had every byte before that
         raise
-    if status.status == pb.RUNNING or status.output_bytes > position:
+    if status.status == pb.RUNNING or status.output_bytes > offsets[1] or status.error_bytes > offsets[2]:
         raise UnavailableError("the stream ended before the job's output did")
 
 
@@ -5536,14 +5627,14 @@ def user_folder(variable: str, below_home: str) -> pathlib.Path:
     return pathlib.Path(os.environ.get(variable) or os.path.join(home, below_home)) / "jobworker"
 
 
-def write_out(chunk: bytes) -> None:
-    """Write all bytes to standard output, also if it does not block."""
+def write_to(descriptor: int, chunk: bytes) -> None:
+    """Write all bytes to a descriptor (1: standard output, 2: standard error), also if it does not block."""
     rest = memoryview(chunk)
     while rest:
         try:
-            rest = rest[os.write(1, rest) :]
+            rest = rest[os.write(descriptor, rest) :]
         except BlockingIOError:
-            select.select([], [1], [])
+            select.select([], [descriptor], [])
 
 
 def print_line(text: str) -> None:
@@ -5873,7 +5964,7 @@ def run_identity(options: argparse.Namespace) -> int:
         if not bundle:
             write_pair(folder, name, made)
     if bundle:
-        write_out(bundle)
+        write_to(1, bundle)
         return 0
     print(f"made identity: {folder / name}.pem and {name}.key; a client needs these two files and server-ca.pem")
     return 0
@@ -6028,11 +6119,13 @@ def run_unit(options: argparse.Namespace) -> int:
 INTERRUPT_GRACE = 10.0  # seconds from a first Ctrl-C, or the signal of a stop, to the kill
 STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the answer to a stop, and then writes output again
 WATCH_SECONDS = 2.0
+LINE_BYTES = 64 * KIB  # of a line of several streams, before it is broken
 
 
 def add_start_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     parser.add_argument("-c", dest="command", metavar="COMMAND", help="the command (the form `-c COMMAND -args ARG…`)")
+    parser.add_argument("--split", action="store_true", help="keep standard error apart from standard output")
     add_job_options(parser)
 
 
@@ -6123,7 +6216,7 @@ def start_request(options: argparse.Namespace) -> pb.StartJobRequest:
     return pb.StartJobRequest(
         cmd=command, args=args, id=utf8_text(options.id) or new_job_id(), run_as=utf8_text(options.run_as),
         env=environment_of(options), cwd=utf8_text(options.cwd), name=utf8_text(options.name),
-        confine=options.confine,
+        confine=options.confine, split=options.split,
         **{name: value for name, value in limits.items() if value is not None},
     )  # fmt: skip
 
@@ -6148,10 +6241,10 @@ class Interrupted(Exception):  # noqa: N818  it is no error
 
 
 class InterruptibleSink(Sink):
-    """Standard output, for `run`. A signal raises Interrupted; during a write, after the write."""
+    """Standard output and error, for `run`. A signal raises Interrupted; during a write, after the write."""
 
     def __init__(self) -> None:
-        super().__init__(write_out)
+        super().__init__(write_to)
         self._pending = 0
         self._handlers: dict[int, Any] = {}
 
@@ -6174,8 +6267,8 @@ class InterruptibleSink(Sink):
         else:
             raise Interrupted(number)
 
-    def take(self, chunk: bytes) -> None:
-        super().take(chunk)
+    def take(self, number: int, chunk: bytes) -> None:
+        super().take(number, chunk)
         if self._pending:
             number, self._pending = self._pending, 0
             raise Interrupted(number)
@@ -6183,6 +6276,11 @@ class InterruptibleSink(Sink):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
+    parser.add_argument(
+        "--split",
+        action=argparse.BooleanOptionalAction,
+        help="keep standard error apart from standard output (default: if they go to different files here)",
+    )
     add_job_options(parser)
     parser.epilog = (
         "Ctrl-C sends the job INT, and kills it after 10 s. A second Ctrl-C kills it at once.\n"
@@ -6193,6 +6291,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_run(options: argparse.Namespace) -> int:
     """Start a job, write its output, and return its exit code."""
+    if options.split is None:
+        options.split = not os.path.sameopenfile(1, 2)
     request = start_request(options)
     try:
         with client_of(options) as client, InterruptibleSink() as sink:
@@ -6374,7 +6474,9 @@ def run_list(options: argparse.Namespace) -> int:
             print_list(found, options, before)
             sys.stdout.flush()
             now = time.monotonic()
-            before = {status.id: (now, status.cpu_seconds, status.output_bytes) for status in found}
+            before = {
+                status.id: (now, status.cpu_seconds, status.output_bytes + status.error_bytes) for status in found
+            }
             time.sleep(WATCH_SECONDS)
 
 
@@ -6409,14 +6511,15 @@ def rates(status: pb.GetStatusResponse, before: Mapping[str, tuple[float, float,
     moment, cpu_seconds, output_bytes = before[status.id]
     seconds = max(0.001, time.monotonic() - moment)
     cpu = max(0.0, status.cpu_seconds - cpu_seconds) / seconds
-    return f"{cpu:.0%}", f"{size_text(int((status.output_bytes - output_bytes) / seconds))}/s"
+    output = (status.output_bytes + status.error_bytes - output_bytes) / seconds
+    return f"{cpu:.0%}", f"{size_text(int(output))}/s"
 
 
 def list_row(
     status: pb.GetStatusResponse, job_id: str, before: Mapping[str, tuple[float, float, int]] | None
 ) -> tuple[str, ...]:
     """The columns of LIST_COLUMNS, as people read them."""
-    totals = f"{status.cpu_seconds:.1f}s", size_text(status.output_bytes)
+    totals = f"{status.cpu_seconds:.1f}s", size_text(status.output_bytes + status.error_bytes)
     cpu, output = totals if before is None else rates(status, before)
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
@@ -6478,6 +6581,7 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         "started": iso_time(status.started_ms),
         "ended": iso_time(status.ended_ms),
         "outputBytes": status.output_bytes,
+        **({"split": True, "errorBytes": status.error_bytes} if status.split else {}),
         "usage": {
             "cpuSeconds": status.cpu_seconds if status.ended_ms or status.cpu_seconds else None,
             "memoryCurrent": status.memory_current or None,
@@ -6509,6 +6613,9 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     add_job_arguments(parser, "*")
     parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip this many bytes")
+    parser.add_argument(
+        "--error-offset", type=as_bytes, metavar="SIZE", default=0, help="of standard error, if it is kept apart"
+    )
     parser.add_argument("--tail", type=as_count, metavar="N", help="begin with the last N lines")
     parser.add_argument("--no-follow", action="store_true", help="do not wait for more output")
 
@@ -6517,7 +6624,7 @@ def run_stream(options: argparse.Namespace) -> int:
     with client_of(options) as client:
         jobs = chosen_jobs(client, options)
         if len(jobs) == 1:
-            sink = Sink(write_out, options.offset)
+            sink = Sink(write_to, options.offset, options.error_offset)
             client.stream(jobs[0], sink, tail=options.tail, follow=not options.no_follow)
             return 0
     return stream_several(jobs, options)
@@ -6529,7 +6636,7 @@ def stream_several(jobs: Sequence[str], options: argparse.Namespace) -> int:
     failures: list[Exception] = []
 
     def follow(job_id: str) -> None:
-        lines = LineSink(f"{job_id[:8]} | ".encode(), options.offset, lock)
+        lines = LineSink(f"{job_id[:8]} | ".encode(), options, lock)
         try:
             with client_of(options) as client:
                 client.stream(job_id, lines, tail=options.tail, follow=not options.no_follow)
@@ -6549,22 +6656,29 @@ def stream_several(jobs: Sequence[str], options: argparse.Namespace) -> int:
 
 
 class LineSink(Sink):
-    """Standard output, whole lines at a time, with a prefix. A lock keeps the lines of several sinks apart."""
+    """Standard output and error, whole lines at a time, with a prefix. A lock keeps the lines of several sinks apart.
 
-    def __init__(self, prefix: bytes, offset: int, lock: threading.Lock) -> None:
-        super().__init__(self._write_lines, offset)
+    A line that is longer than LINE_BYTES is broken, so that output without newlines does not fill the memory.
+    """
+
+    def __init__(self, prefix: bytes, options: argparse.Namespace, lock: threading.Lock) -> None:
+        super().__init__(self._write_lines, options.offset, options.error_offset)
         self._lock = lock
         self._prefix = prefix
-        self._rest = b""
+        self._rests = {1: b"", 2: b""}  # of each output: the beginning of a line
 
-    def _write_lines(self, chunk: bytes) -> None:
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+    def _write_lines(self, number: int, chunk: bytes) -> None:
+        *lines, rest = (self._rests[number] + chunk).split(b"\n")
+        if len(rest) > LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        self._rests[number] = rest
         with self._lock:
-            write_out(b"".join(b"%s%s\n" % (self._prefix, line) for line in lines))
+            write_to(number, b"".join(b"%s%s\n" % (self._prefix, line) for line in lines))
 
     def finish(self) -> None:
-        if self._rest:
-            self._write_lines(b"\n")
+        for number, rest in self._rests.items():
+            if rest:
+                self._write_lines(number, b"\n")
 
 
 def add_rm_arguments(parser: argparse.ArgumentParser) -> None:

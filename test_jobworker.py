@@ -979,7 +979,7 @@ def test_a_pump_waits_for_more_bytes_only_while_the_pipe_has_room(tmp_path, wait
     output = os.open(tmp_path / "output", os.O_WRONLY | os.O_CREAT)
     try:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 8192)
-        pump = jobworker.Pump(pipe, output, make_spec(max_output=MIB))
+        pump = jobworker.Pump(pipe, output, jobworker.Room(make_spec(max_output=MIB)), splices=True)
         os.write(writer, bytes(waiting))
         assert pump.move() is None
         assert pump.small_batch == small
@@ -2158,7 +2158,7 @@ SERVER_DEATHS = [  # the statement before which the server dies; what it does fi
     ("if os.stat(home).st_uid != uid:", "pass", False),  # the owner's home exists and belongs to root
     ("undo.callback(self._delete, job)", "pass", False),  # the job's folder exists
     ('os.mkfifo(f"{self.path}/control", 0o600)', "pass", False),
-    ('for name in ("output", "events"):', "pass", False),  # control exists
+    ("for name in (*OUTPUTS[: 1 + split]", "pass", False),  # control exists
     ('os.close(os.open(f"{self.path}/{name}"', "pass", False),  # output exists
     ("allocate(descriptors[1], EVENTS_BYTES)", "pass", False),  # events exists
     ("job.folder.write_spec(text)", "pass", False),
@@ -2237,10 +2237,10 @@ LOST, EXITED_7 = ("FINISHED", 255, "LOST"), ("FINISHED", 7, "")
 SHIM_DEATHS = [  # the statement before which the shim dies; what it does first; the job's ending
     ('write_event(self._events, "born")', "pass", EXITED_7),  # the server starts it once more
     ('write_event(self._events, "born")', "os.write(self._events, b'bor')", EXITED_7),
-    ("output = self._folder.open_output()", "pass", LOST),
-    ("os.close(stdout)\n        if not self._spec.cgroup", "pass", LOST),  # the job's command runs
+    ("outputs = self._folder.open_outputs()", "pass", LOST),
+    ("for _, writer in pipes:\n            os.close", "pass", LOST),  # the job's command runs
     ('write_event(self._events, "started")', "pass", LOST),
-    ("pump = Pump(pipe, output, self._spec)", "pass", LOST),
+    ("room, ends = Room(self._spec)", "pass", LOST),
     ("reported = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
     ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
@@ -2252,7 +2252,7 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
         LOST,
     ),
     ("processes.kill_all()", "pass", EXITED_7),
-    ("rest = pump.drain() if pump else None", "pass", EXITED_7),
+    ("rest = drain_all(pumps)", "pass", EXITED_7),
     ("usage = processes.usage()", "pass", EXITED_7),
     ("processes.remove()\n    with contextlib", "pass", EXITED_7),
     ("folder.delete_tmp()\n    reason", "pass", EXITED_7),
@@ -3294,13 +3294,16 @@ def test_garbage_on_the_wire_does_not_disturb_the_server(shared):
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
 
 
-@given(st.binary(max_size=300))
-def test_frame_result_and_result_of_agree_with_protobuf(chunk):
-    assert jobworker.frame_result(chunk) == pb.GetStreamResponse(result=chunk).SerializeToString() or not chunk
-    assert jobworker.result_of(jobworker.frame_result(chunk)) == chunk
-    assert pb.GetStreamResponse.FromString(jobworker.frame_result(chunk)).result == chunk
-    # the message of a later server, which has one more field
-    assert jobworker.result_of(pb.GetStreamResponse(result=chunk).SerializeToString() + b"\x10\x01") == chunk
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_frame_piece_and_pieces_of_agree_with_protobuf(result, error):
+    for number, pieces in ((1, (result, b"")), (2, (b"", error))):
+        chunk = pieces[number - 1]
+        message = pb.GetStreamResponse(result=pieces[0], error=pieces[1])
+        assert jobworker.frame_piece((number, chunk)) == message.SerializeToString() or not chunk
+        assert jobworker.pieces_of(jobworker.frame_piece((number, chunk))) == pieces
+        # the message of a later server, which has one more field
+        assert jobworker.pieces_of(message.SerializeToString() + b"\x18\x01") == pieces
+    assert jobworker.pieces_of(pb.GetStreamResponse(result=result, error=error).SerializeToString()) == (result, error)
 
 
 def test_start_calls_with_the_same_id_start_one_job(shared):
@@ -3332,8 +3335,8 @@ def test_fifty_clients_that_begin_at_different_times_receive_the_same_bytes(shar
         ) as channel:
             path, encode = "/proto.WorkerService/GetOutputStream", pb.GetStreamRequest.SerializeToString
             digest = hashlib.sha256()
-            async for chunk in channel.unary_stream(path, encode, jobworker.result_of)(pb.GetStreamRequest(id=job)):
-                digest.update(chunk)
+            async for chunk in channel.unary_stream(path, encode, jobworker.pieces_of)(pb.GetStreamRequest(id=job)):
+                digest.update(chunk[0])
                 turns[number + 1].set()
             return digest.hexdigest()
 
@@ -6049,7 +6052,7 @@ def test_run_writes_all_output_and_takes_the_command_as_it_is_typed(shared):
 )
 def test_a_signal_to_run_stops_its_job_and_a_second_one_kills_it(state, certs, script, signals, code, expected):
     with serving(state, certs) as served:
-        with served.popen("run", "sh", "-c", script, stderr=subprocess.PIPE) as client:
+        with served.popen("run", "--no-split", "sh", "-c", script, stderr=subprocess.PIPE) as client:
             assert client.stdout.readline() == b"ready\n"
             client.send_signal(signals[0])
             if script == GOES_ON:  # `sh` also says that its `sleep` was terminated
