@@ -6372,6 +6372,452 @@ def test_the_error_for_a_call_that_the_server_does_not_know_says_that_it_is_olde
         server.stop(None).wait(PATIENCE)
 
 
+# --- Split outputs --------------------------------------------------------------------------------------
+# A job with `split` keeps standard output and standard error apart: two files, two offsets, one cap.
+
+OUT_ERR = "echo out; echo err >&2"
+WRITES_BOTH = """
+import os, random, sys
+rest = [memoryview(random.Random(seed).randbytes(int(sys.argv[1]))) for seed in (1, 2)]
+sizes = random.Random(3)
+while any(rest):
+    number = sizes.randrange(2)
+    written = os.write(1 + number, rest[number][: sizes.choice([1, 100, 70_000])]) if rest[number] else 0
+    rest[number] = rest[number][written:]
+"""
+
+
+async def both(worker, job, *offsets, **options):
+    """Both outputs of a job, from these offsets on."""
+    found = {1: b"", 2: b""}
+    async for number, chunk in worker.stream_split(worker.job(job), *offsets, **options):
+        found[number] += chunk
+    return found[1], found[2]
+
+
+async def wait_for_both(worker, job):
+    """Wait until a job has printed a line on each of its outputs."""
+    found = {1: b"", 2: b""}
+    async with contextlib.aclosing(worker.stream_split(worker.job(job))) as pieces:
+        async for number, chunk in pieces:
+            found[number] += chunk
+            if all(b"\n" in text for text in found.values()):
+                return found[1], found[2]
+    raise AssertionError(f"the job ended with {found}")
+
+
+@in_loop
+async def test_both_outputs_of_a_split_job_arrive_exact_at_every_follower(state):
+    total = 5 * MIB
+    expected = tuple(random.Random(seed).randbytes(total) for seed in (1, 2))
+    async with worker_on(state) as worker:
+        job = await start_id(worker, python(WRITES_BOTH, str(total), split=True))
+        live = [asyncio.create_task(both(worker, job, size=size)) for size in (MIB, 256 * KIB, 17 * KIB)]
+        assert await asyncio.gather(*live) == [expected] * 3
+        assert await both(worker, job) == expected
+        assert await output(worker, job) == expected[0]
+        status = worker.status(worker.job(job))
+        assert (status.output_bytes, status.error_bytes) == (total, total)
+        assert worker.job(job).tail is None
+        assert len(worker._inotify) == 0
+
+
+@in_loop
+async def test_a_job_without_split_has_one_output_and_one_file(state):
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(OUT_ERR))
+        assert await both(worker, job) == (b"out\nerr\n", b"")
+        assert worker.status(worker.job(job)).error_bytes == 0
+        assert sorted(os.listdir(state / "jobs" / job)) == ["control", "events", "job.json", "output"]
+
+
+@as_root
+@in_loop
+async def test_each_line_of_a_split_job_arrives_while_the_job_runs(state):
+    async with worker_on(state) as worker:
+        script = "mkfifo a b; echo one; read l <a; echo two >&2; read l <b; echo three"
+        job = await start_id(worker, shell(script, split=True))
+        home, gates, pieces = Path(worker.status(worker.job(job)).spec.home), iter("ab"), []
+        async for piece in worker.stream_split(worker.job(job)):
+            pieces.append(piece)
+            if len(pieces) < 3:
+                (home / next(gates)).write_text("go\n")
+        assert pieces == [(1, b"one\n"), (2, b"two\n"), (1, b"three\n")]
+
+
+@in_loop
+async def test_neither_output_waits_until_the_other_is_at_its_end(state):
+    async with worker_on(state) as worker:
+        for script in ("head -c 3000000 /dev/zero; echo err >&2", "head -c 3000000 /dev/zero >&2; echo out"):
+            job = await start_id(worker, shell(script, split=True))
+            await worker.wait(worker.job(job))
+            pieces = [number async for number, _ in worker.stream_split(worker.job(job))]
+            assert set(pieces[:2]) == {1, 2}
+
+
+@in_loop
+async def test_followers_of_a_split_job_that_leave_release_its_watches_and_descriptors(state):
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(f"{OUT_ERR}; exec sleep 1000", split=True))
+        before = len(os.listdir("/proc/self/fd")), len(worker._inotify)
+        await wait_for_both(worker, job)
+        waiting = [asyncio.create_task(both(worker, job)) for _ in range(3)]
+        while len(worker._inotify) < before[1] + 2:
+            await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        assert all(
+            isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*waiting, return_exceptions=True)
+        )
+        assert worker.job(job).tail is None
+        assert (len(os.listdir("/proc/self/fd")), len(worker._inotify)) == before
+        await worker.stop(worker.job(job))
+
+
+SHARED_CAPS = [  # the script; its ending with a cap of 100,000 bytes
+    ("yes & yes >&2 & wait", ("STOPPED", 137, "OUTPUT_LIMIT")),
+    ("echo; exec yes >&2", ("STOPPED", 137, "OUTPUT_LIMIT")),
+    ("head -c 60000 /dev/zero; head -c 40000 /dev/zero >&2; exit 3", ("FINISHED", 3, "")),
+    ("head -c 60000 /dev/zero; head -c 40001 /dev/zero >&2; sleep 1000", ("STOPPED", 137, "OUTPUT_LIMIT")),
+    ("head -c 99999 /dev/zero >&2; exec >&- 2>&-; exit 3", ("FINISHED", 3, "")),
+]
+
+
+@pytest.mark.parametrize("splice", [True, False], ids=["splice", "write"])
+@pytest.mark.parametrize(("script", "expected"), SHARED_CAPS)
+@in_loop
+async def test_both_outputs_together_have_one_cap_that_is_kept_to_the_byte(
+    state, monkeypatch, splice, script, expected
+):
+    monkeypatch.setattr(jobworker, "splice_is_reported", lambda _: splice)
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(script, split=True, max_output=100_000))
+        out, err = await both(worker, job)
+        assert ending(worker, job) == expected
+        assert len(out) + len(err) == (99_999 if "99999" in script else 100_000)
+
+
+@in_loop
+async def test_a_split_job_that_fills_the_disk_is_stopped_whichever_output_filled_it(small_disk):
+    async with worker_on(small_disk) as worker:
+        for script in ("echo out; exec yes >&2", "echo err >&2; exec yes"):
+            job = await start_id(worker, shell(script, split=True))
+            sizes = [len(text) for text in await both(worker, job)]
+            assert ending(worker, job) == ("STOPPED", 137, "DISK_FULL")
+            assert sum(sizes) == sum((small_disk / "jobs" / job / name).stat().st_size for name in ("output", "error"))
+            worker.remove(worker.job(job))  # the room of both files is free again
+
+
+@in_loop
+async def test_the_reserve_of_the_disk_holds_for_both_outputs_together(small_disk):
+    disk = os.statvfs(small_disk)
+    reserve = free_bytes(small_disk) - 2 * MIB
+    async with worker_on(small_disk, reserve=reserve / (disk.f_blocks * disk.f_frsize)) as worker:
+        job = await start_id(worker, shell("yes & yes >&2 & wait", split=True))
+        await both(worker, job)
+        assert ending(worker, job) == ("STOPPED", 137, "DISK_FULL")
+        assert free_bytes(small_disk) > reserve / 2 - 3.5 * MIB  # the disk is checked each MiB; two pipes hold two
+
+
+SPLIT_ENDINGS = [  # a job; its limits; what the test does to it; its ending
+    ("exec sleep 1000", {}, "stop", ("STOPPED", 137, "")),
+    ("exec sleep 1000", {"timeout": 0.3}, "", ("STOPPED", 137, "TIMEOUT")),
+    ("exec sleep 1000", {}, "kill the shim", ("FINISHED", 255, "LOST")),
+    ("sleep 1000 & exit 3", {}, "", ("FINISHED", 3, "")),
+    ("exec 2>&-; echo more; exit 3", {}, "", ("FINISHED", 3, "")),
+    ("exec >&-; echo more >&2; exit 3", {}, "", ("FINISHED", 3, "")),
+    ("exec >&- 2>&-; exit 3", {}, "", ("FINISHED", 3, "")),
+]
+
+
+@pytest.mark.parametrize("cgroup", [True, False], ids=["cgroup", "no cgroup"])
+@pytest.mark.parametrize(("script", "limits", "action", "expected"), SPLIT_ENDINGS)
+@in_loop
+async def test_both_outputs_are_complete_however_a_split_job_ends(
+    state, monkeypatch, cgroup, script, limits, action, expected
+):
+    if not cgroup:
+        monkeypatch.setattr(CgroupMount, "find", classmethod(lambda _class: None))
+    async with worker_on(state) as worker:
+        job = await start_id(worker, shell(f"echo $PPID; echo err >&2; {script}", split=True, **limits))
+        shim = int((await wait_for_both(worker, job))[0].split()[0])
+        if action == "kill the shim":
+            os.kill(shim, signal.SIGKILL)
+        if action == "stop":
+            await worker.stop(worker.job(job))
+        out, err = await both(worker, job)
+        more = "more\n" if "more" in script else ""
+        assert out.decode() == f"{shim}\n" + ("" if ">&2; exit" in script else more)
+        assert err.decode() == "err\n" + (more if ">&2; exit" in script else "")
+        assert ending(worker, job) == expected
+
+
+SPLIT_SHIM_DEATHS = [  # the statement before which the shim dies; what it does first; the job's ending
+    *(
+        row
+        for row in SHIM_DEATHS
+        if row[0].startswith(("outputs =", "for _, writer", "room, ends", "rest = drain_all"))
+    ),
+    *(row for row in SHIM_DEATHS if row[0].startswith(('write_event(self._events, "exited"', "processes.kill_all"))),
+    ("pipes = [make_pipe(self._spec)", "pass", LOST),
+    ("self._move(pump, poller)", "pass", LOST),
+    ("requests = [pump.drain() for pump in pumps]", "pass", LOST),
+    ("requests = [pump.drain() for pump in pumps]", "pumps[0].drain()", LOST),
+    ("return next(filter(None, requests), None)", "pass", LOST),
+]
+
+
+@pytest.mark.parametrize(
+    ("statement", "before_death", "expected"), SPLIT_SHIM_DEATHS, ids=[row[0][:40] for row in SPLIT_SHIM_DEATHS]
+)
+@in_loop
+async def test_a_split_job_whose_shim_is_killed_at_any_step_still_gets_its_ending(
+    state, tmp_path, mark, statement, before_death, expected
+):
+    dying, armed = dying_copy(tmp_path, statement, before_death)
+    async with worker_on(state, dying) as worker:
+        request = ("-c", f"sh -c 'sleep 1000; : {mark}' & {OUT_ERR}; exit 7")
+        job = await start_id(worker, dying.JobRequest("sh", request, owner="alice", split=True))
+        texts = await both(worker, job)
+        assert not armed.exists()
+        assert ending(worker, job) == expected
+        assert texts == (b"out\n", b"err\n") or expected == LOST
+        assert not processes_with(mark)
+    wait_for_orphans()
+    async with worker_on(state) as worker:
+        assert ending(worker, job) == expected
+        assert await both(worker, job) == texts
+        worker.remove(worker.job(job))
+        assert left_in(state) == []
+
+
+def test_each_output_is_resumed_at_each_byte_after_the_server_was_killed(state):
+    body = f"""
+        request = JobRequest("sh", ("-c", "printf 0123; printf abcd >&2; exec sleep 1000"), id={ID!r}, split=True)
+        found = {{1: b"", 2: b""}}
+        async for number, chunk in worker.stream_split(await worker.start(request)):
+            found[number] += chunk
+            if (found[1], found[2]) == (b"0123", b"abcd"):
+                os.kill(os.getpid(), signal.SIGKILL)
+    """
+    in_server(state, body, status=-9)
+
+    @in_loop
+    async def resume():
+        async with worker_on(state) as worker:
+            for offset in range(6):
+                for error_offset in range(6):
+                    expected = b"0123"[offset:], b"abcd"[error_offset:]
+                    assert await both(worker, ID, offset, error_offset, follow=False) == expected
+            follower = asyncio.create_task(both(worker, ID, 2, 3))
+            await worker.stop(worker.job(ID))
+            assert await follower == (b"23", b"d")
+
+    resume()
+
+
+def test_run_writes_each_output_once_when_the_server_is_killed_in_between(state, certs):
+    with serving(state, certs, end=signal.SIGKILL) as served:
+        script = "mkfifo gate; echo out; echo err >&2; read line <gate; echo more; echo worse >&2; exit 6"
+        client = served.popen("run", "sh", "-c", script, stderr=subprocess.PIPE)
+        assert (client.stdout.readline(), client.stderr.readline()) == (b"out\n", b"err\n")
+    with serving(state, certs, port=served.port) as served, client:
+        served.run("run", "sh", "-c", "echo go >gate")
+        out, err = client.communicate(timeout=PATIENCE)
+        own = [line for line in err.splitlines(keepends=True) if line.startswith(b"jobworker: ")]
+        assert (out, err.replace(b"".join(own), b""), client.returncode) == (b"more\n", b"worse\n", 6)
+
+
+def test_stream_writes_each_output_of_a_split_job_to_its_own_descriptor(shared):
+    job = shared.start("--split", "sh", "-c", f"{OUT_ERR}; printf x; printf y >&2")
+    done = shared.run("stream", job)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\nx", "err\ny")
+    done = shared.run("stream", "--offset", "4", "--error-offset", "3", job)
+    assert (done.stdout, done.stderr) == ("x", "\ny")
+
+
+def test_the_last_lines_of_each_output_of_a_split_job_can_be_read_without_waiting(state, certs):
+    with serving(state, certs) as served:
+        job = served.start("--split", "sh", "-c", "seq 100000 >&2; seq 5; exec sleep 1000")
+        until(lambda: (state / "jobs" / job / "output").read_bytes().endswith(b"\n5\n"))
+        for words, out, err in (
+            (("--tail", "2"), "4\n5\n", "99999\n100000\n"),
+            (("--tail", "0"), "", ""),
+            (("--tail", "7"), "1\n2\n3\n4\n5\n", "".join(f"{n}\n" for n in range(99_994, 100_001))),
+            ((), "1\n2\n3\n4\n5\n", "".join(f"{n}\n" for n in range(1, 100_001))),
+        ):
+            done = served.run("stream", job, "--no-follow", *words)
+            assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+        with served.popen("stream", job, "--tail", "1", stderr=subprocess.PIPE) as stream:
+            assert (stream.stdout.readline(), stream.stderr.readline()) == (b"5\n", b"100000\n")
+            served.run("stop", job)
+            assert stream.communicate(timeout=PATIENCE) == (b"", b"")
+
+
+@in_loop
+async def test_both_files_count_in_keep_bytes_and_are_removed_with_their_job(state):
+    async with worker_on(state, keep_bytes=2 * MIB) as worker:
+        jobs = []
+        for redirection in (">&2", ">&2", ""):
+            jobs.append(await start_id(worker, shell(f"head -c 1500000 /dev/zero {redirection}", split=True)))
+            await worker.wait(worker.job(jobs[-1]))
+        await wait_until_forgotten(worker, jobs[1])
+        assert left_in(state) == [jobs[2]]
+        worker.remove(worker.job(jobs[2]))
+        assert left_in(state) == []
+
+
+def test_an_old_client_sees_standard_output_of_a_split_job(shared):
+    """BytesValue is what GetStreamResponse was: one field of bytes with the number 1."""
+    old_reply = jobworker.Deferred("google.protobuf.wrappers_pb2").BytesValue
+    job = shared.start("--split", "sh", "-c", OUT_ERR)
+    with channel_to(shared) as channel:
+        path = "/proto.WorkerService/GetOutputStream"
+        messages = channel.unary_stream(path, response_deserializer=old_reply.FromString)
+        assert (
+            b"".join(message.value for message in messages(text_field(1, job.encode()), timeout=PATIENCE)) == b"out\n"
+        )
+
+
+def test_run_with_split_works_with_a_server_that_ignores_it(state, certs, tmp_path):
+    altered_copy(tmp_path, "request = JobRequest(\n            command=message.cmd", "message.split = False")
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    program = (sys.executable, str(tmp_path / "jobworker.py"))
+    with serving(state, certs, program=program, env=environment) as served:
+        done = served.run("run", "--split", "sh", "-c", f"{OUT_ERR}; exit 3")
+        assert (done.returncode, done.stdout, done.stderr) == (3, "out\nerr\n", "")
+
+
+def test_status_and_list_show_both_outputs_of_a_split_job_and_nothing_new_of_others(state, certs):
+    with serving(state, certs) as served:
+        for words in (("--split",), ()):
+            job = served.start(*words, "sh", "-c", "echo; echo err >&2")
+            served.run("wait", job)
+            facts = json.loads(served.run("status", "--json", job).stdout)
+            assert set(facts) - STATUS_KEYS - {"name", "cwd"} == ({"split", "errorBytes"} if words else set())
+            assert (facts["outputBytes"], facts.get("errorBytes")) == ((1, 4) if words else (5, None))
+        assert [line.split("\t")[9] for line in served.run("list").stdout.splitlines()] == ["5", "5"]
+
+
+def test_a_second_start_with_the_same_id_is_the_same_job_whether_split_or_not(shared):
+    job = jobworker.new_job_id()
+    requests = [pb.StartJobRequest(cmd="sh", args=["-c", OUT_ERR], id=job, split=split) for split in (True, False)]
+    assert [call(shared, "StartJob", request).ID for request in requests] == [job, job]
+    assert status_at_end(shared, job).split
+
+
+# Where `run` writes.
+
+IN_TURN = "for i in 1 2 3 4 5 6 7 8 9; do echo o$i; echo e$i >&2; done"
+OUT_LINES, ERR_LINES = ("".join(f"{letter}{n}\n" for n in range(1, 10)) for letter in "oe")
+BOTH_IN_ORDER = "".join(f"o{n}\ne{n}\n" for n in range(1, 10))
+RUN_OUTPUTS = [  # redirections; options; what is in the file `out`, in the file `err`, and on the shell's own outputs
+    (">out 2>err", (), OUT_LINES, ERR_LINES, "", ""),
+    (">out 2>&1", (), BOTH_IN_ORDER, None, "", ""),
+    (">out 2>>out", (), BOTH_IN_ORDER, None, "", ""),
+    ("2>/dev/null", (), None, None, OUT_LINES, ""),
+    (">/dev/null", (), None, None, "", ERR_LINES),
+    ("2>err | cat", (), None, ERR_LINES, OUT_LINES, ""),
+    ("2>&1 | cat", (), None, None, BOTH_IN_ORDER, ""),
+    ("", (), None, None, OUT_LINES, ERR_LINES),
+    (">out 2>err", ("--no-split",), BOTH_IN_ORDER, "", "", ""),
+    ("2>&-", (), None, None, OUT_LINES, ""),
+    (">&-", (), None, None, "", ERR_LINES),
+    (">&- 2>&-", (), None, None, "", ""),
+]
+
+
+@pytest.mark.parametrize(("redirections", "options", "out", "err", "stdout", "stderr"), RUN_OUTPUTS)
+def test_run_keeps_its_outputs_apart_if_they_go_to_different_files(
+    shared, tmp_path, redirections, options, out, err, stdout, stderr
+):
+    redirections = re.sub(r"\b(out|err)\b", lambda name: str(tmp_path / name[0]), redirections)
+    done = in_shell(shared, ("run", *options, "sh", "-c", IN_TURN), redirections)
+    assert (done.returncode, done.stdout, done.stderr) == (0, stdout, stderr)
+    for name, expected in (("out", out), ("err", err)):
+        assert (tmp_path / name).exists() == (expected is not None)
+        assert expected is None or (tmp_path / name).read_text() == expected
+
+
+def test_run_with_split_keeps_outputs_apart_that_go_to_one_file(shared, tmp_path):
+    done = in_shell(shared, ("run", "--split", "sh", "-c", IN_TURN), f">{tmp_path / 'out'} 2>&1")
+    assert done.returncode == 0
+    lines = (tmp_path / "out").read_text().splitlines(keepends=True)
+    assert "".join(line for line in lines if line[0] == "o") == OUT_LINES
+    assert "".join(line for line in lines if line[0] == "e") == ERR_LINES
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_run_on_a_terminal_keeps_the_order_unless_standard_error_goes_elsewhere(state, certs, apart):
+    with serving(state, certs) as served, tempfile.TemporaryFile() as elsewhere:
+        master, terminal = pty.openpty()
+        try:
+            with served.popen(
+                "run", "sh", "-c", IN_TURN, stdout=terminal, stderr=elsewhere if apart else terminal
+            ) as run:
+                assert run.wait(PATIENCE) == 0
+            expected = OUT_LINES if apart else BOTH_IN_ORDER
+            assert os.read(master, 4096).decode().replace("\r\n", "\n") == expected
+            elsewhere.seek(0)
+            assert elsewhere.read().decode() == (ERR_LINES if apart else "")
+        finally:
+            os.close(master)
+            os.close(terminal)
+        assert [status.split for status in listed(served)] == [apart]
+
+
+@pytest.mark.parametrize("script", ["yes", "yes >&2"])
+def test_a_closed_pipe_on_either_output_ends_run_and_its_job(state, certs, script):
+    with serving(state, certs) as served:
+        with served.popen("run", "sh", "-c", script, stderr=subprocess.PIPE) as client:
+            closed, other = (client.stderr, client.stdout) if "&2" in script else (client.stdout, client.stderr)
+            closed.read(10)
+            closed.close()
+            assert other.read() == b""
+            assert client.wait(PATIENCE) == 128 + signal.SIGPIPE
+        assert [job.status for job in listed(served)] == [pb.STOPPED]
+
+
+@pytest.mark.parametrize("verb", ["stream", "run"])
+def test_a_full_standard_error_ends_a_client_as_a_full_standard_output_does(shared, verb):
+    job = shared.start("--split", "sh", "-c", OUT_ERR)
+    words = ("stream", job) if verb == "stream" else ("run", "sh", "-c", OUT_ERR)
+    full_output, full_error = (in_shell(shared, words, redirection) for redirection in (">/dev/full", "2>/dev/full"))
+    assert full_output.returncode == full_error.returncode == 1
+    assert "No space left on device" in full_output.stderr
+
+
+@as_root
+@pytest.mark.parametrize("options", [{}, {"without": frozenset({"auto", "confine"})}], ids=["confined", "not confined"])
+@in_loop
+async def test_a_split_job_can_open_its_standard_files_again(state, options):
+    async with worker_on(state, **options) as worker:
+        script = "echo out >/dev/stdout; echo err >/dev/stderr; echo more >>/proc/self/fd/2"
+        job = await start_id(worker, shell(script, split=True))
+        assert await both(worker, job) == (b"out\n", b"err\nmore\n")
+        assert ending(worker, job) == ("FINISHED", 0, "")
+
+
+def test_lines_of_several_streams_go_to_the_output_that_they_come_from(state, certs):
+    with serving(state, certs) as served:
+        jobs = [served.start(*words, "sh", "-c", "echo 1; printf 2 >&2") for words in (("--split",), ())]
+        done = served.run("stream", *jobs)
+        assert sorted(done.stdout.splitlines()) == sorted(
+            [f"{jobs[0][:8]} | 1", f"{jobs[1][:8]} | 1", f"{jobs[1][:8]} | 2"]
+        )
+        assert done.stderr == f"{jobs[0][:8]} | 2\n"
+
+
+def test_several_streams_hold_no_more_than_a_bound_of_a_line_that_does_not_end(state, certs):
+    with serving(state, certs) as served:
+        endless = served.start("sh", "-c", "head -c 300000 /dev/zero; exec sleep 1000")
+        with served.popen("stream", endless, served.start("true")) as client:
+            prefix = f"{endless[:8]} | ".encode()
+            text = client.stdout.read(200_000)  # while the line has no end
+            assert text.startswith(prefix)
+            assert set(text.replace(prefix, b"").replace(b"\n", b"")) == {0}
+
+
 # --- The .pyz -------------------------------------------------------------------------------------------
 # One file that runs anywhere, or says why not. ./build.sh test has built it.
 
