@@ -6629,11 +6629,11 @@ def test_run_writes_each_output_once_when_the_server_is_killed_in_between(state,
 
 
 def test_stream_writes_each_output_of_a_split_job_to_its_own_descriptor(shared):
-    job = shared.start("--split", "sh", "-c", f"{OUT_ERR}; printf x; printf y >&2")
+    job = shared.start("--split", "sh", "-c", f"{OUT_ERR}; printf x; printf yyy >&2")
     done = shared.run("stream", job)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "out\nx", "err\ny")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "out\nx", "err\nyyy")
     done = shared.run("stream", "--offset", "4", "--error-offset", "3", job)
-    assert (done.stdout, done.stderr) == ("x", "\ny")
+    assert (done.stdout, done.stderr) == ("x", "\nyyy")
 
 
 def test_the_last_lines_of_each_output_of_a_split_job_can_be_read_without_waiting(state, certs):
