@@ -2031,20 +2031,35 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
     if shims:
         Cgroup(shims).attach(0)
     clone_calls()  # found once here, and not in every shim
-    rehearse_decoding()
+    spec = Spec("", "", "", (), os.geteuid(), 0, (), "", "", "", (), Limits(), 0.0, KIB, 0, splice=True, created=0.0)
+    rehearse_decoding(spec)
+    rehearse_supervision(spec)
     rehearse_confinement()
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
 
 
-def rehearse_decoding() -> None:
+def rehearse_decoding(spec: Spec) -> None:
     """Decode a request twenty times before the first fork. This imports `json` and lets Python specialize
     the bytecode before the fork, so that the shims share those pages: each has 40 kB less memory of its own.
     """
-    spec = Spec("", "", "", (), 0, 0, (), "", "", "", (), Limits(), 0.0, 0, 0, splice=False, created=0.0)
     packet = encode_request("start", "/", spec.to_json())
     for _ in range(20):
         decode_request(packet)
+
+
+def rehearse_supervision(spec: Spec) -> None:
+    """Supervise twenty jobs that have printed a line and ended, before the first fork. The pages are shared then."""
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # poll reports it as readable, as the pidfd of an ended job
+    for _ in range(20):
+        pipe, writer = make_pipe(spec)
+        os.write(writer, b"\n")
+        shim = Shim(JobFolder("/"), spec, nothing, nothing)
+        shim.supervise(nothing, make_pumps(spec, [(pipe, writer)], [nothing]))
+        write_event(nothing, "exited", **vars(LOST))
+        os.close(pipe)
+        os.close(writer)
+    os.close(nothing)
 
 
 def rehearse_confinement() -> None:
@@ -2193,6 +2208,12 @@ class Pump:
         return None
 
 
+def make_pumps(spec: Spec, pipes: Sequence[tuple[int, int]], outputs: Sequence[int]) -> list[Pump]:
+    """A pump from each pipe to its file. They share the cap and the reserve."""
+    room = Room(spec)
+    return [Pump(pipe, output, room, splices=spec.splice) for (pipe, _), output in zip(pipes, outputs, strict=True)]
+
+
 def drain_all(pumps: Sequence[Pump]) -> StopRequest | None:
     """Drain each pipe. Returns the first request to end the job."""
     requests = [pump.drain() for pump in pumps]
@@ -2234,9 +2255,8 @@ class Shim:
         if cgroup >= 0:
             os.close(cgroup)
         write_event(self._events, "started")
-        room, ends = Room(self._spec), zip(pipes, outputs, strict=True)
-        pumps = [Pump(pipe, output, room, splices=self._spec.splice) for (pipe, _), output in ends]
-        self._supervise(pumps)
+        pumps = make_pumps(self._spec, pipes, outputs)
+        self.supervise(self._pidfd, pumps)
         ending = self._ending(process, None if self._request else drain_all(pumps))
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pumps)
@@ -2260,13 +2280,13 @@ class Shim:
             if errpipe in reported or (self._request and self._deadline is None):
                 return
 
-    def _supervise(self, pumps: Sequence[Pump]) -> None:
+    def supervise(self, pidfd: int, pumps: Sequence[Pump]) -> None:
         """Wait for the end of the main process. Move its output and carry out requests meanwhile."""
         poller = select.poll()
-        for descriptor in (self._pidfd, *(pump.pipe for pump in pumps), self._control):
+        for descriptor in (pidfd, *(pump.pipe for pump in pumps), self._control):
             poller.register(descriptor, select.POLLIN)
         batch = select.poll()  # waits for all but output, so that short lines that come fast share a move
-        for descriptor in (self._pidfd, self._control):
+        for descriptor in (pidfd, self._control):
             batch.register(descriptor, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(self._deadline))}
@@ -2277,7 +2297,7 @@ class Shim:
                 if pump.pipe in ready:
                     self._move(pump, poller)
                     small_batch |= pump.small_batch
-            if self._pidfd in ready:
+            if pidfd in ready:
                 return
             if small_batch:
                 batch.poll(COALESCE_MILLISECONDS)
@@ -6719,13 +6739,20 @@ VERBS = {
         add_run_arguments,
         run_run,
         "run a command on the server's machine, write its output and exit with its code",
-        ("run make -j4", "run --timeout 5m --env CC=clang make test", "run sh -c 'grep error *.log | sort | uniq -c'"),
+        (
+            "run make -j4 2>errors",
+            "run --timeout 5m --env CC=clang make test",
+            "run sh -c 'grep error *.log | sort | uniq -c'",
+        ),
     ),
     "start": Verb(
         add_start_arguments,
         run_start,
         "start a command on the server's machine and print its job's id",
-        ("start --name web --memory 2G python3 -m http.server", "start sh -c 'make && make test'"),
+        (
+            "start --name web --memory 2G python3 -m http.server",
+            "start --split sh -c 'make && make test'",
+        ),
     ),
     "stop": Verb(
         add_stop_arguments,

@@ -2240,7 +2240,7 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
     ("outputs = self._folder.open_outputs()", "pass", LOST),
     ("for _, writer in pipes:\n            os.close", "pass", LOST),  # the job's command runs
     ('write_event(self._events, "started")', "pass", LOST),
-    ("room, ends = Room(self._spec)", "pass", LOST),
+    ("pumps = make_pumps(self._spec, pipes, outputs)", "pass", LOST),
     ("reported = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
     ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
@@ -6556,7 +6556,7 @@ SPLIT_SHIM_DEATHS = [  # the statement before which the shim dies; what it does 
     *(
         row
         for row in SHIM_DEATHS
-        if row[0].startswith(("outputs =", "for _, writer", "room, ends", "rest = drain_all"))
+        if row[0].startswith(("outputs =", "for _, writer", "pumps = make_pumps", "rest = drain_all"))
     ),
     *(row for row in SHIM_DEATHS if row[0].startswith(('write_event(self._events, "exited"', "processes.kill_all"))),
     ("pipes = [make_pipe(self._spec)", "pass", LOST),
