@@ -6933,7 +6933,10 @@ def test_universal_for_glibc_alone_says_on_musl_what_helps(tmp_path):
     subprocess.run(command, cwd=HERE, check=True, timeout=10 * PATIENCE)
     (tmp_path / "copies").mkdir()
     here = "this is CPython 3.13 on Linux x86_64 with musl"
-    for pyz, said in ((without_musl, "python3 -m venv ~/jobworker && "), (PYZ, "make one with ./build.sh on a machine")):
+    for pyz, said in (
+        (without_musl, "python3 -m venv ~/jobworker && "),
+        (PYZ, "make one with ./build.sh on a machine"),
+    ):
         *wrapper, program, copy = python_in_root(tmp_path / "copies", "musl-root", pyz=pyz)
         cache = str(tmp_path / "cache")
         done = run_pyz("--version", program=program, pyz=copy, wrapper=wrapper, XDG_CACHE_HOME=cache)

@@ -178,7 +178,7 @@ def import_first_run(archive):
     sys.path.insert(0, archive)
     try:
         import first_run
-    except Exception:  # Python compares no checksum
+    except Exception:  # noqa: BLE001  # Python compares no checksum
         die("%s is damaged: copy it here again" % archive)
     finally:
         del sys.path[0]
@@ -211,7 +211,7 @@ def main():
     gc.disable()  # imports make no garbage; collecting it took 15 ms of a client's start
     try:
         import jobworker
-    except Exception as error:  # damaged bytecode raises many kinds
+    except Exception as error:  # noqa: BLE001  # damaged bytecode raises many kinds
         die("%s does not load, so delete it: %s" % (folder, error))
     jobworker.BUILD = " (%s)" % ", ".join(word for word in (BUILT["commit"], packages) if word)
     return jobworker.program

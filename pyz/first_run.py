@@ -34,7 +34,10 @@ class DamagedError(Exception):
 
 # The others are what zipfile and tarfile raise, some of them undocumented: a KeyError for a name that is not there, a
 # RuntimeError for a flag or a method that no build writes.
-DAMAGES = (DamagedError, zipfile.BadZipFile, zlib.error, tarfile.TarError, EOFError, LookupError, RuntimeError, ValueError)
+DAMAGES = (
+    *(DamagedError, zipfile.BadZipFile, zlib.error, tarfile.TarError),
+    *(EOFError, LookupError, RuntimeError, ValueError),
+)
 
 
 def die(sentence: str) -> NoReturn:
