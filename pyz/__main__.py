@@ -125,7 +125,7 @@ def is_complete(folder):
     """Tell whether the folder holds what its file SIZE names, and nothing that was written after this last file.
 
     Programs that clean up temporary folders delete single files. The number of files, of bytes and the times come from
-    one listing. Damage that changes no time is not found: hashing 34 MB would take longer than the rest of a start.
+    one listing, which takes 1 ms. Damage that changes no time is not found: hashing the 36 MB took 26 ms.
     """
     count = size = 0
     folders = [folder]
