@@ -12,7 +12,8 @@ usage: ./build.sh [VERB] [ARGS]
   pyz      build jobworker.pyz, the one file to copy (so does no verb)
   universal [TARGET...]       build dist/jobworker.pyz for CPython 3.10 to 3.14 on each TARGET:
            x86_64-glibc aarch64-glibc (the default), x86_64-musl aarch64-musl
-  test-universal [TARGET...]  build it and test it on every Python and system that this machine can run
+  test-universal [TARGET...]  build it, by default for x86_64-musl too, and test it on every Python and system that this
+           machine can run
   demo     play the README's session on a throw-away server
   serve    run the server from here: jobworker.py serve --without auto ARGS
   test     run the tests: pytest ARGS
@@ -148,6 +149,7 @@ universal() {
 
 test_universal() {
     pyz
+    [ $# -gt 0 ] || set -- x86_64-glibc aarch64-glibc x86_64-musl
     universal "$@"
     JOBWORKER_UNIVERSAL=all exec $venv/bin/python -m pytest -k "universal"
 }
@@ -266,7 +268,7 @@ lint() {
         sed -n '/^# lint/,$p' requirements.txt >$venv/lint.txt
         install_packages $venv/lint.txt
     fi
-    $venv/bin/shellcheck build.sh .ci/run .ci/debian-root
+    $venv/bin/shellcheck build.sh .ci/run .ci/debian-root .ci/musl-root
     tmp=$(mktemp -d "${TMPDIR:-/tmp}/jobworker-lint.XXXXXX")
     trap 'rm -rf "$tmp"' EXIT
     make_stubs "$tmp"

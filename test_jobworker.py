@@ -7336,29 +7336,61 @@ def test_universal_serves_starts_streams_and_stops_on_every_python(state, certs,
     assert folder.name.endswith(f"-{os.uname().machine}-glibc")
 
 
+def python_in_root(tmp_path, script, *words, pyz=UNIVERSAL):
+    """The command that runs a copy of the .pyz with the Python of the folder that .ci/SCRIPT makes, once."""
+    root = HERE / "build" / "roots" / "-".join(words or ("musl",))
+    subprocess.run([HERE / ".ci" / script, *words, root], check=True)
+    copy = tmp_path / pyz.name
+    shutil.copy(pyz, copy)
+    return str(HERE / ".ci" / "in-root"), str(root), "python3", str(copy)
+
+
 @needs_universal
 @as_root
 @in_full
 @pytest.mark.parametrize(
-    ("suite", "arch", "folder"),
+    ("made_by", "folder"),
     [
-        ("trixie", "amd64", "cpython-313-x86_64-glibc"),
-        ("forky", "amd64", "cpython-314-x86_64-glibc"),
-        ("bookworm", "arm64", "cpython-311-aarch64-glibc"),
-        ("trixie", "arm64", "cpython-313-aarch64-glibc"),
-        ("forky", "arm64", "cpython-314-aarch64-glibc"),
+        ("debian-root trixie amd64", "cpython-313-x86_64-glibc"),
+        ("debian-root forky amd64", "cpython-314-x86_64-glibc"),
+        ("debian-root bookworm arm64", "cpython-311-aarch64-glibc"),
+        ("debian-root trixie arm64", "cpython-313-aarch64-glibc"),
+        ("debian-root forky arm64", "cpython-314-aarch64-glibc"),
+        ("musl-root", "cpython-313-x86_64-musl"),
     ],
 )
-def test_universal_serves_starts_streams_and_stops_on_other_systems(state, certs, tmp_path, suite, arch, folder):
-    """In a folder with that Debian's programs; those of an aarch64 are run by qemu, where a first run takes a minute."""
-    root = HERE / "build" / "roots" / f"{suite}-{arch}"
-    subprocess.run([HERE / ".ci" / "debian-root", suite, arch, root], check=True)
-    shutil.copy(UNIVERSAL, tmp_path / "jobworker.pyz")
-    program = (str(HERE / ".ci" / "in-root"), str(root), "python3", str(tmp_path / "jobworker.pyz"))
+def test_universal_serves_starts_streams_and_stops_on_other_systems(state, certs, tmp_path, made_by, folder):
+    """In a folder with that system's programs; those of an aarch64 are run by qemu, where a first run takes a minute."""
+    target = folder.split("-", 2)[2]
+    with zipfile.ZipFile(UNIVERSAL) as file:
+        if f"{target}.tar.xz" not in file.namelist():
+            pytest.skip(f"dist/jobworker.pyz has no {target}: ./build.sh test-universal {target}")
+    program = python_in_root(tmp_path, *made_by.split())
     environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
     subprocess.run([*program, "--version"], env=environment, check=True, timeout=20 * PATIENCE)
     play_a_job(state, certs, tmp_path / "cache", *program)
     assert [path.name.split("-", 1)[1] for path in unpacked(tmp_path / "cache")] == [folder]
+
+
+@needs_pyz
+@needs_universal
+@as_root
+@in_full
+def test_universal_for_glibc_alone_says_on_musl_what_helps(tmp_path):
+    without_musl = tmp_path / "jobworker-glibc.pyz"
+    command = [sys.executable, "pyz/bundle.py", "--wheels", "build/wheels", without_musl, "x86_64-glibc"]
+    subprocess.run(command, cwd=HERE, check=True, timeout=10 * PATIENCE)
+    (tmp_path / "copies").mkdir()
+    here = "this is CPython 3.13 on Linux x86_64 with musl"
+    for pyz, said in (
+        (without_musl, "python3 -m venv ~/jobworker && "),
+        (PYZ, "make one with ./build.sh on a machine"),
+    ):
+        *wrapper, program, copy = python_in_root(tmp_path / "copies", "musl-root", pyz=pyz)
+        cache = str(tmp_path / "cache")
+        done = run_pyz("--version", program=program, pyz=copy, wrapper=wrapper, XDG_CACHE_HOME=cache)
+        one_sentence(done, here, said)
+    assert not (tmp_path / "cache").exists()
 
 
 @needs_universal
@@ -7423,38 +7455,84 @@ def test_universal_a_first_run_that_was_killed_leaves_nothing(tmp_path):
     assert len(os.listdir(tmp_path / "jobworker")) == 2
 
 
+def flip(path, at):
+    """Overwrite 8 bytes."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        before = file.read(8)
+        file.seek(at)
+        file.write(bytes(each ^ 255 for each in before))
+
+
 @needs_universal
-def test_universal_makes_a_folder_anew_that_lost_a_file(tmp_path):
+def test_universal_makes_a_folder_anew_that_was_damaged(tmp_path):
     run_universal("--version", XDG_CACHE_HOME=str(tmp_path))
     (folder,) = unpacked(tmp_path)
-    (library,) = folder.glob("grpc/_cython/*.so")
-    library.unlink()
-    assert re.fullmatch(VERSION_LINE, run_universal("--version", XDG_CACHE_HOME=str(tmp_path)).stdout)
-    assert library.exists()
-    assert unpacked(tmp_path) == [folder]
+    for name, damage in (
+        ("grpc/_cython/*.so", Path.unlink),
+        ("grpc/_cython/*.so", lambda file: flip(file, 1 << 20)),
+        ("jobworker.py", lambda file: flip(file, 1 << 10)),
+    ):
+        (file,) = folder.glob(name)
+        before = file.read_bytes()
+        damage(file)
+        assert re.fullmatch(VERSION_LINE, run_universal("--version", XDG_CACHE_HOME=str(tmp_path)).stdout)
+        assert file.read_bytes() == before
+        assert unpacked(tmp_path) == [folder]
 
 
 @needs_universal
-@pytest.mark.parametrize("part", ["python.tar.xz", f"{os.uname().machine}-glibc.tar.xz"])
-@pytest.mark.parametrize("damage", ["at the beginning", "in the middle", "cut short"])
-def test_universal_file_that_was_damaged_is_one_sentence(tmp_path, part, damage):
+def test_universal_bytecode_that_rotted_on_the_disk_is_one_sentence(tmp_path):
+    """No time of a file tells of it. The sentence names the folder to delete."""
+    run_universal("--version", XDG_CACHE_HOME=str(tmp_path))
+    (folder,) = unpacked(tmp_path)
+    (file,) = folder.glob("__pycache__/jobworker.*.pyc")
+    info = file.stat()
+    flip(file, 16)
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+    one_sentence(run_universal("--version", XDG_CACHE_HOME=str(tmp_path)), f"{folder} does not load, so delete it: ")
+
+
+def places(pyz):
+    """Where damage to a universal file is found by itself: what is in the parts and in front of them, and first_run.py."""
+    with zipfile.ZipFile(pyz) as file:
+        info = {each.filename: each for each in file.infolist()}
+        directory = pyz.read_bytes()[file.start_dir :]
+    native = f"{os.uname().machine}-glibc.tar.xz"
+    for name in ("python.tar.xz", native, "first_run.py"):
+        start, size = info[name].header_offset, info[name].file_size
+        data = start + 30 + len(name)
+        yield f"{name} at its beginning", data
+        yield f"{name} at an eighth", data + size // 8
+        yield f"{name} in its header", start
+        if name.endswith(".xz"):
+            yield f"{name} in the directory", file.start_dir + directory.index(name.encode())
+
+
+@needs_universal
+def test_universal_file_with_8_bytes_overwritten_is_one_sentence(tmp_path):
+    pyz, cache = tmp_path / "jobworker.pyz", tmp_path / "cache"
+    shutil.copy(UNIVERSAL, pyz)
+    for place, at in places(UNIVERSAL):
+        flip(pyz, at)
+        done = run_universal("--version", pyz=pyz, XDG_CACHE_HOME=str(cache))
+        flip(pyz, at)  # back
+        assert re.fullmatch(rf"jobworker: {pyz} is damaged: copy it here again\n", done.stderr), (place, done.stderr)
+        assert done.returncode == 1
+        assert [each for each in cache.rglob("*") if each.name != "lock"] in ([], [cache / "jobworker"]), place
+    assert re.fullmatch(VERSION_LINE, run_universal("--version", pyz=pyz, XDG_CACHE_HOME=str(cache)).stdout)
+
+
+@needs_universal
+@pytest.mark.parametrize("part", ["__main__.py", "python.tar.xz", f"{os.uname().machine}-glibc.tar.xz"])
+def test_universal_file_that_was_cut_short_is_told_so(tmp_path, part):
     with zipfile.ZipFile(UNIVERSAL) as file:
         info = file.getinfo(part)
-    spoiled = bytearray(UNIVERSAL.read_bytes())
-    if damage == "cut short":
-        del spoiled[info.header_offset + info.file_size // 2 :]
-    else:
-        at = info.header_offset + 200 + (info.file_size // 8 if damage == "in the middle" else 0)
-        spoiled[at : at + 8] = bytes(each ^ 255 for each in spoiled[at : at + 8])
-    (tmp_path / "jobworker.pyz").write_bytes(spoiled)
+    (tmp_path / "jobworker.pyz").write_bytes(UNIVERSAL.read_bytes()[: info.header_offset + info.file_size // 2])
     done = run_universal("--version", pyz=tmp_path / "jobworker.pyz", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert (done.returncode, done.stdout) == (1, "")
-    if damage == "cut short":
-        assert "cut-short" in done.stderr
-        assert "Traceback" not in done.stderr
-    else:
-        one_sentence(done, "is damaged: copy it here again")
-        assert os.listdir(tmp_path / "cache" / "jobworker") == ["lock"]
+    assert "cut-short" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def hide_a_library(tmp_path, name):

@@ -122,23 +122,28 @@ def private_folder(path):
 
 
 def is_complete(folder):
-    """Tell whether the folder holds the number of files and bytes that its file SIZE names.
+    """Tell whether the folder holds what its file SIZE names, and nothing that was written after this last file.
 
-    Programs that clean up temporary folders delete single files.
+    Programs that clean up temporary folders delete single files. The number of files, of bytes and the times come from
+    one listing, which takes 1 ms. Damage that changes no time is not found: hashing the 36 MB took 26 ms.
     """
     count = size = 0
     folders = [folder]
     try:
         with open(folder + "/SIZE") as file:
             expected = tuple(int(word) for word in file.read().split())
+            written = os.fstat(file.fileno()).st_mtime
         while folders:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
                     else:
+                        info = entry.stat(follow_symlinks=False)
+                        if info.st_mtime > written:
+                            return False
                         count += 1
-                        size += entry.stat(follow_symlinks=False).st_size
+                        size += info.st_size
     except (OSError, ValueError):
         return False
     return (count, size) == expected and not os.path.islink(folder)
@@ -173,6 +178,8 @@ def import_first_run(archive):
     sys.path.insert(0, archive)
     try:
         import first_run
+    except Exception:  # noqa: BLE001  # Python compares no checksum
+        die("%s is damaged: copy it here again" % archive)
     finally:
         del sys.path[0]
     return first_run
@@ -204,8 +211,8 @@ def main():
     gc.disable()  # imports make no garbage; collecting it took 15 ms of a client's start
     try:
         import jobworker
-    except ImportError as error:
-        die("%s does not load: %s" % (folder, error))
+    except Exception as error:  # noqa: BLE001  # damaged bytecode raises many kinds
+        die("%s does not load, so delete it: %s" % (folder, error))
     jobworker.BUILD = " (%s)" % ", ".join(word for word in (BUILT["commit"], packages) if word)
     return jobworker.program
 

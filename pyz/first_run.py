@@ -32,6 +32,14 @@ class DamagedError(Exception):
     """What was read from the archive is not what the build wrote to it."""
 
 
+# The others are what zipfile and tarfile raise, some of them undocumented: a KeyError for a name that is not there, a
+# RuntimeError for a flag or a method that no build writes.
+DAMAGES = (
+    *(DamagedError, zipfile.BadZipFile, zlib.error, tarfile.TarError),
+    *(EOFError, LookupError, RuntimeError, ValueError),
+)
+
+
 def die(sentence: str) -> NoReturn:
     sys.exit("jobworker: " + sentence)
 
@@ -74,7 +82,7 @@ def unpack_and_rename(
     except OSError:
         if not is_complete(folder):
             raise
-    except (DamagedError, zipfile.BadZipFile, zlib.error, tarfile.TarError, EOFError):
+    except DAMAGES:
         die(DAMAGED % archive)
     finally:
         shutil.rmtree(new, ignore_errors=True)
