@@ -830,6 +830,23 @@ async def call_rates(server: Server, baseline: Server) -> tuple[str, list[float]
     return job, rates, bare
 
 
+def gate_row(certs: Path, entries: int) -> Row:
+    """Measure the check of a caller, in this process, with a revocation list of so many entries and without one."""
+    leaf, authorities = ((certs / name).read_bytes() for name in ("user.pem", "client-ca.pem"))
+    tls = {"ssl_tls_version": [b"TLSv1.3"], "x509_pem_cert": [leaf], "x509_pem_cert_chain": [b""]}
+    issuer = jobworker.mark_of(jobworker.x509.load_pem_x509_certificate(leaf))[0]
+    revoked = frozenset((issuer, number) for number in range(entries))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(20):
+        for list_, found in zip((revoked, frozenset()), times, strict=True):
+            trust = jobworker.Trust(authorities, list_)
+            began = time.perf_counter()
+            for _ in range(1000):
+                jobworker.authenticate(tls, trust)
+            found.append(1e3 * (time.perf_counter() - began))
+    return Row(f"check of a caller, {entries:,} revoked", "µs", times[0], "none revoked", times[1])
+
+
 async def bench_calls(setup: Setup) -> list[Row]:
     rounds, client = 7 if setup.quick else 15, [sys.executable, str(setup.program)]
     with setup.serving() as server, setup.baseline() as baseline, sshd(setup.folder) as ssh:
@@ -851,6 +868,7 @@ async def bench_calls(setup: Setup) -> list[Row]:
                 times[name].append(1e3 * measure_process())
     return [
         *start_of_the_universal_file(setup.folder, rounds),
+        gate_row(setup.folder / "certs", 1000),
         Row("status calls, 16 at a time", "/s", rates, "bare grpc.aio", bare),
         Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c 'import grpc'", times["import"]),
         Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c pass", times["pass"]),

@@ -4211,16 +4211,38 @@ def record_issued(folder: pathlib.Path, certificates: Iterable[x509.Certificate]
         os.fsync(file.fileno())
 
 
-def issued_certificates(folder: pathlib.Path, authority: x509.Certificate) -> list[x509.Certificate]:
-    """Every client's certificate of this authority that the folder has, in its list or in a file; the oldest first."""
-    found = {}
+def certificates_of(folder: pathlib.Path) -> Iterator[x509.Certificate]:
+    """Every certificate that the folder has, in the list of those that were made or in a file."""
     for path in [folder / ISSUED_FILE, *sorted(folder.glob("*.pem"))]:
         for block in pem_blocks(path.read_bytes() if path.is_file() else b"", b"CERTIFICATE"):
             with contextlib.suppress(ValueError):
-                certificate = x509.load_pem_x509_certificate(block)
-                if is_issued_by(certificate, authority) and certificate.subject != authority.subject:
-                    found[certificate.serial_number] = certificate
+                yield x509.load_pem_x509_certificate(block)
+
+
+def issued_certificates(folder: pathlib.Path, authority: x509.Certificate) -> list[x509.Certificate]:
+    """Every client's certificate of this authority that the folder has; the oldest first."""
+    found = {}
+    for certificate in certificates_of(folder):
+        if is_issued_by(certificate, authority) and certificate.subject != authority.subject:
+            found[certificate.serial_number] = certificate
     return sorted(found.values(), key=lambda certificate: certificate.not_valid_before_utc)
+
+
+def with_intermediates(
+    authorities: Sequence[x509.Certificate], certificates: Iterable[x509.Certificate]
+) -> list[x509.Certificate]:
+    """These authorities, and after them every intermediate authority below them among the certificates."""
+    found = list(dict.fromkeys(authorities))
+    left = {each for each in certificates if is_authority(each) and not has_weak_digest(each)}.difference(found)
+    while more := {each for each in left if any(is_issued_by(each, issuer) for issuer in found)}:
+        found += sorted(more, key=lambda each: each.not_valid_before_utc)
+        left -= more
+    return found
+
+
+def is_authority(certificate: x509.Certificate) -> bool:
+    basics = extension(certificate, x509.BasicConstraints)
+    return basics is not None and basics.ca
 
 
 def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
@@ -4244,7 +4266,9 @@ def has_weak_digest(certificate: x509.Certificate) -> bool:
 def read_revocation_lists(
     folder: pathlib.Path, authorities: Sequence[x509.Certificate]
 ) -> list[x509.CertificateRevocationList]:
-    """The lists in `client-crl.pem`; none without that file. Raises JobWorkerError if it cannot be relied on."""
+    """The lists in `client-crl.pem`, one for each issuer; none without that file. Raises JobWorkerError if one cannot
+    be relied on. An intermediate authority's list is verified with its certificate, which the folder must have.
+    """
     path = folder / CRL_FILE
     try:
         content = path.read_bytes()
@@ -4257,10 +4281,13 @@ def read_revocation_lists(
         raise JobWorkerError(f"{path} cannot be read: it holds no revocation list (X509 CRL) in PEM")
     try:
         lists = [x509.load_pem_x509_crl(block) for block in blocks]
+        issuers = with_intermediates(authorities, certificates_of(folder))
         for each in lists:
-            signers = [authority for authority in authorities if authority.subject == each.issuer]
-            if not any(each.is_signature_valid(authority.public_key()) for authority in signers):  # type: ignore[arg-type]
-                raise JobWorkerError(f"{path} is not signed by an authority in client-ca.pem")
+            if not any(is_list_of(each, issuer) for issuer in issuers):
+                raise JobWorkerError(
+                    f"a list in {path} is not signed by an authority in client-ca.pem, nor by one below it whose "
+                    f"certificate is in {folder}: its issuer is {written_name(each.issuer)}"
+                )
             if any(value.critical for value in each.extensions):
                 raise JobWorkerError(
                     f"{path} is a partial list (a delta, or of one kind), and the server needs a whole one"
@@ -4268,6 +4295,15 @@ def read_revocation_lists(
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         raise JobWorkerError(f"{path} cannot be read: {error}") from None
     return lists
+
+
+def is_list_of(revocations: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
+    """Whether this authority's key signed a revocation list in its name."""
+    if revocations.issuer != issuer.subject:
+        return False
+    with contextlib.suppress(TypeError):  # the signature is not of the key's kind
+        return revocations.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
+    return False
 
 
 Revoked: TypeAlias = "frozenset[tuple[bytes, int]]"  # the issuer's name in DER, and the serial
@@ -4285,7 +4321,30 @@ def renewable_roles(known: Sequence[x509.Certificate], name: str, revoked: Revok
 
 
 def revoked_of(lists: Iterable[x509.CertificateRevocationList]) -> Revoked:
-    return frozenset((each.issuer.public_bytes(), entry.serial_number) for each in lists for entry in each)
+    return frozenset(revocation_days(lists))
+
+
+def revocation_days(lists: Iterable[x509.CertificateRevocationList]) -> dict[tuple[bytes, int], str]:
+    """The day on which each certificate was revoked, in UTC."""
+    return {
+        (each.issuer.public_bytes(), entry.serial_number): entry.revocation_date_utc.date().isoformat()
+        for each in lists
+        for entry in each
+    }
+
+
+def overdue_warnings(lists: Iterable[x509.CertificateRevocationList]) -> Iterator[str]:
+    """A sentence for each list whose issuer promised a newer one before now (RFC 5280, 5.1.2.5)."""
+    for each in lists:
+        if each.next_update_utc and each.next_update_utc.timestamp() < time.time():
+            yield (
+                f"warning: the revocation list of {written_name(each.issuer)} should have been replaced on "
+                f"{each.next_update_utc.date()}; it stays in force, and may lack later revocations"
+            )
+
+
+def written_name(name: x509.Name) -> str:
+    return repr(printable(name.rfc4514_string()))
 
 
 def mark_of(certificate: x509.Certificate) -> tuple[bytes, int]:
@@ -4296,7 +4355,7 @@ def mark_of(certificate: x509.Certificate) -> tuple[bytes, int]:
 def add_to_revocation_list(folder: pathlib.Path, authority: CertifiedKey, serials: Iterable[int]) -> None:
     """Write `client-crl.pem` anew with more serials. It keeps the entries that it has, and other authorities' lists."""
     present = read_revocation_lists(folder, load_authorities(folder))
-    own = [each for each in present if each.is_signature_valid(authority.certificate.public_key())]  # type: ignore[arg-type]
+    own = [each for each in present if is_list_of(each, authority.certificate)]
     numbers = [value.crl_number for each in own if (value := extension(each, x509.CRLNumber))]
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = (
@@ -4433,7 +4492,7 @@ def weakness(chain: Sequence[x509.Certificate]) -> str:
 
 
 def subject_of(certificate: x509.Certificate) -> str:
-    return f"the certificate {printable(certificate.subject.rfc4514_string())!r}"
+    return f"the certificate {written_name(certificate.subject)}"
 
 
 def chains_to(
@@ -4448,11 +4507,6 @@ def chains_to(
         if is_authority(issuer) and is_issued_by(leaf, issuer):
             rest = [other for other in intermediates if other is not issuer]
             yield from ((leaf, *chain) for chain in chains_to(authorities, issuer, rest))
-
-
-def is_authority(certificate: x509.Certificate) -> bool:
-    basics = extension(certificate, x509.BasicConstraints)
-    return basics is not None and basics.ca
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4963,19 +5017,22 @@ class ServerCertificates:
         self._changed = False
         self._server_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._list: bytes | None = None  # the revocation list as it was read last
+        self._list: bytes | None = None  # the file of revocation lists as it was read last
+        self._list_fault = ""  # why it is not in force; empty: it is
+        self._lists: Sequence[x509.CertificateRevocationList] = ()  # those in force
         self._inotify = Inotify(self._check_list)
 
     def load(self) -> None:
         """Read the folder. Raises JobWorkerError, and then what was in force stays in force."""
         key, certificates, authorities, until = read_server_folder(self._folder)
-        self._list = self._read_list()
-        revoked = revoked_of(read_revocation_lists(self._folder, authorities))
+        content = self._read_list()
+        lists = read_revocation_lists(self._folder, authorities)
         ordered = valid_authorities_first(authorities)
         self._configuration = grpc.ssl_server_certificate_configuration([(key, certificates)], ordered)
         self._changed = True
         self._authorities, self._server_until = authorities, until
-        self._gate.use(Trust(ordered, revoked))
+        self._list, self._list_fault, self._lists = content, "", lists
+        self._gate.use(Trust(ordered, revoked_of(lists)))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -5003,7 +5060,7 @@ class ServerCertificates:
             if made:
                 say(made)
                 self.load()
-            for warning in end_warnings(self._folder):
+            for warning in (*end_warnings(self._folder), *overdue_warnings(self._lists)):
                 say(warning)
         except (JobWorkerError, OSError, ValueError) as error:
             say(f"{self._folder}/server.pem cannot be renewed: {error}")
@@ -5019,22 +5076,28 @@ class ServerCertificates:
 
     def _check_list(self) -> None:
         """Put a changed revocation list in force. One that is gone or unreadable changes nothing: an accident must
-        admit no client that was revoked.
+        admit no client that was revoked. It is read again at each change of the folder, which may bring the certificate
+        of its issuer.
         """
         content = self._read_list()
-        if content == self._list:
+        if content == self._list and not self._list_fault:
             return
         self._list = content
-        if content is None:
-            say(f"the revocation list stays as it was: {self._folder / CRL_FILE} cannot be read")
-            return
+        known, self._list_fault = self._list_fault, "" if content else f"{self._folder / CRL_FILE} cannot be read"
         try:
-            revoked = revoked_of(read_revocation_lists(self._folder, self._authorities))
+            lists = read_revocation_lists(self._folder, self._authorities)
         except JobWorkerError as error:
-            say(f"the revocation list stays as it was: {error}")
+            self._list_fault = str(error)
+        if self._list_fault:
+            if self._list_fault != known:
+                say(f"the revocation list stays as it was: {self._list_fault}")
             return
+        self._lists = lists
+        revoked = revoked_of(self._lists)
         self._gate.use(dataclasses.replace(self._gate.trust, revoked=revoked))
         say(f"the revocation list is read again; it has {count_of(len(revoked), 'entry', 'entries')}")
+        for warning in overdue_warnings(self._lists):
+            say(warning)
 
     def credentials(self) -> grpc.ServerCredentials:
         self._changed = False
@@ -5940,7 +6003,8 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         help="print one file for the client (key, certificate, server authority, the server's address; "
         "default: this machine's name); no file of the identity is left here",
     )
-    parser.add_argument("--list", action="store_true", help="print the identities of this folder as a table")
+    table = "print the identities of this folder as a table; its column REVOKED has the day, or `no`"
+    parser.add_argument("--list", action="store_true", help=table)
 
 
 def run_identity(options: argparse.Namespace) -> int:
@@ -6004,15 +6068,16 @@ def check_new_name(folder: pathlib.Path, name: str, known: Sequence[x509.Certifi
 def list_identities(folder: pathlib.Path) -> int:
     """Print every client's certificate that the folder knows of, and what else its revocation list has."""
     authorities = load_authorities(folder)
-    revoked = revoked_of(read_revocation_lists(folder, authorities))
-    known = {mark_of(each): each for authority in authorities for each in issued_certificates(folder, authority)}
+    revoked = revocation_days(read_revocation_lists(folder, authorities))
+    issuers = with_intermediates(authorities, certificates_of(folder))
+    known = {mark_of(each): each for issuer in issuers for each in issued_certificates(folder, issuer)}
     rows = [("NAME", "ROLES", "SERIAL", "FROM", "UNTIL", "REVOKED")]
     for mark, each in known.items():
         name, roles, _ = read_identity(each)
         since = each.not_valid_before_utc.date().isoformat()
-        revocation = "yes" if mark in revoked else "no"
-        rows.append((printable(name), ",".join(sorted(roles)), f"{mark[1]:x}", since, day_of(each), revocation))
-    rows += [("-", "-", f"{mark[1]:x}", "-", "-", "yes") for mark in sorted(revoked - set(known))]
+        revocation = revoked.get(mark, "no")
+        rows.append((printable(name), ",".join(sorted(roles)) or "-", f"{mark[1]:x}", since, day_of(each), revocation))
+    rows += [("-", "-", f"{mark[1]:x}", "-", "-", revoked[mark]) for mark in sorted(revoked.keys() - known.keys())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -6032,29 +6097,56 @@ def add_revoke_arguments(parser: argparse.ArgumentParser) -> None:
 def run_revoke(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.certs) if options.certs else default_certs()
     with locked_folder(folder):
-        authority = load_authority(folder, "client-ca")
-        serials = chosen_serials(folder, authority.certificate, utf8_text(options.identity))
-        add_to_revocation_list(folder, authority, serials)
-    written = ", ".join(f"{serial:x}" for serial in serials)
+        chosen = chosen_certificates(folder, utf8_text(options.identity))
+        authorities = [certified_issuer(folder, issuer) for issuer in chosen]  # all of them, before the first change
+        for authority, serials in zip(authorities, chosen.values(), strict=True):
+            add_to_revocation_list(folder, authority, serials)
+    written = ", ".join(f"{serial:x}" for serials in chosen.values() for serial in serials)
     print(f"revoked {printable(options.identity)}: {written}; a server of {folder} refuses it from now on")
     return 0
 
 
-def chosen_serials(folder: pathlib.Path, authority: x509.Certificate, word: str) -> list[int]:
-    """The serials of the certificates that a word stands for. Raises JobWorkerError."""
+def chosen_certificates(folder: pathlib.Path, word: str) -> dict[x509.Certificate, list[int]]:
+    """The serials of the certificates that a word stands for, by their issuers. Raises JobWorkerError."""
+    authorities = load_authorities(folder)
     if "/" in word or word.endswith(".pem"):
         blocks = pem_blocks(read_file(pathlib.Path(word)), b"CERTIFICATE")
-        certificate = x509.load_pem_x509_certificate(blocks[0]) if blocks else None
-        if certificate is None or not is_issued_by(certificate, authority):
-            raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
-        return [certificate.serial_number]
-    known = [each for each in issued_certificates(folder, authority) if read_identity(each)[0] == word]
-    if known:
-        return [each.serial_number for each in known]
-    serial = word.removeprefix("0x").replace(":", "")
-    if re.fullmatch("[0-9a-fA-F]{8,40}", serial):
-        return [int(serial, 16)]
+        sent = [x509.load_pem_x509_certificate(block) for block in blocks]
+        issuers = with_intermediates(authorities, [*certificates_of(folder), *sent])
+        for issuer in issuers:
+            if sent and is_issued_by(sent[0], issuer):
+                return {issuer: [sent[0].serial_number]}
+        raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
+    issuers = with_intermediates(authorities, certificates_of(folder))
+    issued = {issuer: issued_certificates(folder, issuer) for issuer in issuers}
+    number = serial_in(word)
+    for chosen in (lambda each: read_identity(each)[0] == word, lambda each: each.serial_number == number):
+        found = {issuer: [each.serial_number for each in known if chosen(each)] for issuer, known in issued.items()}
+        if any(found.values()):
+            return {issuer: serials for issuer, serials in found.items() if serials}
+    if number is not None:
+        return {authorities[0]: [number]}
     raise JobWorkerError(f"{folder} has no certificate of {word!r}; `identity --list` prints names and serials")
+
+
+def serial_in(word: str) -> int | None:
+    digits = word.removeprefix("0x").replace(":", "")
+    return int(digits, 16) if re.fullmatch("[0-9a-fA-F]{8,40}", digits) else None
+
+
+def certified_issuer(folder: pathlib.Path, issuer: x509.Certificate) -> CertifiedKey:
+    """An authority with its key, which signs its revocation list. Raises JobWorkerError if its key is not here."""
+    if issuer == load_authorities(folder)[0]:
+        return load_authority(folder, "client-ca")
+    for path in sorted(folder.glob("*.key")):
+        with contextlib.suppress(ValueError, TypeError, JobWorkerError, exceptions.UnsupportedAlgorithm):
+            key: Any = serialization.load_pem_private_key(read_key(path), password=None)
+            if key.public_key() == issuer.public_key():
+                return CertifiedKey(issuer, key)
+    raise JobWorkerError(
+        f"the certificate is from the authority {written_name(issuer.subject)}, whose key is not in {folder}; "
+        f"`openssl ca -gencrl` makes a list where that key is, and the list is then added to {folder / CRL_FILE}"
+    )
 
 
 UNIT = """\

@@ -5130,16 +5130,16 @@ def serial_of(folder, name):
     return f"{x509.load_pem_x509_certificate((folder / f'{name}.pem').read_bytes()).serial_number:x}"
 
 
-def openssl_list(folder, *names):
+def openssl_list(folder, *names, issuer="client-ca", file="client-crl.pem"):
     """A revocation list as `openssl ca` makes it."""
     (folder / "index.txt").write_text("")
     (folder / "crlnumber").write_text("01\n")
     (folder / "ca.conf").write_text(f"[ca]\ndefault_ca=own\n[own]\ndatabase={folder}/index.txt\ncrlnumber={folder}/crlnumber\n"
                                     "default_md=sha256\ndefault_crl_days=30\n")  # fmt: skip
-    signer = ("-config", folder / "ca.conf", "-cert", folder / "client-ca.pem", "-keyfile", folder / "client-ca.key")
+    signer = ("-config", folder / "ca.conf", "-cert", folder / f"{issuer}.pem", "-keyfile", folder / f"{issuer}.key")
     for name in names:
         openssl("ca", *signer, "-revoke", folder / f"{name}.pem")
-    openssl("ca", *signer, "-gencrl", "-out", folder / "client-crl.pem")
+    openssl("ca", *signer, "-gencrl", "-out", folder / file)
 
 
 def test_a_revocation_list_made_by_openssl_is_used_and_revoke_keeps_its_entries(state, certs, tmp_path):
@@ -5156,6 +5156,134 @@ def test_a_revocation_list_made_by_openssl_is_used_and_revoke_keeps_its_entries(
     assert all(serial_of(folder, name).upper().encode() in printed for name in ("user", "user2"))
     with serving(state, folder) as served:  # and at a start
         assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "PERMISSION_DENIED"
+
+
+@pytest.fixture
+def team(certs, tmp_path):
+    """A server's folder, and a folder beside it with an intermediate authority and its clients carol and dave."""
+    folder, away = own_folder(certs, tmp_path), tmp_path / "team"
+    away.mkdir()
+    for name in ("client-ca.pem", "client-ca.key"):
+        shutil.copy(folder / name, away)
+    issue_with_openssl(
+        away, "team", "client-ca", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n"
+    )
+    for name in ("carol", "dave"):
+        issue_with_openssl(
+            away, name, "team", f"extendedKeyUsage=clientAuth\n{jobworker.ROLES_OID}=ASN1:UTF8String:user\n"
+        )
+    return folder, away
+
+
+def of_team(away, name):
+    """A client's key, and its certificate with the intermediate authority's."""
+    return (away / f"{name}.key").read_bytes(), (away / f"{name}.pem").read_bytes() + (away / "team.pem").read_bytes()
+
+
+def test_an_intermediate_authority_s_list_revokes_its_own_clients_and_no_other(state, team):
+    folder, away = team
+    with (
+        serving(state, folder, stderr=subprocess.PIPE) as served,
+        open_stream(served, identity=of_team(away, "carol")) as (chunks, _),
+        open_stream(served, identity=of_team(away, "dave")) as (others, job),
+        open_stream(served) as (mine, own),
+    ):
+        openssl_list(away, "carol", issuer="team", file="list")
+        jobworker.write_file(folder / "client-crl.pem", (away / "list").read_bytes(), 0o644)
+        assert "its issuer is 'CN=team'" in line_with(served, "the revocation list stays as it was")
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job), of_team(away, "carol"))[0] == "NOT_FOUND"
+        shutil.copy(away / "team.pem", folder)  # now the server can verify the list
+        assert stream_failure(chunks) == ("PERMISSION_DENIED", "the client's certificate of 'carol' is revoked")
+        assert "1 entry" in line_with(served, "the revocation list is read again")
+        run_in_folder(folder, "revoke", "user")
+        assert stream_failure(mine)[0] == "PERMISSION_DENIED"
+        assert "2 entries" in line_with(served, "the revocation list is read again")
+        assert (
+            call(served, "GetJobStatus", pb.GetStatusRequest(id=job), of_team(away, "carol"))[0] == "PERMISSION_DENIED"
+        )
+        assert call(served, "StopJob", pb.StopJobRequest(id=job), of_team(away, "dave")) == pb.StopJobResponse()
+        assert call(served, "StopJob", pb.StopJobRequest(id=own), role="admin") == pb.StopJobResponse()
+        assert list(others) == []
+
+
+def test_the_number_of_a_revoked_certificate_is_its_issuer_s_alone(team):
+    """Two issuers gave the same serial. Each one's list revokes its own certificate."""
+    folder, away = team
+    carol = of_team(away, "carol")[1]
+    serial = x509.load_pem_x509_certificate(carol).serial_number
+    leaf, chain = re.findall(rb"-----BEGIN.*?END CERTIFICATE-----\n", carol, re.DOTALL)
+    authorities, found = (folder / "client-ca.pem").read_bytes(), []
+    for place, name in ((folder, "client-ca"), (away, "team")):
+        authority = jobworker.load_authority(place, name)
+        trust = jobworker.Trust(authorities, frozenset({(authority.certificate.subject.public_bytes(), serial)}))
+        tls = {"ssl_tls_version": [b"TLSv1.3"], "x509_pem_cert": [leaf], "x509_pem_cert_chain": [chain]}
+        with contextlib.suppress(jobworker.DeniedError):
+            found.append((name, jobworker.authenticate(tls, trust).name))
+    assert found == [("client-ca", "carol")]
+
+
+def test_revoke_signs_with_the_intermediate_s_key_or_says_where_its_list_is_made(state, team):
+    folder, away = team
+    carol, served = tmp_chain(away, "carol"), Served(None, 0, folder)
+    one_sentence(served.run("revoke", carol), "from the authority 'CN=team'", "openssl ca -gencrl", "client-crl.pem")
+    for name in ("team.pem", "dave.pem"):
+        shutil.copy(away / name, folder)
+    one_sentence(served.run("revoke", "dave"), "whose key is not in")
+    assert not (folder / "client-crl.pem").exists()
+    shutil.copy(away / "team.key", folder)
+    (folder / "team.key").chmod(0o600)
+    run_in_folder(folder, "revoke", "user2")
+    for word in ("dave", carol):
+        run_in_folder(folder, "revoke", word)
+    rows = {row["NAME"]: row["REVOKED"] for row in table_of(run_in_folder(folder, "identity", "--list"))}
+    assert (rows["dave"], rows["user2"], rows["team"], rows["user"]) == (utc_day(), utc_day(), "no", "no")
+    with serving(state, folder) as served:
+        for name in ("carol", "dave"):
+            assert (
+                call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), of_team(away, name))[0] == "PERMISSION_DENIED"
+            )
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="user2")[0] == "PERMISSION_DENIED"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "NOT_FOUND"
+
+
+def tmp_chain(away, name):
+    file = away / "chain.pem"
+    file.write_bytes(of_team(away, name)[1])
+    return str(file)
+
+
+def utc_day():
+    return str(datetime.datetime.now(datetime.timezone.utc).date())
+
+
+def overdue_list(folder, *serials):
+    """A revocation list whose next one should have come yesterday."""
+    authority = jobworker.load_authority(folder, "client-ca")
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
+    builder = builder.last_update(now - 9 * day).next_update(now - day)
+    for serial in serials:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now - 9 * day)
+        builder = builder.add_revoked_certificate(entry.build())
+    made = builder.sign(authority.key, hashes.SHA256())
+    jobworker.write_file(folder / "client-crl.pem", made.public_bytes(jobworker.serialization.Encoding.PEM), 0o644)
+
+
+def test_an_overdue_revocation_list_stays_in_force_with_a_warning(state, certs, tmp_path):
+    folder = own_folder(certs, tmp_path)
+    overdue_list(folder, int(serial_of(folder, "user"), 16))
+    log = tmp_path / "log"
+    for restart in (False, True):
+        with log.open("w") as errors, serving(state, folder, stderr=errors) as served:
+            assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID))[0] == "PERMISSION_DENIED"
+            assert log.read_text().count("should have been replaced on") == 1
+            if not restart:
+                overdue_list(folder, *(int(serial_of(folder, name), 16) for name in ("user", "user2")))
+                until(lambda: log.read_text().count("should have been replaced on") == 2)
+                assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="user2")[0] == "PERMISSION_DENIED"
+    days_ago = datetime.datetime.now(datetime.timezone.utc).date() - datetime.timedelta(days=9)
+    rows = {row["NAME"]: row["REVOKED"] for row in table_of(run_in_folder(folder, "identity", "--list"))}
+    assert rows == {"user": str(days_ago), "user2": str(days_ago), "admin": "no"}
 
 
 def foreign_list(folder):
@@ -5262,7 +5390,8 @@ def test_identities_are_listed_with_roles_serials_days_and_revocation(certs, tmp
     rows = table_of(run_in_folder(folder, "identity", "--list"))
     by_name = {row["NAME"]: row for row in rows}
     assert {name: (row["ROLES"], row["REVOKED"]) for name, row in by_name.items()} == {
-        "user": ("user", "no"), "admin": ("admin", "no"), "user2": ("user", "yes"), "alice": ("user", "no"), "-": ("-", "yes"),
+        "user": ("user", "no"), "admin": ("admin", "no"), "user2": ("user", utc_day()), "alice": ("user", "no"),
+        "-": ("-", utc_day()),
     }  # fmt: skip
     assert by_name["alice"]["SERIAL"] == serial_of(folder, "alice")
     assert by_name["-"]["SERIAL"] == "11223344"
