@@ -326,6 +326,11 @@ def disk_error(doing: str, error: OSError) -> JobWorkerError:
     return ExhaustedError(f"{doing}: {error.strerror}") if exhausted else KernelError(doing, error)
 
 
+def errno_of(error: BaseException) -> int:
+    """The kernel's reason for an OSError, or for the error of this module that was raised from it; 0: none."""
+    return getattr(error, "errno", None) or getattr(error.__cause__, "errno", None) or 0
+
+
 # What a terminal would obey: C0, DEL, C1, the line separators, and the marks that change the direction of a text.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -1401,6 +1406,10 @@ class StopRequest:
     signal: int = 0
     grace: float = 0.0
 
+    @property
+    def kills(self) -> bool:
+        return not self.signal
+
     def to_line(self) -> bytes:
         # A shim of an earlier version takes the reason of a kill for a name, and kills as well.
         word = f"!{self.reason}" if self.reason else encode_name(self.by[:100])
@@ -1412,6 +1421,7 @@ class SignalRequest:
     """A request to send a signal to the main process of a job."""
 
     number: int
+    kills = False
 
     def to_line(self) -> bytes:
         return f"signal {self.number}\n".encode()
@@ -1543,7 +1553,11 @@ class JobFolder:
         return os.path.exists(f"{self.path}/events")
 
     def send_request(self, request: StopRequest | SignalRequest) -> bool:
-        """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7))."""
+        """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7)).
+
+        Half of the FIFO is for kills, so that other requests, which a stopped shim does not read, keep none away.
+        Raises ExhaustedError if there is no room for another request.
+        """
         try:
             descriptor = self._open_control()
         except OSError as error:
@@ -1551,7 +1565,12 @@ class JobFolder:
                 return False
             raise disk_error(f"cannot open {self.path}/control", error) from error
         try:
-            with contextlib.suppress(BlockingIOError):  # the FIFO is full of requests, and one of them is enough
+            if not request.kills and waiting_bytes(descriptor) > fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ) // 2:
+                raise ExhaustedError(
+                    f"job {os.path.basename(self.path)} has not carried out its earlier requests yet; try again, or stop "
+                    f"it without a grace"
+                )
+            with contextlib.suppress(BlockingIOError):  # the FIFO is full, so kills are in it, and one is enough
                 os.write(descriptor, request.to_line())
         except BrokenPipeError:  # the shim ended after the open
             return False
@@ -1697,6 +1716,11 @@ def receive_requests(control: int) -> list[StopRequest | SignalRequest]:
     return [request for line in lines if (request := parse_request_line(line)) is not None]
 
 
+def waiting_bytes(pipe: int) -> int:
+    """How many bytes are in a pipe (FIONREAD, pipe(7)). 0 after poll reported the pipe: end of file."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def allocate(descriptor: int, size: int) -> None:
     """Reserve disk blocks without a change of the file's size (fallocate(2)), if the file system can."""
     try:
@@ -1825,6 +1849,9 @@ STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the ot
 CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # by uname(2)'s machine
+SHARED_FOLDERS = ("/run/lock", "/run/screen", "/var/crash", "/var/spool/samba")  # hidden if every user can write them
 # One step: what it makes, the libc function, its arguments, and the errnos that mean that there is nothing to do.
 Step: TypeAlias = "tuple[str, str, tuple[Any, ...], tuple[int, ...]]"
 
@@ -1845,6 +1872,10 @@ def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Seq
     ]
     if home:
         steps.append(mount_step(home, f"{state}/{home}"))
+    if number := SYS_KEYCTL.get(os.uname().machine):  # jobs of two owners would share that of the server
+        words = (ctypes.c_long(number), ctypes.c_long(KEYCTL_JOIN_SESSION_KEYRING), None)
+        # A container's filter refuses keyctl(2) with EPERM, and so a job there has no keys.
+        steps.append(("a session keyring", "syscall", words, (errno.ENOSYS, errno.EPERM)))
     steps += [
         mount_step("tmpfs", "/dev/shm", "tmpfs", "mode=1777", harmless=(errno.ENOENT,)),  # noqa: S108
         mount_step("proc", "/proc", "proc", "hidepid=invisible"),
@@ -1870,6 +1901,17 @@ def mount_step(
 def capabilities() -> int:
     """How many capabilities this kernel has (capabilities(7))."""
     return int(kernel_read("/proc/sys/kernel/cap_last_cap") or 40) + 1
+
+
+def shared_folders() -> list[str]:
+    """Those folders of the system that every user can write. Files that jobs leave there would outlive them."""
+    found = []
+    for folder in SHARED_FOLDERS:
+        with contextlib.suppress(OSError):
+            facts = os.stat(folder)
+            if stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_IWOTH:
+                found.append(folder)
+    return found
 
 
 class ConfinementError(OSError):
@@ -1938,7 +1980,10 @@ class Launcher:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise disk_error("cannot make a socket for the launcher", error) from error
         ours.setblocking(False)
         folder = str(pathlib.Path(__file__).resolve().parent)
         code = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
@@ -2147,7 +2192,7 @@ class Pump:
         self.small_batch = False
         room = min(MIB, self._room.left)
         try:
-            moved = self._move(room) if room else self._waiting()
+            moved = self._move(room) if room else waiting_bytes(self.pipe)  # 0: the end
         except BlockingIOError:
             return None
         except OSError as error:
@@ -2175,10 +2220,6 @@ class Pump:
         while rest:
             rest = rest[os.write(self.output, rest) :]
         return len(chunk)
-
-    def _waiting(self) -> int:
-        """How many bytes are in the pipe (FIONREAD, pipe(7)). 0 after poll reported the pipe: end of file."""
-        return int.from_bytes(fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def drain(self) -> StopRequest | None:
         """Move what is in the pipe, and no more than one pipe holds: a process outside the job may hold the pipe open
@@ -3253,7 +3294,7 @@ class Worker:
         if os.geteuid() != 0 or "confine" in self.options.without:
             return
         state = str(self.options.state)
-        self._hidden = make_views(state, self.options.hidden)
+        self._hidden = make_views(state, [*self.options.hidden, *shared_folders()])
         failure = confinement_failure(state, self._hidden)
         if failure and "auto" not in self.options.without:
             raise JobWorkerError(
@@ -3471,10 +3512,19 @@ class Worker:
         try:
             await asyncio.wait_for(self.wait(job), (grace if signal_number else 0) + STOP_SECONDS)
         except asyncio.TimeoutError:
+            self._kill_without_shim(job)
             raise UnavailableError(
                 f"job {job.id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
                 f"disk or a network file system cannot die); try again"
             ) from None
+
+    def _kill_without_shim(self, job: Job) -> None:
+        """Kill the processes of a job whose shim does not: it may be stopped, and a job of the server's own user can
+        stop it. The shim records the end as soon as it goes on.
+        """
+        with contextlib.suppress(JobWorkerError):  # the job has ended meanwhile
+            if job.spec.cgroup:
+                Cgroup(job.spec.cgroup).kill()
 
     async def stop_all(self, by: str = "") -> None:
         """Stop every running job at once, and those that are started meanwhile."""
@@ -3677,13 +3727,28 @@ class Worker:
     def _delete(self, job: Job) -> None:
         """Delete a job: its cgroup, its folder, its row in the table. No other function deletes a job."""
         try:
-            spec = job.folder.read_head()
-            if spec is not None:
-                spec.processes().remove()
-            job.folder.delete()
+            self._delete_files(job)
         except (JobWorkerError, OSError) as error:
             say(f"job {job.id} is not wholly removed: {error}")
+            self._delete_later(job, error)
         self._remove_from_table(job)
+
+    def _delete_files(self, job: Job) -> None:
+        spec = job.folder.read_head()
+        if spec is not None:
+            spec.processes().remove()
+        job.folder.delete()
+
+    def _delete_later(self, job: Job, error: BaseException) -> None:
+        """Try again in a while if descriptors or memory ran out. Any other error stays until the next start."""
+        if self._inotify.is_open and errno_of(error) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            asyncio.get_running_loop().call_later(LONGEST_RETRY_SECONDS, self._delete_again, job)
+
+    def _delete_again(self, job: Job) -> None:
+        try:
+            self._delete_files(job)  # no new job has this id while the folder exists
+        except (JobWorkerError, OSError) as error:
+            self._delete_later(job, error)
 
     # -- Recovery and retention
 
@@ -3995,19 +4060,36 @@ def fill_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 def write_pair(folder: pathlib.Path, name: str, pair: CertifiedKey) -> None:
     """Write NAME.key and NAME.pem, each by an atomic rename. Only its owner can read the key."""
-    write_file(folder / f"{name}.key", pair.key_pem(), 0o600)
-    write_file(folder / f"{name}.pem", pair.certificate_pem(), 0o644)
+    write_files(
+        [(folder / f"{name}.key", pair.key_pem(), 0o600), (folder / f"{name}.pem", pair.certificate_pem(), 0o644)]
+    )
 
 
 def write_file(path: pathlib.Path, content: bytes, mode: int) -> None:
-    """Replace a file by an atomic rename."""
-    new = path.with_name(f".{path.name}-{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(new, path)
+    """Replace a file by an atomic rename. Raises JobWorkerError."""
+    write_files([(path, content, mode)])
+
+
+def write_files(files: Sequence[tuple[pathlib.Path, bytes, int]]) -> None:
+    """Replace files, each by an atomic rename, when all are on the disk. On a full disk none is replaced, and nothing
+    is left. Raises JobWorkerError.
+    """
+    with contextlib.ExitStack() as left:
+        made = []
+        for path, content, mode in files:
+            new = path.with_name(f".{path.name}-{os.getpid()}")
+            try:
+                descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+                left.callback(new.unlink, missing_ok=True)
+                with open(descriptor, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise disk_error(f"cannot write {path}", error) from error
+            made.append((new, path))
+        for new, path in made:
+            os.rename(new, path)
 
 
 @contextlib.contextmanager
