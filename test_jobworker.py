@@ -3927,6 +3927,9 @@ def test_silent_connections_prevent_no_job_s_end_and_no_stream(state, certs, tmp
             next(chunks)
             for _ in range(2 * files):
                 stack.enter_context(socket.create_connection(("localhost", served.port)))
+            until(lambda: len(os.listdir(f"/proc/{served.process.pid}/fd")) >= files * 3 // 4)
+            starts = [ask(channel, "StartJob", pb.StartJobRequest(cmd="true")) for _ in range(20)]
+            assert [start for start in starts if isinstance(start, tuple)] == []
             for process in processes:
                 os.kill(process, signal.SIGTERM)
             assert list(chunks) == []
