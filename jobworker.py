@@ -1567,8 +1567,8 @@ class JobFolder:
         try:
             if not request.kills and waiting_bytes(descriptor) > fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ) // 2:
                 raise ExhaustedError(
-                    f"job {os.path.basename(self.path)} has not carried out its earlier requests yet; try again, or stop "
-                    f"it without a grace"
+                    f"job {os.path.basename(self.path)} has not carried out its earlier requests yet; try again, or "
+                    f"stop it without a grace"
                 )
             with contextlib.suppress(BlockingIOError):  # the FIFO is full, so kills are in it, and one is enough
                 os.write(descriptor, request.to_line())

@@ -1630,6 +1630,47 @@ def test_serve_on_a_machine_that_cannot_confine_jobs_is_refused_unless_without_l
         assert "b'ran\\n'" in printed
 
 
+IN_CONTAINER = """
+import json, os, pathlib, sys
+bundle, shown, *command = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+folders = [(f"/{name}", "ro") for name in ("bin", "etc", "lib", "lib64", "root", "usr")]
+folders += [(word[1:], "rw" if word[0] == "+" else "ro") for word in shown.split(":")]
+names = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE SETFCAP SETGID SETPCAP SETUID SYS_CHROOT".split()
+capabilities = {kind: [f"CAP_{name}" for name in names] for kind in ("bounding", "effective", "permitted")}
+mounts = [("/proc", "proc", []), ("/dev", "tmpfs", ["mode=755"]), ("/dev/shm", "tmpfs", ["mode=1777"]), ("/tmp", "tmpfs", [])]
+mounts = [{"destination": place, "type": kind, "source": kind, "options": options} for place, kind, options in mounts]
+mounts += [{"destination": place, "type": "bind", "source": place, "options": ["rbind", mode]}
+           for place, mode in folders if os.path.isdir(place)]
+(bundle / "root").mkdir()
+(bundle / "config.json").write_text(json.dumps({
+    "ociVersion": "1.0.2", "root": {"path": "root"}, "mounts": mounts,
+    "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]},
+    "process": {"user": {"uid": 0, "gid": 0}, "cwd": "/", "args": command, "capabilities": capabilities,
+                "env": ["PATH=/usr/bin:/bin"]},
+}))
+os.execvp("runc", ["runc", "--root", f"{bundle}/runc", "run", "--bundle", str(bundle), bundle.name])
+"""  # what Docker gives by default; the network is the machine's
+
+
+@as_root
+@pytest.mark.skipif(not shutil.which("runc"), reason="needs runc")
+@pytest.mark.parametrize("without", ["nothing", "confine", "auto"])
+def test_a_container_without_sys_admin_is_refused_by_name_or_serves_with_a_note(state, tmp_path, without):
+    bundle = Path(tempfile.mkdtemp(prefix="jobworker-", dir=tmp_path))
+    wrapper = (sys.executable, "-c", IN_CONTAINER, str(bundle), f"+{state}:-{HERE}")
+    body = "print(os.getpid(), *worker.notes()); print(await output((await worker.start(JobRequest('echo', ('ran',)))).id))"
+    options = {"without": LIMITLESS | {without}}
+    printed = in_server(state, body, wrapper=wrapper, options=options, status=1 if without == "nothing" else 0)
+    if without == "nothing":
+        assert (
+            "cannot confine jobs: a mount and an IPC namespace: Operation not permitted; use `--without confine`"
+            in printed
+        )
+    else:
+        assert re.search(r"^1 .*it is not confined", printed, re.MULTILINE)
+        assert "b'ran\\n'" in printed
+
+
 @as_root
 @in_loop
 async def test_the_error_for_a_failed_step_of_the_confinement_names_the_step(state, tmp_path):
