@@ -2492,12 +2492,12 @@ def free_bytes(folder):
 
 @contextlib.contextmanager
 def mounted(kind):
-    """A new file system of 16 MiB."""
+    """A new file system of 16 MiB. `few files`: a tmpfs of 4000 inodes."""
     with tempfile.TemporaryDirectory(prefix="jobworker-disk-") as folder:
         os.chmod(folder, 0o711)
         point = Path(folder, "disk")
         point.mkdir()
-        words = ["-t", "tmpfs", "-o", "size=16m", "none"]
+        words = ["-t", "tmpfs", "-o", "size=16m" + ",nr_inodes=4000" * (kind == "few files"), "none"]
         if kind == "ext4":
             with open(f"{folder}/image", "wb") as image:
                 image.truncate(16 * MIB)
@@ -4053,6 +4053,28 @@ async def test_the_main_user_of_a_full_disk_is_stopped_and_refused_and_others_go
             await start_id(worker, shell("true"))
         assert (await result(worker, shell("exit 3", owner="bob")))[1].exit_code == 3
         await worker.stop(worker.job(other))
+
+
+@as_root
+@in_loop
+async def test_the_owner_of_most_files_is_stopped_and_refused_when_the_inodes_run_out_and_others_go_on(nothing_is_left):
+    with mounted("few files") as point:
+        async with worker_on(new_state(nothing_is_left, point), reserve=0.2) as worker:
+            # bob has more bytes
+            other = await start_id(worker, shell("head -c 1000000 /dev/zero >file; exec sleep 1000", owner="bob"))
+            glutton = await start_id(
+                worker, python("for n in range(3300): open(str(n), 'w').close()\nimport time; time.sleep(1000)")
+            )
+            await output(worker, glutton)
+            assert ending(worker, glutton) == ("STOPPED", 137, "DISK_FULL")
+            assert ending(worker, other)[0] == "RUNNING"
+            with pytest.raises(
+                ExhaustedError, match=r"few inodes left, and most of it is used by this owner: \d+ of 4000"
+            ):
+                await start_id(worker, shell("true"))
+            assert (await result(worker, shell("exit 3", owner="bob")))[1].exit_code == 3
+            await worker.stop(worker.job(other))
+        shutil.rmtree(nothing_is_left[-1])
 
 
 @in_loop
