@@ -8480,23 +8480,27 @@ def test_jobs_go_on_when_systemd_restarts_or_reloads_the_server_or_the_server_di
             "--",
             "sh",
             "-c",
-            'mkfifo gate; exec 3<>gate; echo ready; while read line <&3; do echo "$line"; [ "$line" != end ] || exit 7; done',
+            "echo own >/tmp/file; grep NoNewPrivs /proc/self/status; mkfifo gate; exec 3<>gate; echo ready; "
+            'while read line <&3; do echo "$line $(cat /tmp/file)"; [ "$line" != end ] || exit 7; done',
         )
         (home,), (cgroup,) = (state / "home").iterdir(), jobs_cgroups(state)
+        other = served.start("--", "sh", "-c", "sleep 1000 & trap 'kill $!; exit 9' TERM; wait", role="user2")
+        for each, role in ((job, "user"), (other, "user2")):
+            assert json.loads(served.run("status", "--json", each, role=role).stdout)["notes"] == []  # it is confined
         limits = {name: (cgroup / name).read_text() for name in LIMIT_FILES if (cgroup / name).exists()}
         assert limits.keys() == set(LIMIT_FILES)
         assert limits["memory.max"] == f"{512 * MIB}\n"
         assert "wbps=" in limits["io.max"]
         assert "jobworker-test" not in str(cgroup)
         with pyz_client(served, "stream", job, stdout=subprocess.PIPE) as stream:
-            assert stream.stdout.readline() == b"ready\n"
+            assert [stream.stdout.readline() for _ in range(2)] == [b"NoNewPrivs:\t1\n", b"ready\n"]
             processes = (cgroup / "cgroup.procs").read_text()
             for number, (event, replaced) in enumerate(UNIT_EVENTS):
                 main = main_process("jobworker-test")
                 for words in event:
                     systemctl(*words)
                 (home / "gate").write_text(f"after {number}\n")
-                assert stream.stdout.readline() == b"after %d\n" % number
+                assert stream.stdout.readline() == b"after %d own\n" % number
                 if replaced:
                     until(lambda: main_process("jobworker-test") not in {0, main})  # noqa: B023
                 assert (main_process("jobworker-test") != main) == replaced, event
@@ -8504,9 +8508,12 @@ def test_jobs_go_on_when_systemd_restarts_or_reloads_the_server_or_the_server_di
                 assert {name: jobworker.kernel_read(f"{cgroup}/{name}") for name in limits} == limits, event
                 assert served.run("stream", served.start("--", "echo", "new")).stdout == "new\n"
             (home / "gate").write_text("end\n")
-            assert stream.stdout.read() == b"end\n"
+            assert stream.stdout.read() == b"end own\n"
             assert stream.wait(PATIENCE) == 0
         assert "FINISHED, exitCode: 7" in served.run("status", job).stdout
+        served.run("stop", "--signal", "TERM", "--grace", "20", other, role="user2")
+        assert json.loads(served.run("status", "--json", other, role="user2").stdout)["exitCode"] == 9
+        assert [list((state / "jobs" / each).glob("*tmp")) for each in (job, other)] == [[], []]
     finally:
         systemctl("stop", "jobworker-test")
         unit.unlink()
