@@ -7,7 +7,7 @@
     ./build.sh bench --summary FILE                       print the main figures of a run
     ./build.sh bench --plot FILE SVG                      draw the main figures of a run
 
-The items are stream, latency, speed, starts, calls, scale and growth. The servers and the mTLS are real. All traffic
+The items are stream, latency, speed, starts, calls, attacks, confine, scale and growth. The servers and the mTLS are real. All traffic
 stays on loopback. A figure is the median of its rounds, with the smallest and the largest round. Compare ratios
 rather than figures: both sides of a ratio were measured on the same machine within the same minutes.
 
@@ -830,6 +830,23 @@ async def call_rates(server: Server, baseline: Server) -> tuple[str, list[float]
     return job, rates, bare
 
 
+def gate_row(certs: Path, entries: int) -> Row:
+    """Measure the check of a caller, in this process, with a revocation list of so many entries and without one."""
+    leaf, authorities = ((certs / name).read_bytes() for name in ("user.pem", "client-ca.pem"))
+    tls = {"ssl_tls_version": [b"TLSv1.3"], "x509_pem_cert": [leaf], "x509_pem_cert_chain": [b""]}
+    issuer = jobworker.mark_of(jobworker.x509.load_pem_x509_certificate(leaf))[0]
+    revoked = frozenset((issuer, number) for number in range(entries))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(20):
+        for list_, found in zip((revoked, frozenset()), times, strict=True):
+            trust = jobworker.Trust(authorities, list_)
+            began = time.perf_counter()
+            for _ in range(1000):
+                jobworker.authenticate(tls, trust)
+            found.append(1e3 * (time.perf_counter() - began))
+    return Row(f"check of a caller, {entries:,} revoked", "µs", times[0], "none revoked", times[1])
+
+
 async def bench_calls(setup: Setup) -> list[Row]:
     rounds, client = 7 if setup.quick else 15, [sys.executable, str(setup.program)]
     with setup.serving() as server, setup.baseline() as baseline, sshd(setup.folder) as ssh:
@@ -851,6 +868,7 @@ async def bench_calls(setup: Setup) -> list[Row]:
                 times[name].append(1e3 * measure_process())
     return [
         *start_of_the_universal_file(setup.folder, rounds),
+        gate_row(setup.folder / "certs", 1000),
         Row("status calls, 16 at a time", "/s", rates, "bare grpc.aio", bare),
         Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c 'import grpc'", times["import"]),
         Row("`status` as a process, from the .pyz", "ms", times["status"], "python -c pass", times["pass"]),
@@ -938,8 +956,65 @@ async def bench_attacks(setup: Setup) -> list[Row]:
     return rows
 
 
+CONFINED_FORKS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import jobworker
+jobworker.prepare_launcher("", jobworker.resource.getrlimit(jobworker.resource.RLIMIT_NOFILE))
+steps = jobworker.confinement_steps(sys.argv[2], jobworker.TRIAL, jobworker.HIDDEN, "", ())
+for line in sys.stdin:
+    chosen = steps if line == "all\\n" else [step for step in steps if step[0] in line.strip().split(",")]
+    began = time.perf_counter()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    if os.fork() == 0:
+        jobworker.confine(chosen)
+        os.execv("/bin/true", ["true"])
+    os.close(writer)
+    os.read(reader, 1)
+    print(1e3 * (time.perf_counter() - began), flush=True)
+    os.close(reader)
+"""
+STEPS = {  # what a row names, and the steps of `confinement_steps` that it measures
+    "no_new_privs": "no_new_privs",
+    "an empty bounding set": "an empty bounding set",
+    "a session keyring": "a session keyring",
+    "mount and IPC namespaces": "a mount and an IPC namespace,a mount at /",
+    "all of the confinement": "all",
+}
+
+
+def step_rows(setup: Setup, rounds: int) -> list[Row]:
+    """Measure a fork and an exec with each step of the confinement by itself, in turns with those without any."""
+    words = [sys.executable, "-I", "-S", "-c", CONFINED_FORKS, str(HERE), str(setup.folder / "state")]
+    times: dict[str, list[float]] = {name: [] for name in ("", *STEPS)}
+    with subprocess.Popen(words, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(rounds):
+            for name, found in times.items():
+                process.stdin.write(f"{STEPS.get(name, '')}\n")
+                found.append(float(process.stdout.readline()))
+        process.stdin.close()
+    return [Row(f"fork and exec with {name}", "ms", times[name], "without", times[""]) for name in STEPS]
+
+
+def totals_row(rounds: int) -> Row:
+    """Measure the writes of an owner's totals to the owner's cgroup, which each start repeats."""
+    tree = jobworker.make_tree(None, f"bench-{os.getpid()}", frozenset({"auto"}))
+    times = []
+    if tree.controllers:
+        owner = jobworker.Cgroup(f"{tree.root}/u1")
+        owner.create()
+        for _ in range(rounds):
+            began = time.perf_counter()
+            owner.limit_total(jobworker.OwnerLimits(memory=1 << 30, pids=1000), tree.controllers)
+            times.append(1e3 * (time.perf_counter() - began))
+    tree.remove_unused()
+    return Row("an owner's totals" if times else "an owner's totals (no controllers here)", "ms", times)
+
+
 async def bench_confine(setup: Setup) -> list[Row]:
-    """Measure starts of confined jobs and of others, in turns of ten."""
+    """Measure starts of confined jobs and of others, in turns of ten, and then the parts of the confinement."""
     count, plain, confined = 10 if setup.quick else 30, [], []
     shutil.copytree(setup.folder / "certs", setup.folder / "other" / "certs")
     (setup.folder / "other").chmod(0o711)
@@ -948,7 +1023,11 @@ async def bench_confine(setup: Setup) -> list[Row]:
             for _ in range(count):
                 confined += [1e3 * await timed(start(channel, "true")) for _ in range(10)]
                 plain += [1e3 * await timed(start(other, "true")) for _ in range(10)]
-    return [Row("StartJob of a confined job", "ms", confined, "not confined", plain)]
+    return [
+        Row("StartJob of a confined job", "ms", confined, "not confined", plain),
+        *step_rows(setup, 10 * count),
+        totals_row(10 * count),
+    ]
 
 
 # --- 7. Scale and growth --------------------------------------------------------------------------------

@@ -326,6 +326,11 @@ def disk_error(doing: str, error: OSError) -> JobWorkerError:
     return ExhaustedError(f"{doing}: {error.strerror}") if exhausted else KernelError(doing, error)
 
 
+def errno_of(error: BaseException) -> int:
+    """The kernel's reason for an OSError, or for the error of this module that was raised from it; 0: none."""
+    return getattr(error, "errno", None) or getattr(error.__cause__, "errno", None) or 0
+
+
 # What a terminal would obey: C0, DEL, C1, the line separators, and the marks that change the direction of a text.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -1401,6 +1406,10 @@ class StopRequest:
     signal: int = 0
     grace: float = 0.0
 
+    @property
+    def kills(self) -> bool:
+        return not self.signal
+
     def to_line(self) -> bytes:
         # A shim of an earlier version takes the reason of a kill for a name, and kills as well.
         word = f"!{self.reason}" if self.reason else encode_name(self.by[:100])
@@ -1412,6 +1421,7 @@ class SignalRequest:
     """A request to send a signal to the main process of a job."""
 
     number: int
+    kills = False
 
     def to_line(self) -> bytes:
         return f"signal {self.number}\n".encode()
@@ -1543,7 +1553,11 @@ class JobFolder:
         return os.path.exists(f"{self.path}/events")
 
     def send_request(self, request: StopRequest | SignalRequest) -> bool:
-        """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7))."""
+        """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7)).
+
+        Half of the FIFO is for kills, so that other requests, which a stopped shim does not read, keep none away.
+        Raises ExhaustedError if there is no room for another request.
+        """
         try:
             descriptor = self._open_control()
         except OSError as error:
@@ -1551,7 +1565,12 @@ class JobFolder:
                 return False
             raise disk_error(f"cannot open {self.path}/control", error) from error
         try:
-            with contextlib.suppress(BlockingIOError):  # the FIFO is full of requests, and one of them is enough
+            if not request.kills and waiting_bytes(descriptor) > fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ) // 2:
+                raise ExhaustedError(
+                    f"job {os.path.basename(self.path)} has not carried out its earlier requests yet; try again, or "
+                    f"stop it without a grace"
+                )
+            with contextlib.suppress(BlockingIOError):  # the FIFO is full, so kills are in it, and one is enough
                 os.write(descriptor, request.to_line())
         except BrokenPipeError:  # the shim ended after the open
             return False
@@ -1697,6 +1716,11 @@ def receive_requests(control: int) -> list[StopRequest | SignalRequest]:
     return [request for line in lines if (request := parse_request_line(line)) is not None]
 
 
+def waiting_bytes(pipe: int) -> int:
+    """How many bytes are in a pipe (FIONREAD, pipe(7)). 0 after poll reported the pipe: end of file."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def allocate(descriptor: int, size: int) -> None:
     """Reserve disk blocks without a change of the file's size (fallocate(2)), if the file system can."""
     try:
@@ -1825,6 +1849,9 @@ STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the ot
 CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # by uname(2)'s machine
+SHARED_FOLDERS = ("/run/lock", "/run/screen", "/var/crash", "/var/spool/samba")  # hidden if every user can write them
 # One step: what it makes, the libc function, its arguments, and the errnos that mean that there is nothing to do.
 Step: TypeAlias = "tuple[str, str, tuple[Any, ...], tuple[int, ...]]"
 
@@ -1845,6 +1872,10 @@ def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Seq
     ]
     if home:
         steps.append(mount_step(home, f"{state}/{home}"))
+    if number := SYS_KEYCTL.get(os.uname().machine):  # jobs of two owners would share that of the server
+        words = (ctypes.c_long(number), ctypes.c_long(KEYCTL_JOIN_SESSION_KEYRING), None)
+        # A container's filter refuses keyctl(2) with EPERM, and so a job there has no keys.
+        steps.append(("a session keyring", "syscall", words, (errno.ENOSYS, errno.EPERM)))
     steps += [
         mount_step("tmpfs", "/dev/shm", "tmpfs", "mode=1777", harmless=(errno.ENOENT,)),  # noqa: S108
         mount_step("proc", "/proc", "proc", "hidepid=invisible"),
@@ -1870,6 +1901,17 @@ def mount_step(
 def capabilities() -> int:
     """How many capabilities this kernel has (capabilities(7))."""
     return int(kernel_read("/proc/sys/kernel/cap_last_cap") or 40) + 1
+
+
+def shared_folders() -> list[str]:
+    """Those folders of the system that every user can write. Files that jobs leave there would outlive them."""
+    found = []
+    for folder in SHARED_FOLDERS:
+        with contextlib.suppress(OSError):
+            facts = os.stat(folder)
+            if stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_IWOTH:
+                found.append(folder)
+    return found
 
 
 class ConfinementError(OSError):
@@ -1938,7 +1980,10 @@ class Launcher:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise disk_error("cannot make a socket for the launcher", error) from error
         ours.setblocking(False)
         folder = str(pathlib.Path(__file__).resolve().parent)
         code = f"import sys; sys.path.insert(0, {folder!r}); import {MODULE}; {MODULE}.launcher_main()"
@@ -2162,7 +2207,7 @@ class Pump:
         self.small_batch = False
         room = min(MIB, self._room.left)
         try:
-            moved = self._move(room) if room else self._waiting()
+            moved = self._move(room) if room else waiting_bytes(self.pipe)  # 0: the end
         except BlockingIOError:
             return None
         except OSError as error:
@@ -2190,10 +2235,6 @@ class Pump:
         while rest:
             rest = rest[os.write(self.output, rest) :]
         return len(chunk)
-
-    def _waiting(self) -> int:
-        """How many bytes are in the pipe (FIONREAD, pipe(7)). 0 after poll reported the pipe: end of file."""
-        return int.from_bytes(fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def drain(self) -> StopRequest | None:
         """Move what is in the pipe, and no more than one pipe holds: a process outside the job may hold the pipe open
@@ -3273,7 +3314,7 @@ class Worker:
         if os.geteuid() != 0 or "confine" in self.options.without:
             return
         state = str(self.options.state)
-        self._hidden = make_views(state, self.options.hidden)
+        self._hidden = make_views(state, [*self.options.hidden, *shared_folders()])
         failure = confinement_failure(state, self._hidden)
         if failure and "auto" not in self.options.without:
             raise JobWorkerError(
@@ -3491,10 +3532,19 @@ class Worker:
         try:
             await asyncio.wait_for(self.wait(job), (grace if signal_number else 0) + STOP_SECONDS)
         except asyncio.TimeoutError:
+            self._kill_without_shim(job)
             raise UnavailableError(
                 f"job {job.id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
                 f"disk or a network file system cannot die); try again"
             ) from None
+
+    def _kill_without_shim(self, job: Job) -> None:
+        """Kill the processes of a job whose shim does not: it may be stopped, and a job of the server's own user can
+        stop it. The shim records the end as soon as it goes on.
+        """
+        with contextlib.suppress(JobWorkerError):  # the job has ended meanwhile
+            if job.spec.cgroup:
+                Cgroup(job.spec.cgroup).kill()
 
     async def stop_all(self, by: str = "") -> None:
         """Stop every running job at once, and those that are started meanwhile."""
@@ -3697,13 +3747,28 @@ class Worker:
     def _delete(self, job: Job) -> None:
         """Delete a job: its cgroup, its folder, its row in the table. No other function deletes a job."""
         try:
-            spec = job.folder.read_head()
-            if spec is not None:
-                spec.processes().remove()
-            job.folder.delete()
+            self._delete_files(job)
         except (JobWorkerError, OSError) as error:
             say(f"job {job.id} is not wholly removed: {error}")
+            self._delete_later(job, error)
         self._remove_from_table(job)
+
+    def _delete_files(self, job: Job) -> None:
+        spec = job.folder.read_head()
+        if spec is not None:
+            spec.processes().remove()
+        job.folder.delete()
+
+    def _delete_later(self, job: Job, error: BaseException) -> None:
+        """Try again in a while if descriptors or memory ran out. Any other error stays until the next start."""
+        if self._inotify.is_open and errno_of(error) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            asyncio.get_running_loop().call_later(LONGEST_RETRY_SECONDS, self._delete_again, job)
+
+    def _delete_again(self, job: Job) -> None:
+        try:
+            self._delete_files(job)  # no new job has this id while the folder exists
+        except (JobWorkerError, OSError) as error:
+            self._delete_later(job, error)
 
     # -- Recovery and retention
 
@@ -4015,19 +4080,36 @@ def fill_folder(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 def write_pair(folder: pathlib.Path, name: str, pair: CertifiedKey) -> None:
     """Write NAME.key and NAME.pem, each by an atomic rename. Only its owner can read the key."""
-    write_file(folder / f"{name}.key", pair.key_pem(), 0o600)
-    write_file(folder / f"{name}.pem", pair.certificate_pem(), 0o644)
+    write_files(
+        [(folder / f"{name}.key", pair.key_pem(), 0o600), (folder / f"{name}.pem", pair.certificate_pem(), 0o644)]
+    )
 
 
 def write_file(path: pathlib.Path, content: bytes, mode: int) -> None:
-    """Replace a file by an atomic rename."""
-    new = path.with_name(f".{path.name}-{os.getpid()}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(new, path)
+    """Replace a file by an atomic rename. Raises JobWorkerError."""
+    write_files([(path, content, mode)])
+
+
+def write_files(files: Sequence[tuple[pathlib.Path, bytes, int]]) -> None:
+    """Replace files, each by an atomic rename, when all are on the disk. On a full disk none is replaced, and nothing
+    is left. Raises JobWorkerError.
+    """
+    with contextlib.ExitStack() as left:
+        made = []
+        for path, content, mode in files:
+            new = path.with_name(f".{path.name}-{os.getpid()}")
+            try:
+                descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+                left.callback(new.unlink, missing_ok=True)
+                with open(descriptor, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise disk_error(f"cannot write {path}", error) from error
+            made.append((new, path))
+        for new, path in made:
+            os.rename(new, path)
 
 
 @contextlib.contextmanager
@@ -4231,16 +4313,38 @@ def record_issued(folder: pathlib.Path, certificates: Iterable[x509.Certificate]
         os.fsync(file.fileno())
 
 
-def issued_certificates(folder: pathlib.Path, authority: x509.Certificate) -> list[x509.Certificate]:
-    """Every client's certificate of this authority that the folder has, in its list or in a file; the oldest first."""
-    found = {}
+def certificates_of(folder: pathlib.Path) -> Iterator[x509.Certificate]:
+    """Every certificate that the folder has, in the list of those that were made or in a file."""
     for path in [folder / ISSUED_FILE, *sorted(folder.glob("*.pem"))]:
         for block in pem_blocks(path.read_bytes() if path.is_file() else b"", b"CERTIFICATE"):
             with contextlib.suppress(ValueError):
-                certificate = x509.load_pem_x509_certificate(block)
-                if is_issued_by(certificate, authority) and certificate.subject != authority.subject:
-                    found[certificate.serial_number] = certificate
+                yield x509.load_pem_x509_certificate(block)
+
+
+def issued_certificates(folder: pathlib.Path, authority: x509.Certificate) -> list[x509.Certificate]:
+    """Every client's certificate of this authority that the folder has; the oldest first."""
+    found = {}
+    for certificate in certificates_of(folder):
+        if is_issued_by(certificate, authority) and certificate.subject != authority.subject:
+            found[certificate.serial_number] = certificate
     return sorted(found.values(), key=lambda certificate: certificate.not_valid_before_utc)
+
+
+def with_intermediates(
+    authorities: Sequence[x509.Certificate], certificates: Iterable[x509.Certificate]
+) -> list[x509.Certificate]:
+    """These authorities, and after them every intermediate authority below them among the certificates."""
+    found = list(dict.fromkeys(authorities))
+    left = {each for each in certificates if is_authority(each) and not has_weak_digest(each)}.difference(found)
+    while more := {each for each in left if any(is_issued_by(each, issuer) for issuer in found)}:
+        found += sorted(more, key=lambda each: each.not_valid_before_utc)
+        left -= more
+    return found
+
+
+def is_authority(certificate: x509.Certificate) -> bool:
+    basics = extension(certificate, x509.BasicConstraints)
+    return basics is not None and basics.ca
 
 
 def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
@@ -4264,7 +4368,9 @@ def has_weak_digest(certificate: x509.Certificate) -> bool:
 def read_revocation_lists(
     folder: pathlib.Path, authorities: Sequence[x509.Certificate]
 ) -> list[x509.CertificateRevocationList]:
-    """The lists in `client-crl.pem`; none without that file. Raises JobWorkerError if it cannot be relied on."""
+    """The lists in `client-crl.pem`, one for each issuer; none without that file. Raises JobWorkerError if one cannot
+    be relied on. An intermediate authority's list is verified with its certificate, which the folder must have.
+    """
     path = folder / CRL_FILE
     try:
         content = path.read_bytes()
@@ -4277,10 +4383,13 @@ def read_revocation_lists(
         raise JobWorkerError(f"{path} cannot be read: it holds no revocation list (X509 CRL) in PEM")
     try:
         lists = [x509.load_pem_x509_crl(block) for block in blocks]
+        issuers = with_intermediates(authorities, certificates_of(folder))
         for each in lists:
-            signers = [authority for authority in authorities if authority.subject == each.issuer]
-            if not any(each.is_signature_valid(authority.public_key()) for authority in signers):  # type: ignore[arg-type]
-                raise JobWorkerError(f"{path} is not signed by an authority in client-ca.pem")
+            if not any(is_list_of(each, issuer) for issuer in issuers):
+                raise JobWorkerError(
+                    f"a list in {path} is not signed by an authority in client-ca.pem, nor by one below it whose "
+                    f"certificate is in {folder}: its issuer is {written_name(each.issuer)}"
+                )
             if any(value.critical for value in each.extensions):
                 raise JobWorkerError(
                     f"{path} is a partial list (a delta, or of one kind), and the server needs a whole one"
@@ -4288,6 +4397,15 @@ def read_revocation_lists(
     except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
         raise JobWorkerError(f"{path} cannot be read: {error}") from None
     return lists
+
+
+def is_list_of(revocations: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
+    """Whether this authority's key signed a revocation list in its name."""
+    if revocations.issuer != issuer.subject:
+        return False
+    with contextlib.suppress(TypeError):  # the signature is not of the key's kind
+        return revocations.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
+    return False
 
 
 Revoked: TypeAlias = "frozenset[tuple[bytes, int]]"  # the issuer's name in DER, and the serial
@@ -4305,7 +4423,30 @@ def renewable_roles(known: Sequence[x509.Certificate], name: str, revoked: Revok
 
 
 def revoked_of(lists: Iterable[x509.CertificateRevocationList]) -> Revoked:
-    return frozenset((each.issuer.public_bytes(), entry.serial_number) for each in lists for entry in each)
+    return frozenset(revocation_days(lists))
+
+
+def revocation_days(lists: Iterable[x509.CertificateRevocationList]) -> dict[tuple[bytes, int], str]:
+    """The day on which each certificate was revoked, in UTC."""
+    return {
+        (each.issuer.public_bytes(), entry.serial_number): entry.revocation_date_utc.date().isoformat()
+        for each in lists
+        for entry in each
+    }
+
+
+def overdue_warnings(lists: Iterable[x509.CertificateRevocationList]) -> Iterator[str]:
+    """A sentence for each list whose issuer promised a newer one before now (RFC 5280, 5.1.2.5)."""
+    for each in lists:
+        if each.next_update_utc and each.next_update_utc.timestamp() < time.time():
+            yield (
+                f"warning: the revocation list of {written_name(each.issuer)} should have been replaced on "
+                f"{each.next_update_utc.date()}; it stays in force, and may lack later revocations"
+            )
+
+
+def written_name(name: x509.Name) -> str:
+    return repr(printable(name.rfc4514_string()))
 
 
 def mark_of(certificate: x509.Certificate) -> tuple[bytes, int]:
@@ -4316,7 +4457,7 @@ def mark_of(certificate: x509.Certificate) -> tuple[bytes, int]:
 def add_to_revocation_list(folder: pathlib.Path, authority: CertifiedKey, serials: Iterable[int]) -> None:
     """Write `client-crl.pem` anew with more serials. It keeps the entries that it has, and other authorities' lists."""
     present = read_revocation_lists(folder, load_authorities(folder))
-    own = [each for each in present if each.is_signature_valid(authority.certificate.public_key())]  # type: ignore[arg-type]
+    own = [each for each in present if is_list_of(each, authority.certificate)]
     numbers = [value.crl_number for each in own if (value := extension(each, x509.CRLNumber))]
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = (
@@ -4453,7 +4594,7 @@ def weakness(chain: Sequence[x509.Certificate]) -> str:
 
 
 def subject_of(certificate: x509.Certificate) -> str:
-    return f"the certificate {printable(certificate.subject.rfc4514_string())!r}"
+    return f"the certificate {written_name(certificate.subject)}"
 
 
 def chains_to(
@@ -4468,11 +4609,6 @@ def chains_to(
         if is_authority(issuer) and is_issued_by(leaf, issuer):
             rest = [other for other in intermediates if other is not issuer]
             yield from ((leaf, *chain) for chain in chains_to(authorities, issuer, rest))
-
-
-def is_authority(certificate: x509.Certificate) -> bool:
-    basics = extension(certificate, x509.BasicConstraints)
-    return basics is not None and basics.ca
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4983,19 +5119,22 @@ class ServerCertificates:
         self._changed = False
         self._server_until = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._list: bytes | None = None  # the revocation list as it was read last
+        self._list: bytes | None = None  # the file of revocation lists as it was read last
+        self._list_fault = ""  # why it is not in force; empty: it is
+        self._lists: Sequence[x509.CertificateRevocationList] = ()  # those in force
         self._inotify = Inotify(self._check_list)
 
     def load(self) -> None:
         """Read the folder. Raises JobWorkerError, and then what was in force stays in force."""
         key, certificates, authorities, until = read_server_folder(self._folder)
-        self._list = self._read_list()
-        revoked = revoked_of(read_revocation_lists(self._folder, authorities))
+        content = self._read_list()
+        lists = read_revocation_lists(self._folder, authorities)
         ordered = valid_authorities_first(authorities)
         self._configuration = grpc.ssl_server_certificate_configuration([(key, certificates)], ordered)
         self._changed = True
         self._authorities, self._server_until = authorities, until
-        self._gate.use(Trust(ordered, revoked))
+        self._list, self._list_fault, self._lists = content, "", lists
+        self._gate.use(Trust(ordered, revoked_of(lists)))
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -5023,7 +5162,7 @@ class ServerCertificates:
             if made:
                 say(made)
                 self.load()
-            for warning in end_warnings(self._folder):
+            for warning in (*end_warnings(self._folder), *overdue_warnings(self._lists)):
                 say(warning)
         except (JobWorkerError, OSError, ValueError) as error:
             say(f"{self._folder}/server.pem cannot be renewed: {error}")
@@ -5039,22 +5178,28 @@ class ServerCertificates:
 
     def _check_list(self) -> None:
         """Put a changed revocation list in force. One that is gone or unreadable changes nothing: an accident must
-        admit no client that was revoked.
+        admit no client that was revoked. It is read again at each change of the folder, which may bring the certificate
+        of its issuer.
         """
         content = self._read_list()
-        if content == self._list:
+        if content == self._list and not self._list_fault:
             return
         self._list = content
-        if content is None:
-            say(f"the revocation list stays as it was: {self._folder / CRL_FILE} cannot be read")
-            return
+        known, self._list_fault = self._list_fault, "" if content else f"{self._folder / CRL_FILE} cannot be read"
         try:
-            revoked = revoked_of(read_revocation_lists(self._folder, self._authorities))
+            lists = read_revocation_lists(self._folder, self._authorities)
         except JobWorkerError as error:
-            say(f"the revocation list stays as it was: {error}")
+            self._list_fault = str(error)
+        if self._list_fault:
+            if self._list_fault != known:
+                say(f"the revocation list stays as it was: {self._list_fault}")
             return
+        self._lists = lists
+        revoked = revoked_of(self._lists)
         self._gate.use(dataclasses.replace(self._gate.trust, revoked=revoked))
         say(f"the revocation list is read again; it has {count_of(len(revoked), 'entry', 'entries')}")
+        for warning in overdue_warnings(self._lists):
+            say(warning)
 
     def credentials(self) -> grpc.ServerCredentials:
         self._changed = False
@@ -5960,7 +6105,8 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         help="print one file for the client (key, certificate, server authority, the server's address; "
         "default: this machine's name); no file of the identity is left here",
     )
-    parser.add_argument("--list", action="store_true", help="print the identities of this folder as a table")
+    table = "print the identities of this folder as a table; its column REVOKED has the day, or `no`"
+    parser.add_argument("--list", action="store_true", help=table)
 
 
 def run_identity(options: argparse.Namespace) -> int:
@@ -6024,15 +6170,16 @@ def check_new_name(folder: pathlib.Path, name: str, known: Sequence[x509.Certifi
 def list_identities(folder: pathlib.Path) -> int:
     """Print every client's certificate that the folder knows of, and what else its revocation list has."""
     authorities = load_authorities(folder)
-    revoked = revoked_of(read_revocation_lists(folder, authorities))
-    known = {mark_of(each): each for authority in authorities for each in issued_certificates(folder, authority)}
+    revoked = revocation_days(read_revocation_lists(folder, authorities))
+    issuers = with_intermediates(authorities, certificates_of(folder))
+    known = {mark_of(each): each for issuer in issuers for each in issued_certificates(folder, issuer)}
     rows = [("NAME", "ROLES", "SERIAL", "FROM", "UNTIL", "REVOKED")]
     for mark, each in known.items():
         name, roles, _ = read_identity(each)
         since = each.not_valid_before_utc.date().isoformat()
-        revocation = "yes" if mark in revoked else "no"
-        rows.append((printable(name), ",".join(sorted(roles)), f"{mark[1]:x}", since, day_of(each), revocation))
-    rows += [("-", "-", f"{mark[1]:x}", "-", "-", "yes") for mark in sorted(revoked - set(known))]
+        revocation = revoked.get(mark, "no")
+        rows.append((printable(name), ",".join(sorted(roles)) or "-", f"{mark[1]:x}", since, day_of(each), revocation))
+    rows += [("-", "-", f"{mark[1]:x}", "-", "-", revoked[mark]) for mark in sorted(revoked.keys() - known.keys())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -6052,29 +6199,56 @@ def add_revoke_arguments(parser: argparse.ArgumentParser) -> None:
 def run_revoke(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.certs) if options.certs else default_certs()
     with locked_folder(folder):
-        authority = load_authority(folder, "client-ca")
-        serials = chosen_serials(folder, authority.certificate, utf8_text(options.identity))
-        add_to_revocation_list(folder, authority, serials)
-    written = ", ".join(f"{serial:x}" for serial in serials)
+        chosen = chosen_certificates(folder, utf8_text(options.identity))
+        authorities = [certified_issuer(folder, issuer) for issuer in chosen]  # all of them, before the first change
+        for authority, serials in zip(authorities, chosen.values(), strict=True):
+            add_to_revocation_list(folder, authority, serials)
+    written = ", ".join(f"{serial:x}" for serials in chosen.values() for serial in serials)
     print(f"revoked {printable(options.identity)}: {written}; a server of {folder} refuses it from now on")
     return 0
 
 
-def chosen_serials(folder: pathlib.Path, authority: x509.Certificate, word: str) -> list[int]:
-    """The serials of the certificates that a word stands for. Raises JobWorkerError."""
+def chosen_certificates(folder: pathlib.Path, word: str) -> dict[x509.Certificate, list[int]]:
+    """The serials of the certificates that a word stands for, by their issuers. Raises JobWorkerError."""
+    authorities = load_authorities(folder)
     if "/" in word or word.endswith(".pem"):
         blocks = pem_blocks(read_file(pathlib.Path(word)), b"CERTIFICATE")
-        certificate = x509.load_pem_x509_certificate(blocks[0]) if blocks else None
-        if certificate is None or not is_issued_by(certificate, authority):
-            raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
-        return [certificate.serial_number]
-    known = [each for each in issued_certificates(folder, authority) if read_identity(each)[0] == word]
-    if known:
-        return [each.serial_number for each in known]
-    serial = word.removeprefix("0x").replace(":", "")
-    if re.fullmatch("[0-9a-fA-F]{8,40}", serial):
-        return [int(serial, 16)]
+        sent = [x509.load_pem_x509_certificate(block) for block in blocks]
+        issuers = with_intermediates(authorities, [*certificates_of(folder), *sent])
+        for issuer in issuers:
+            if sent and is_issued_by(sent[0], issuer):
+                return {issuer: [sent[0].serial_number]}
+        raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
+    issuers = with_intermediates(authorities, certificates_of(folder))
+    issued = {issuer: issued_certificates(folder, issuer) for issuer in issuers}
+    number = serial_in(word)
+    for chosen in (lambda each: read_identity(each)[0] == word, lambda each: each.serial_number == number):
+        found = {issuer: [each.serial_number for each in known if chosen(each)] for issuer, known in issued.items()}
+        if any(found.values()):
+            return {issuer: serials for issuer, serials in found.items() if serials}
+    if number is not None:
+        return {authorities[0]: [number]}
     raise JobWorkerError(f"{folder} has no certificate of {word!r}; `identity --list` prints names and serials")
+
+
+def serial_in(word: str) -> int | None:
+    digits = word.removeprefix("0x").replace(":", "")
+    return int(digits, 16) if re.fullmatch("[0-9a-fA-F]{8,40}", digits) else None
+
+
+def certified_issuer(folder: pathlib.Path, issuer: x509.Certificate) -> CertifiedKey:
+    """An authority with its key, which signs its revocation list. Raises JobWorkerError if its key is not here."""
+    if issuer == load_authorities(folder)[0]:
+        return load_authority(folder, "client-ca")
+    for path in sorted(folder.glob("*.key")):
+        with contextlib.suppress(ValueError, TypeError, JobWorkerError, exceptions.UnsupportedAlgorithm):
+            key: Any = serialization.load_pem_private_key(read_key(path), password=None)
+            if key.public_key() == issuer.public_key():
+                return CertifiedKey(issuer, key)
+    raise JobWorkerError(
+        f"the certificate is from the authority {written_name(issuer.subject)}, whose key is not in {folder}; "
+        f"`openssl ca -gencrl` makes a list where that key is, and the list is then added to {folder / CRL_FILE}"
+    )
 
 
 UNIT = """\
