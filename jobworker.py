@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     import binascii
     import ctypes
     import datetime
+    import io
     import ipaddress
     import json
     import pathlib
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     import zlib
     from collections.abc import (
         AsyncGenerator,
+        AsyncIterable,
         AsyncIterator,
         Awaitable,
         Callable,
@@ -113,6 +115,7 @@ __all__ = [
     "Ending",
     "ExhaustedError",
     "IdTakenError",
+    "InputError",
     "Job",
     "JobRequest",
     "JobStatus",
@@ -202,6 +205,7 @@ IO_FLOOR = MIB  # bytes a second; below it a kill waits for minutes until writte
 NO_BOUND = (1 << 63) - 1
 OWNER_MEMORY, OWNER_PIDS = 0.75, 0.25  # shares of the machine's memory and of its process numbers, for one owner
 OWNER_CALLS, OWNER_STREAMS = 64, 512  # calls and streams that one owner has open at the same time
+OWNER_INPUTS = 128  # jobs of one owner whose input has not ended; each holds a message, a pipe and a descriptor
 SHIMS_IO_LIMIT = 512 * MIB  # bytes a second that all shims together may write
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
@@ -211,6 +215,8 @@ JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-
 ROLES = ("admin", "user")
 
 READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
+INPUT_BYTES = 256 * KIB  # of an input: of one message, and of the pipe; 64 KiB took 1.8 times the CPU time
+INPUT_SECONDS = 60.0  # from a job's start until somebody begins to send its input; later it is stopped
 STREAMS_BYTES = 4 * MIB  # from here on the streams of one owner have smaller messages
 COALESCE_SECONDS = 0.002  # shortest time between two wake-ups of a follower; what is written meanwhile is one message
 FOLLOWER_SECONDS = 0.0002  # for each follower that is woken, until the next wake-up; a message costs the server 0.1 ms
@@ -290,6 +296,12 @@ class StillRunningError(JobWorkerError):
     status = "FAILED_PRECONDITION"
 
 
+class InputError(JobWorkerError):
+    """A job takes no input, or no more."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class ExhaustedError(JobWorkerError):
     status = "RESOURCE_EXHAUSTED"
 
@@ -312,6 +324,12 @@ class KernelError(JobWorkerError):
 
 class OldServerError(JobWorkerError):
     """The server does not know a call that the client's verb needs."""
+
+
+class InputCutError(JobWorkerError):
+    """A job did not get all of its input, and was stopped."""
+
+    exit_code = 255
 
 
 class UsageError(JobWorkerError):
@@ -927,6 +945,50 @@ class Bell:
         await self._next.wait()
 
 
+class Feed:
+    """The server's end of the pipe that is a job's standard input. It never blocks, and it holds no bytes."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.size = 0  # bytes that the pipe has taken
+        self.taken = False  # a caller sends the input, or has sent it
+        self.ended = False  # the job's shim was told the end of input
+
+    @property
+    def is_open(self) -> bool:
+        return self._descriptor >= 0
+
+    async def write(self, chunk: bytes) -> bool:
+        """Return when the pipe has taken all bytes. False: no process of the job reads it any more."""
+        rest = memoryview(chunk)
+        while rest and self.is_open:
+            try:
+                count = os.write(self._descriptor, rest)
+            except BlockingIOError:
+                await self._until_writable()
+            except BrokenPipeError:
+                return False
+            else:
+                self.size += count
+                rest = rest[count:]
+        return not rest
+
+    async def _until_writable(self) -> None:
+        loop, writable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_writer(self._descriptor, writable.set)
+        try:
+            await writable.wait()
+        finally:
+            if self.is_open:
+                loop.remove_writer(self._descriptor)
+
+    def close(self) -> None:
+        if self.is_open:
+            asyncio.get_running_loop().remove_writer(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 class Inotify:
     """One inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask.
 
@@ -1186,7 +1248,8 @@ class LineSearch:
 NEXT_PHASES: dict[str, tuple[str, ...]] = {
     "": ("born",),  # the shim has the request; the command may run from here on
     "born": ("started", "failed", "exited"),  # exited: the shim was lost between the fork and `started`
-    "started": ("exited",),
+    "started": ("input-ended", "exited"),
+    "input-ended": ("exited",),  # every byte of input is in the job's pipe, or the job had closed it
     "failed": (),  # the command could not be run
     "exited": ("done",),  # the main process ended; other processes of the job may live
     "done": (),  # no process of the job is left, and its output is complete
@@ -1226,6 +1289,7 @@ class Spec:
     cwd: str = ""  # relative to `home`; empty: `home`
     name: str = ""
     confine: bool = False  # whether the job is confined (section 6)
+    input: bool = False  # whether standard input is a pipe; otherwise it is /dev/null
     hidden: tuple[str, ...] = ()  # folders that a confined job sees empty
     split: bool = False  # whether standard error is kept apart from standard output
     args_left_out: int = 0  # how many arguments more job.json holds; see `SPEC_HEAD_BYTES`
@@ -1356,6 +1420,11 @@ class Events:
         return Ending(status, int(code), int(number), self.facts.get("done.reason", reason).strip("-"), by.strip("-"))
 
     @property
+    def input_bytes(self) -> int | None:
+        """How much input the job was given; None: the end of its input was not said."""
+        return int(self.facts["input-ended.bytes"]) if "input-ended.bytes" in self.facts else None
+
+    @property
     def usage(self) -> Usage:
         def number(name: str, kind: Callable[[str], Any]) -> Any:
             text = self.facts.get(f"done.{name}", "None")
@@ -1427,7 +1496,20 @@ class SignalRequest:
         return f"signal {self.number}\n".encode()
 
 
-def parse_request_line(line: bytes) -> StopRequest | SignalRequest | None:
+@dataclasses.dataclass(frozen=True)
+class InputEnd:
+    """A request to close the pipe of the job's input, which has had `size` bytes."""
+
+    size: int
+
+    def to_line(self) -> bytes:
+        return f"end-input {self.size}\n".encode()
+
+
+Request: TypeAlias = "StopRequest | SignalRequest | InputEnd"
+
+
+def parse_request_line(line: bytes) -> Request | None:
     """The request in one line of `control`; None for a line that this version does not know."""
     words = line.decode("ascii", "replace").split(" ")
     reason, by = (words[-1][1:], "") if words[-1].startswith("!") else ("", words[-1])
@@ -1438,6 +1520,8 @@ def parse_request_line(line: bytes) -> StopRequest | SignalRequest | None:
             return StopRequest(reason, by, int(words[1]), float(words[2]))
         if words[0] == "signal" and len(words) == 2:
             return SignalRequest(int(words[1]))
+        if words[0] == "end-input" and len(words) == 2:
+            return InputEnd(int(words[1]))
     return None
 
 
@@ -1552,7 +1636,7 @@ class JobFolder:
     def has_events(self) -> bool:
         return os.path.exists(f"{self.path}/events")
 
-    def send_request(self, request: StopRequest | SignalRequest) -> bool:
+    def send_request(self, request: Request) -> bool:
         """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7)).
 
         Half of the FIFO is for kills, so that other requests, which a stopped shim does not read, keep none away.
@@ -1710,7 +1794,7 @@ def delete_file(name: str, folder: int) -> bool:
     return True
 
 
-def receive_requests(control: int) -> list[StopRequest | SignalRequest]:
+def receive_requests(control: int) -> list[Request]:
     """The requests in `control`, oldest first. A write of at most PIPE_BUF bytes is atomic (pipe(7))."""
     lines = os.read(control, 64 * KIB).split(b"\n")
     return [request for line in lines if (request := parse_request_line(line)) is not None]
@@ -2142,7 +2226,7 @@ def receive_request(channel: socket.socket) -> tuple[bytes, list[int]] | None:
 
     `socket.recv_fds` ignores its flags. Without MSG_CMSG_CLOEXEC the jobs would inherit `control` and `events`.
     """
-    packet, ancillary, _, _ = channel.recvmsg(PACKET_BYTES + KIB, socket.CMSG_SPACE(3 * 4), socket.MSG_CMSG_CLOEXEC)
+    packet, ancillary, _, _ = channel.recvmsg(PACKET_BYTES + KIB, socket.CMSG_SPACE(5 * 4), socket.MSG_CMSG_CLOEXEC)
     if not packet:
         return None
     descriptors = [number for _, _, data in ancillary for number in memoryview(data).cast("i")]
@@ -2151,7 +2235,7 @@ def receive_request(channel: socket.socket) -> tuple[bytes, list[int]] | None:
 
 def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
     """The shim process. Every path ends in `os._exit`. A shim that ends without `done` in `events` is lost."""
-    control, events, *cgroup = descriptors
+    control, events, *more = descriptors
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -2162,7 +2246,8 @@ def run_shim(packet: bytes, descriptors: Sequence[int]) -> NoReturn:
         elif kind == "finish":
             finish_lost(folder, spec, events)
         else:
-            Shim(folder, spec, control, events).run(cgroup[0] if cgroup else -1)
+            cgroup = more.pop() if spec.cgroup else -1
+            Shim(folder, spec, control, events, more).run(cgroup)
     except BaseException as error:  # noqa: BLE001
         with contextlib.suppress(OSError):  # for a person who reads the file; this line has no phase
             os.write(events, f"crashed {type(error).__name__} {error}\n".encode())
@@ -2264,11 +2349,14 @@ def drain_all(pumps: Sequence[Pump]) -> StopRequest | None:
 class Shim:
     """The parent of one job's main process: it moves the output, carries out requests and limits, records the end."""
 
-    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int) -> None:
+    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int, stdin: Sequence[int]) -> None:
         self._folder = folder
         self._spec = spec
         self._control = control
         self._events = events
+        # Both ends of the pipe of the job's input, if it has one. The shim holds the write end until the end of input
+        # is said, so that the job sees no end of input if the server dies.
+        self._stdin = list(stdin)
         self._processes = spec.processes()
         self._pidfd = -1
         self._request: StopRequest | None = None  # the first one that ends the job
@@ -2291,6 +2379,8 @@ class Shim:
             return
         for _, writer in pipes:
             os.close(writer)
+        if self._stdin:
+            os.close(self._stdin.pop(0))  # only the job reads, so that the server sees that the job closed its input
         if not self._spec.cgroup:
             reap_orphans(process)
         if cgroup >= 0:
@@ -2306,7 +2396,7 @@ class Shim:
         """Start the main process. Returns its pid and, if its command could not be run, why. Raises OSError."""
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         steps = steps_of(self._folder, self._spec)
-        process, self._pidfd, errpipe = start_process(self._spec, cgroup, writers, steps)
+        process, self._pidfd, errpipe = start_process(self._spec, cgroup, self._stdin[:1], writers, steps)
         self._wait_for_exec(errpipe)
         return process, check_exec(process, errpipe)
 
@@ -2356,11 +2446,19 @@ class Shim:
         for request in receive_requests(self._control) if self._control in ready else ():
             if isinstance(request, SignalRequest):
                 self._signal_main_process(request.number)
+            elif isinstance(request, InputEnd):
+                self._end_input(request.size)
             else:
                 self._stop(request)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             # After a signal this is the end of the grace: the first request stays on record.
             self._stop(StopRequest("TIMEOUT"))
+
+    def _end_input(self, size: int) -> None:
+        """Record the end of input, and close the pipe. The server closes its own end when it has read the record."""
+        if self._stdin:
+            write_event(self._events, "input-ended", bytes=size)
+            os.close(self._stdin.pop())
 
     def _stop(self, request: StopRequest) -> None:
         """End the job as requested. The first request is recorded; a later one can only end the job sooner."""
@@ -2408,7 +2506,7 @@ class Shim:
         if number == signal.SIGKILL and self._processes.out_of_memory_kills():
             return Ending("STOPPED", code, number, "OOM")
         incomplete = request or exhausted
-        reason = incomplete.reason if incomplete and incomplete.reason != "TIMEOUT" else ""
+        reason = incomplete.reason if incomplete and incomplete.reason not in ("TIMEOUT", "INPUT_CUT") else ""
         return Ending("FINISHED", code, number, reason)
 
 
@@ -2432,6 +2530,26 @@ def make_pipe(spec: Spec) -> tuple[int, int]:
     return pipe, writer
 
 
+def make_input_pipe(spec: Spec) -> tuple[int, int]:
+    """The pipe of the job's standard input. The server makes it and writes to it, and the job's uid owns it.
+
+    It is no FIFO in the job's folder: an open of /dev/stdin would wait for a writer if the end of input was said
+    before (fifo(7)), and a script of one line ends before an interpreter opens it.
+    """
+    stdin, feed = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.set_blocking(feed, False)
+        with contextlib.suppress(OSError):  # as in `make_pipe`
+            fcntl.fcntl(feed, fcntl.F_SETPIPE_SZ, INPUT_BYTES)
+        if spec.uid != os.geteuid():
+            os.fchown(stdin, spec.uid, spec.gid)
+    except OSError:
+        os.close(stdin)
+        os.close(feed)
+        raise
+    return stdin, feed
+
+
 def reap_orphans(main_process: int) -> None:
     """Reap the job's orphans, which become children of the shim, but not the main process: `_ending` reaps that one."""
 
@@ -2445,12 +2563,14 @@ def reap_orphans(main_process: int) -> None:
     signal.signal(signal.SIGCHLD, reap)
 
 
-def start_process(spec: Spec, cgroup: int, writers: Sequence[int], steps: Sequence[Step]) -> tuple[int, int, int]:
+def start_process(
+    spec: Spec, cgroup: int, stdin: Sequence[int], writers: Sequence[int], steps: Sequence[Step]
+) -> tuple[int, int, int]:
     """Start the job's main process in its cgroup. Returns its pid, its pidfd, and the pipe that `check_exec` reads."""
     errpipe_read, errpipe_write = os.pipe2(os.O_CLOEXEC)
     process, pidfd, in_cgroup = clone_into(cgroup)
     if process == 0:
-        become_job(spec, writers, errpipe_write, "" if in_cgroup else spec.cgroup, steps)
+        become_job(spec, stdin, writers, errpipe_write, "" if in_cgroup else spec.cgroup, steps)
     os.close(errpipe_write)
     return process, pidfd, errpipe_read
 
@@ -2506,7 +2626,9 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     return process, os.pidfd_open(process) if process else -1, False
 
 
-def become_job(spec: Spec, writers: Sequence[int], errpipe: int, cgroup: str, steps: Sequence[Step]) -> NoReturn:
+def become_job(
+    spec: Spec, stdin: Sequence[int], writers: Sequence[int], errpipe: int, cgroup: str, steps: Sequence[Step]
+) -> NoReturn:
     """The child: takes the job's cgroup, session, descriptors, confinement and uid, and runs the command.
 
     Every exception becomes a StartFailure in `errpipe`, which closes on a successful exec.
@@ -2516,6 +2638,8 @@ def become_job(spec: Spec, writers: Sequence[int], errpipe: int, cgroup: str, st
         if cgroup:
             Cgroup(cgroup).attach(0)
         os.setsid()
+        for descriptor in stdin:  # none: it stays /dev/null
+            os.dup2(descriptor, 0)
         os.dup2(writers[0], 1)
         os.dup2(writers[-1], 2)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -2819,6 +2943,7 @@ class JobRequest:
     name: str = ""
     split: bool = False  # keep standard error apart from standard output
     confine: bool = False  # a job with `run_as` is confined only if this asks for it; others always
+    input: bool = False  # standard input comes with `Worker.send_input`
     admin: bool = False  # it may use the places that are kept for admins
 
 
@@ -3085,6 +3210,7 @@ class JobStatus:
     started: float  # seconds since 1970; 0: not yet
     ended: float
     output_bytes: int
+    input_bytes: int
     memory_current: int
     notes: tuple[str, ...]
     error_bytes: int = 0  # of standard error, if it is kept apart; `output_bytes` is standard output then
@@ -3109,6 +3235,7 @@ class Job:
         "_spec",
         "bell",
         "events",
+        "feed",
         "finisher_waits",
         "finishers",
         "folder",
@@ -3123,6 +3250,7 @@ class Job:
         self.events = Events()
         self.bell = Bell()  # rings when `events` changes, and when the job leaves the table
         self.tail: Tail | None = None  # while a client follows the output
+        self.feed: Feed | None = None  # of a job with input, in the server that started it
         self.watch: int | None = None  # on `events`, until the shim is gone
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
@@ -3185,7 +3313,30 @@ class Job:
         events = self.folder.read_events()
         if closed or events.phase != "done":
             self.events = events
+        if events.input_bytes is not None:
+            self.close_feed()  # the shim has closed its end before, so the job now sees the end of input
         self.bell.ring()
+
+    @property
+    def input_bytes(self) -> int:
+        """How much input the job was given. A job that ended before the end of its input has no record of it."""
+        recorded = self.events.input_bytes
+        return recorded if recorded is not None else self.feed.size if self.feed else 0
+
+    def close_feed(self) -> None:
+        if self.feed is not None:
+            self.feed.close()
+
+    def cut_untaken_input(self) -> None:
+        """Stop the job if its caller was lost between the start and the input. It would wait for ever."""
+        if self.feed is not None and self.feed.is_open and not self.feed.taken:
+            self.cut_input()
+
+    def cut_input(self) -> None:
+        """Stop the job if the end of its input was not said: a part of an input must never pass for the whole."""
+        if not self.ended and self.events.input_bytes is None and not (self.feed and self.feed.ended):
+            self.folder.send_request(StopRequest("INPUT_CUT"))
+        self.close_feed()
 
 
 class Retention:
@@ -3330,15 +3481,22 @@ class Worker:
         await self._resources.aclose()
 
     def begin_shutdown(self) -> None:
-        """End every stream and every wait with UnavailableError. The jobs go on."""
+        """End every stream and every wait with UnavailableError. The jobs go on, except those whose input is cut."""
         self._inotify.close()
         for job in self._table.values():
+            if job.feed is not None:
+                job.cut_input()
             job.ring()
 
     @property
     def running(self) -> int:
         """How many jobs have not ended."""
         return len(self._table) - len(self._retention)
+
+    @property
+    def feeds(self) -> int:
+        """How many jobs have input whose end was not said. A server that stops cuts it."""
+        return sum(1 for job in self._table.values() if job.feed and job.feed.is_open)
 
     def notes(self) -> tuple[str, ...]:
         """What this machine, or a server without root, cannot give to a job; one sentence each."""
@@ -3383,8 +3541,8 @@ class Worker:
         spec = job.spec
         if spec.owner == request.owner and spec.args_left_out:
             spec = job.folder.read_spec() or spec
-        asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name)
-        if (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name) != asked:
+        asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name, request.input)
+        if (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name, spec.input) != asked:
             raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
         return job
 
@@ -3407,7 +3565,7 @@ class Worker:
             max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
             env=request.env, cwd=request.cwd, name=request.name, split=request.split,
-            confine=confine, hidden=self._hidden if confine else (),
+            confine=confine, hidden=self._hidden if confine else (), input=request.input,
         )  # fmt: skip
 
     def _check_places(self, request: JobRequest) -> None:
@@ -3419,6 +3577,10 @@ class Worker:
             raise ExhaustedError(
                 f"{own} jobs of {request.owner!r} are running, and `serve --owner-jobs` allows no more"
             )
+        if request.input:
+            feeds = sum(1 for job in self._running.get(request.owner, ()) if job.feed and job.feed.is_open)
+            if feeds >= OWNER_INPUTS:
+                raise ExhaustedError(f"{feeds} jobs of {request.owner!r} wait for input, and no more may")
 
     def _count_running(self, job: Job) -> None:
         self._running.setdefault(job.owner, set()).add(job)
@@ -3458,12 +3620,26 @@ class Worker:
                 text = spec.to_json()
                 job.folder.write_spec(text)
                 self._watch(job)
+                descriptors += self._make_feed(job, spec, handed_over)
                 descriptors += self._make_cgroup(spec, handed_over)
                 self._launcher.send("start", job.folder, text, descriptors)
             if len(text) > SPEC_HEAD_BYTES:
                 job.keep_spec(Spec.from_head(text) or spec)  # None: the command itself is that long
             undo.pop_all()
         return job
+
+    def _make_feed(self, job: Job, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
+        """Both ends of the pipe of the job's input, for the shim; none if it has no input."""
+        if not spec.input:
+            return []
+        try:
+            stdin, feed = make_input_pipe(spec)
+        except OSError as error:
+            raise disk_error("cannot make a pipe for the job's input", error) from error
+        handed_over.callback(os.close, stdin)
+        job.feed = Feed(feed)
+        asyncio.get_running_loop().call_later(INPUT_SECONDS, job.cut_untaken_input)
+        return [stdin, feed]
 
     def _make_cgroup(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
         if not spec.cgroup:
@@ -3499,6 +3675,7 @@ class Worker:
             started=events.seconds("started"),
             ended=events.seconds("exited") if ending else 0.0,
             output_bytes=job.folder.output_bytes(),
+            input_bytes=job.input_bytes,
             memory_current=processes.memory_current() if processes else 0,
             notes=job_notes(
                 spec.cgroup != "",
@@ -3517,6 +3694,55 @@ class Worker:
         """Send a signal to the main process of a job. Nothing happens if the job has ended."""
         if not job.ended:
             job.folder.send_request(SignalRequest(number))
+
+    async def send_input(self, job: Job, chunks: AsyncIterable[bytes]) -> int:
+        """Pass on a job's standard input, and at the end of `chunks` its end. Returns how many bytes the job was given.
+
+        The next chunk is asked for when the job's pipe has taken all of this one, so nothing is stored. It returns
+        early if the job ends, or closes its standard input. Input that is cut, because `chunks` raises or because this
+        task is cancelled, stops the job with the reason INPUT_CUT. Raises InputError, UnavailableError.
+        """
+        await self._until(job, lambda: job.events.phase not in ("", "born") or not self._in_table(job))
+        feed = self._free_feed(job)
+        if feed is None:
+            return job.input_bytes
+        feed.taken = True
+        sending = asyncio.ensure_future(self._send(job, feed, chunks))
+        end = asyncio.ensure_future(self.wait(job))
+        try:
+            await asyncio.wait((sending, end), return_when=asyncio.FIRST_COMPLETED)
+            await (sending if sending.done() else end)
+        except UnavailableError:
+            if feed.ended:
+                raise
+            raise UnavailableError(
+                f"the server is stopping, and the job is stopped, because its input was cut after {feed.size} bytes"
+            ) from None
+        finally:
+            job.cut_input()
+            for task in (sending, end):
+                task.cancel()
+            await asyncio.gather(sending, end, return_exceptions=True)
+        return job.input_bytes
+
+    def _free_feed(self, job: Job) -> Feed | None:
+        """The feed of a job whose input nobody sends yet; None: the job has ended. Raises InputError."""
+        if not job.spec.input:
+            raise InputError(f"job {job.id} was started without input: start it with `run -i` or `start --input`")
+        if job.ended:
+            return None
+        if job.feed is None or not job.feed.is_open:
+            raise InputError(f"the input of job {job.id} has ended")
+        if job.feed.taken:
+            raise InputError(f"another caller sends the input of job {job.id}")
+        return job.feed
+
+    async def _send(self, job: Job, feed: Feed, chunks: AsyncIterable[bytes]) -> None:
+        async for chunk in chunks:
+            if not await feed.write(chunk):
+                break  # the job has closed its standard input, or has ended; as with ssh, that is no error
+        feed.ended = job.folder.send_request(InputEnd(feed.size))
+        await self._until(job, lambda: job.events.input_bytes is not None or job.ended or not self._in_table(job))
 
     async def stop(self, job: Job, by: str = "", signal_number: int = 0, grace: float = 0.0, reason: str = "") -> None:
         """End the whole job, and return when it is dead. An ended job does not change.
@@ -3696,6 +3922,7 @@ class Worker:
         """Turn a running job into an ended one."""
         self._unwatch(job)
         self._uncount_running(job)
+        job.close_feed()
         job.keep_spec(None)
         self._retention.add(job)
         job.ring()
@@ -3738,6 +3965,7 @@ class Worker:
     def _remove_from_table(self, job: Job) -> None:
         """Remove a job from the table, and wake every task that waits for it."""
         self._unwatch(job)
+        job.close_feed()
         if self._in_table(job):
             del self._table[job.id]
         self._uncount_running(job)
@@ -3801,6 +4029,8 @@ class Worker:
         if spec is not None:
             self._count_running(job)
         self._settle(job, alive=alive)
+        if spec is not None and spec.input and alive:
+            job.cut_input()  # nobody can send the rest: only the earlier server had the pipe
 
     async def _retain(self) -> None:
         """Delete ended jobs after their time, or when their outputs exceed the bound. Other tasks run in between."""
@@ -4718,6 +4948,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
 # through `Service._checked`, which identifies the caller before anything else happens.
 
 SERVICE_NAME = "proto.WorkerService"
+SEND_INPUT = f"/{SERVICE_NAME}/SendInput"
 OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with the last lines: where each output does
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
@@ -4834,6 +5065,9 @@ class Service:
             "SignalJob": unary(self._signal, pb.SignalJobRequest),
             "ListJobs": grpc.unary_stream_rpc_method_handler(self._list),
             "GetOutputStream": grpc.unary_stream_rpc_method_handler(self._stream, response_serializer=frame_piece),
+            "SendInput": grpc.stream_unary_rpc_method_handler(
+                self._input, response_serializer=pb.SendInputResponse.SerializeToString
+            ),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
 
@@ -4864,7 +5098,7 @@ class Service:
         request = JobRequest(
             command=message.cmd, args=tuple(message.args), owner=caller.name, id=message.id, run_as=message.run_as,
             env=tuple(sorted(message.env.items())), cwd=message.cwd, name=message.name, split=message.split,
-            confine=message.confine,
+            confine=message.confine, input=message.input,
             admin=caller.admin,
             **{field: optional(message, field) for field in ("cpu", "memory", "pids", "io", "timeout", "max_output")},
         )  # fmt: skip
@@ -4947,6 +5181,34 @@ class Service:
                 async for piece in pieces:
                     await context.write(piece)
 
+    async def _input(self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with self._checked(context) as caller:
+            self._streams.enter(caller.name, context)
+            first = parse_request(pb.SendInputRequest, await anext(messages, b""))
+            job = allowed_job(self._worker, caller, first.id)
+            async with contextlib.aclosing(input_chunks(first.data, messages, context)) as chunks:
+                return pb.SendInputResponse(bytes=await self._worker.send_input(job, chunks))
+
+
+async def input_chunks(
+    chunk: bytes, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+) -> AsyncGenerator[bytes, None]:
+    """The bytes of an input: the first chunk, and those of the further messages.
+
+    gRPC ends `messages` in the same way when the client has sent all and when the client is lost. But it sends nothing
+    more to a client that is lost, so the answer's metadata tells the two apart, before the end of input is said.
+    """
+    yield checked_chunk(chunk)
+    async for message in messages:
+        yield checked_chunk(parse_request(pb.SendInputRequest, message).data)
+    await context.send_initial_metadata(STREAM_METADATA)
+
+
+def checked_chunk(chunk: bytes) -> bytes:
+    if len(chunk) > INPUT_BYTES:
+        raise BadRequestError(f"a message of input has {len(chunk)} bytes, and {INPUT_BYTES} are the most")
+    return chunk
+
 
 def parse_signal(name: str) -> int:
     """The number of a signal, from `TERM`, `SIGTERM` or `15`; 0 where the name is empty. Raises BadRequestError."""
@@ -5019,6 +5281,7 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         memory_current=status.memory_current,
         split=spec.split,
         error_bytes=status.error_bytes,
+        input_bytes=status.input_bytes,
     )
 
 
@@ -5036,6 +5299,7 @@ def left_out_note(spec: Spec) -> list[str]:
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
 LARGEST_MESSAGE = ARGUMENTS_BYTES + 64 * KIB  # bytes of a request
+READ_AHEAD_BYTES = 512 * KIB  # of a call, beyond the messages that it has asked for
 FEW_FILES = 4096  # descriptors; with fewer, `serve` warns
 CONNECTION_CALLS = 100  # open calls of one connection
 WAITING_CALLS = 1_000_000  # more than 10,000 connections can have open
@@ -5050,6 +5314,10 @@ SERVER_OPTIONS = [
     *KEEPALIVE_OPTIONS,
     ("grpc.http2.min_ping_interval_without_data_ms", PING_SECONDS * 1000),  # without it: GOAWAY too_many_pings
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),  # a silent connection holds a descriptor
+    # A window that adapts itself to the connection read up to 72 MB ahead for an input that its job did not read, and
+    # 100 of them took 5.6 GB. This one is fixed.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", READ_AHEAD_BYTES),
     ("grpc.so_reuseport", 0),  # without it a second server binds the same port and no error is reported
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
     ("grpc.max_concurrent_streams", CONNECTION_CALLS),
@@ -5243,7 +5511,11 @@ async def serve(options: ServeOptions) -> int:
         notify("STOPPING=1")
         if options.stop_jobs:
             await worker.stop_all(by="serve --stop-jobs")
-        say(f"stopping; {count_of(worker.running, 'job goes', 'jobs go')} on")
+        cut = worker.feeds
+        say(
+            f"stopping; {count_of(worker.running - cut, 'job goes', 'jobs go')} on"
+            + (f", and {count_of(cut, 'job is', 'jobs are')} stopped, because their input is cut" if cut else "")
+        )
         worker.begin_shutdown()  # before `server.stop`, which would wait for every follower until its grace is over
         await server.stop(0.3)
     return 0
@@ -5517,6 +5789,71 @@ class Sink:
             self.busy = False
 
 
+class Sending:
+    """The input of one job, which gRPC reads from `file` and sends in a thread of its own."""
+
+    def __init__(self, channel: grpc.Channel, job_id: str, file: io.FileIO) -> None:
+        self.job_id = job_id
+        self.size = 0  # bytes that were sent
+        self._file = file
+        self._failure = ""  # why the file could not be read
+        self._made = threading.Event()
+        call = channel.stream_unary(SEND_INPUT, pb.SendInputRequest.SerializeToString, pb.SendInputResponse.FromString)
+        # It waits for the connection: no byte was sent that could be lost.
+        self._call = call.future(self._messages(), wait_for_ready=True)
+        self._made.set()
+
+    def _messages(self) -> Iterator[pb.SendInputRequest]:
+        yield pb.SendInputRequest(id=self.job_id)
+        try:
+            while chunk := self._read():
+                yield pb.SendInputRequest(data=chunk)
+                self.size += len(chunk)
+        except OSError as error:
+            self._failure = f"cannot read {self._file.name or 'standard input'}: {error.strerror}"
+            self._made.wait()
+            self._call.cancel()  # before the end of this iterator, which gRPC sends as the end of input
+
+    def _read(self) -> bytes:
+        while (chunk := self._file.read(INPUT_BYTES)) is None:  # it does not block, and has nothing now
+            select.select([self._file], [], [])
+        return chunk
+
+    @property
+    def is_under_way(self) -> bool:
+        return not self._call.done()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the server may have taken nothing. Then it stops no job, and the job waits for its input."""
+        if not self._call.done() or self._call.code() in (grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION):
+            return False
+        return bool(self._failure) or not is_loss(self._call.code().name, self._call.details() or "")
+
+    def when_refused(self, act: Callable[[], None]) -> None:
+        """Call `act` once if that happens, in a thread of gRPC's."""
+        self._call.add_done_callback(lambda _: act() if self.is_refused else None)
+
+    def finish(self) -> None:
+        """Wait until the job has its input, or takes no more of it. Raises JobWorkerError."""
+        with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
+            self._call.result()
+        if failure := self.failure():
+            raise failure
+
+    def failure(self) -> JobWorkerError | None:
+        """Why the input was cut or refused; None: it was not, or it is under way."""
+        if not self._call.done() or self._call.code() is grpc.StatusCode.OK:
+            return None
+        details = self._failure or self._call.details() or self._call.code().name
+        if self._call.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            return JobWorkerError(details)
+        return self.cut(details)
+
+    def cut(self, reason: str = "the server was lost") -> InputCutError:
+        return InputCutError(f"the input of job {self.job_id} was cut after {self.size} bytes: {reason}")
+
+
 class Client:
     """Calls to one server. Every error is a JobWorkerError: the server's sentence, or why the server is not reached."""
 
@@ -5546,6 +5883,36 @@ class Client:
             return ask(request, timeout=timeout)
 
         return self._with_retries(attempt, repeat=method not in ONCE)
+
+    def start(self, request: pb.StartJobRequest) -> str:
+        """Start a job, and return its id. Raises OldServerError if it needs input and the server knows of none."""
+
+        def attempt(channel: grpc.Channel) -> str:
+            if request.input:
+                self._check_input(channel)
+            path = f"/{SERVICE_NAME}/StartJob"
+            ask = channel.unary_unary(path, pb.StartJobRequest.SerializeToString, pb.StartJobResponse.FromString)
+            return str(ask(request, timeout=CALL_SECONDS).ID)
+
+        job_id: str = self._with_retries(attempt)
+        return job_id
+
+    def _check_input(self, channel: grpc.Channel) -> None:
+        """An older server would start the job with /dev/null, so it is asked before the start."""
+        ask = channel.stream_unary(SEND_INPUT, pb.SendInputRequest.SerializeToString, pb.SendInputResponse.FromString)
+        try:
+            ask(iter([pb.SendInputRequest()]), timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise OldServerError(f"the one at {self._options.address} does not know `--input`") from None
+            if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:  # there is no job without an id
+                raise
+
+    @contextlib.contextmanager
+    def sending(self, job_id: str, file: io.FileIO) -> Iterator[Sending]:
+        """Send a file as the input of a job while the block runs. The end of the block cuts what is under way."""
+        with grpc.secure_channel(self._options.address, self._credentials, CLIENT_OPTIONS) as channel:
+            yield Sending(channel, job_id, file)
 
     def list(self, request: pb.ListJobsRequest) -> list[pb.GetStatusResponse]:
         """The jobs that the request asks for, oldest first."""
@@ -6331,6 +6698,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--env-file", action="append", metavar="FILE", default=[], help="a file of lines K=V")
     parser.add_argument("--cwd", metavar="DIR", default="", help="the working folder (default: the account's home)")
+    parser.add_argument("--input", metavar="FILE", help="send this file as standard input (default: there is none)")
+    parser.add_argument("-i", dest="input", action="store_const", const="-", help="the same as `--input -`: send stdin")
     for name, kind, _ in LIMIT_OPTIONS:
         parser.add_argument(
             f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default"
@@ -6410,20 +6779,63 @@ def start_request(options: argparse.Namespace) -> pb.StartJobRequest:
     return pb.StartJobRequest(
         cmd=command, args=args, id=utf8_text(options.id) or new_job_id(), run_as=utf8_text(options.run_as),
         env=environment_of(options), cwd=utf8_text(options.cwd), name=utf8_text(options.name),
-        confine=options.confine, split=options.split,
+        confine=options.confine, split=options.split, input=options.input is not None,
         **{name: value for name, value in limits.items() if value is not None},
     )  # fmt: skip
 
 
 def run_start(options: argparse.Namespace) -> int:
-    with client_of(options) as client:
-        job_id = client.call("StartJob", start_request(options), pb.StartJobResponse).ID
-    try:
-        print_line(f"started JobID: {job_id}")
-        sys.stdout.flush()
-    except OSError as error:
-        raise JobWorkerError(f"started job {job_id}, but standard output cannot be written: {error.strerror}") from None
+    request = start_request(options)
+    with open_input(options) as file, client_of(options) as client:
+        job_id = client.start(request)
+        failure = ""
+        try:
+            print_line(f"started JobID: {job_id}")
+            sys.stdout.flush()
+        except OSError as error:
+            failure = f"started job {job_id}, but standard output cannot be written: {error.strerror}"
+        if file is not None:
+            send_whole_input(client, job_id, file, options)
+    if failure:
+        raise JobWorkerError(failure)
     return 0
+
+
+@contextlib.contextmanager
+def open_input(options: argparse.Namespace) -> Iterator[io.FileIO | None]:
+    """The file that `--input` names; None: the job has no input. Raises JobWorkerError."""
+    if options.input is None:
+        yield None
+        return
+    name = 0 if options.input == "-" else options.input
+    try:
+        file = open(name, "rb", buffering=0, closefd=name != 0)  # noqa: SIM115  closed by the next block
+    except OSError as error:
+        raise JobWorkerError(f"cannot read {options.input}: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def send_whole_input(client: Client, job_id: str, file: io.FileIO, options: argparse.Namespace) -> None:
+    """Send a job's input to its end. Raises JobWorkerError."""
+    with client.sending(job_id, file) as sending:
+        try:
+            sending.finish()
+        except KeyboardInterrupt:
+            say(str(sending.cut("this client was interrupted")))
+            raise
+        except JobWorkerError:
+            if sending.is_refused:
+                stop_unfed(job_id, options)
+            raise
+
+
+def stop_unfed(job_id: str, options: argparse.Namespace) -> None:
+    """Stop a job whose input was refused, or it would wait for ever. It has a client of its own, because a thread of
+    gRPC's may call this.
+    """
+    with contextlib.suppress(JobWorkerError), client_of(options) as client:
+        client.call("StopJob", pb.StopJobRequest(id=job_id), pb.StopJobResponse)
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error
@@ -6478,8 +6890,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_options(parser)
     parser.epilog = (
         "Ctrl-C sends the job INT, and kills it after 10 s. A second Ctrl-C kills it at once.\n"
-        "If the terminal is closed, the job goes on. The exit code is the job's own, and 255\n"
-        "if that is unknown or if this client failed."
+        "If the terminal is closed, the job goes on. A job whose input is cut is stopped. The\n"
+        "exit code is the job's own, and 255 if that is unknown or if this client failed."
     )
 
 
@@ -6489,13 +6901,19 @@ def run_run(options: argparse.Namespace) -> int:
         options.split = not os.path.sameopenfile(1, 2)
     request = start_request(options)
     try:
-        with client_of(options) as client, InterruptibleSink() as sink:
-            return ForegroundJob(client, request, sink).run()
+        with contextlib.ExitStack() as resources:
+            file = resources.enter_context(open_input(options))
+            client = resources.enter_context(client_of(options))
+            job = ForegroundJob(client, request, resources.enter_context(InterruptibleSink()), file)
+            return job.run(resources, functools.partial(stop_unfed, request.id, options))
     except CannotRunError as error:
         say(str(error))
         return error.shell_code
     except UsageError:
         raise
+    except OldServerError as error:
+        say(f"`run` needs a newer server: {error}")
+        return 255
     except JobWorkerError as error:
         say(str(error))
         return 255
@@ -6504,28 +6922,33 @@ def run_run(options: argparse.Namespace) -> int:
 class ForegroundJob:
     """The job of one `run`. It ends with `run`, except if the terminal was closed or the server is lost."""
 
-    def __init__(self, client: Client, request: pb.StartJobRequest, sink: InterruptibleSink) -> None:
+    def __init__(
+        self, client: Client, request: pb.StartJobRequest, sink: InterruptibleSink, file: io.FileIO | None
+    ) -> None:
         self._client = client
         self._request = request
         self._sink = sink
+        self._file = file
+        self._sending: Sending | None = None
         self._interrupts = 0
 
-    def run(self) -> int:
-        """The exit code. Raises JobWorkerError."""
+    def run(self, resources: contextlib.ExitStack, stop_unfed: Callable[[], None]) -> int:
+        """The exit code. Raises JobWorkerError. `resources` holds the connection of the input."""
         started = False
         while True:
             try:
                 if not started:
-                    self._client.call("StartJob", self._request, pb.StartJobResponse)
+                    self._client.start(self._request)
                     started = True
+                if self._file is not None and self._sending is None:
+                    self._sending = resources.enter_context(self._client.sending(self._request.id, self._file))
+                    self._sending.when_refused(stop_unfed)
                 self._client.stream(self._request.id, self._sink)
-                status = self._client.call(
-                    "GetJobStatus", pb.GetStatusRequest(id=self._request.id), pb.GetStatusResponse
-                )
-                return exit_code_of(status)
+                return self._exit_code()
             except Interrupted as interrupt:
                 if interrupt.number == signal.SIGHUP:
-                    say(f"job {self._request.id} goes on")
+                    cut = self._sending is not None and self._sending.is_under_way
+                    say(f"job {self._request.id} {'is stopped: its input is cut' if cut else 'goes on'}")
                     return 128 + signal.SIGHUP
                 self._stop(interrupt.number)
             except BrokenPipeError:
@@ -6533,6 +6956,18 @@ class ForegroundJob:
                 raise
             except UnavailableError as error:
                 raise JobWorkerError(f"{error}; job {self._request.id} may go on") from None
+
+    def _exit_code(self) -> int:
+        """The exit code of the ended job. Raises JobWorkerError if it did not get its input."""
+        request = pb.GetStatusRequest(id=self._request.id)
+        status = self._client.call("GetJobStatus", request, pb.GetStatusResponse)
+        if self._sending is not None:
+            failure = self._sending.failure()
+            if failure is not None and (status.status == pb.STOPPED or not isinstance(failure, InputCutError)):
+                raise failure
+            if status.reason == "INPUT_CUT":
+                raise self._sending.cut()
+        return exit_code_of(status)
 
     def _stop(self, number: int) -> None:
         """Send the stop, and do not wait for the end: the job's output is written meanwhile."""
@@ -6776,6 +7211,7 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         "ended": iso_time(status.ended_ms),
         "outputBytes": status.output_bytes,
         **({"split": True, "errorBytes": status.error_bytes} if status.split else {}),
+        **({"inputBytes": status.input_bytes} if status.input_bytes else {}),
         "usage": {
             "cpuSeconds": status.cpu_seconds if status.ended_ms or status.cpu_seconds else None,
             "memoryCurrent": status.memory_current or None,

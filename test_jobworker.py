@@ -2646,8 +2646,8 @@ class Served:
         identity = () if role == "user" else ("-r", role)
         command = [*(program or PROGRAM), *words[:1], *identity, *words[1:]]
         return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False,
-            **{"env": environment, **popen},
+            command, capture_output=True, text=True, timeout=PATIENCE, check=False,
+            **{"env": environment, "stdin": None if "input" in popen else subprocess.DEVNULL, **popen},
         )  # fmt: skip
 
     def start(self, *words, role="user"):
@@ -7126,6 +7126,424 @@ def test_several_streams_hold_no_more_than_a_bound_of_a_line_that_does_not_end(s
             text = client.stdout.read(200_000)  # while the line has no end
             assert text.startswith(prefix)
             assert set(text.replace(prefix, b"").replace(b"\n", b"")) == {0}
+
+
+# --- Input ----------------------------------------------------------------------------------------------
+# The standard input of jobs: byte for byte, with its exact end, bounded in memory, and never cut without a word.
+
+DIGESTS_INPUT = "import hashlib, sys; data = sys.stdin.buffer.read(); print(len(data), hashlib.md5(data).hexdigest())"
+SAYS_END = "echo $PPID; cat; echo end"  # `end` after an end of input, true or false; $PPID is the shim
+
+
+async def chunks_of(*chunks):
+    for chunk in chunks:
+        yield chunk
+
+
+async def without_end(*chunks):
+    """These chunks, and then neither more nor an end."""
+    for chunk in chunks:
+        yield chunk
+    await asyncio.Event().wait()
+
+
+async def endless(counted):
+    while True:
+        counted.append(1)
+        yield bytes(64 * KIB)
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (1,), (3, 0, 5), (70_000, 1, 300_000, 2_000_000)], ids=str)
+@in_loop
+async def test_a_job_reads_its_input_byte_for_byte_and_then_its_end(state, sizes):
+    chunks = [random.Random(size).randbytes(size) for size in sizes]
+    data = b"".join(chunks)
+    async with worker_on(state) as worker:
+        job = await worker.start(python(DIGESTS_INPUT, input=True))
+        assert await worker.send_input(job, chunks_of(*chunks)) == len(data)
+        expected = f"{len(data)} {hashlib.md5(data).hexdigest()}\n"
+        assert (await output(worker, job.id)).decode() == expected
+        assert worker.status(job).input_bytes == len(data)
+    async with worker_on(state) as worker:
+        assert worker.status(worker.job(job.id)).input_bytes == len(data)
+
+
+@pytest.mark.parametrize("script", ["exit 4", "exec <&-; echo closed; sleep 0.1; exit 4", "head -c 9; exit 4"])
+@in_loop
+async def test_a_job_that_does_not_read_its_input_ends_it_without_an_error(state, script):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(script, input=True))
+        assert await worker.send_input(job, endless([])) == worker.status(job).input_bytes
+        await worker.wait(job)
+        assert ending(worker, job.id) == ("FINISHED", 4, "")
+        assert await worker.send_input(job, endless([])) == worker.status(job).input_bytes
+
+
+@in_loop
+async def test_the_end_of_a_job_ends_an_input_that_waits_for_its_sender(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell("read line; echo $line; exit 4", input=True))
+        assert await worker.send_input(job, without_end(b"hello\n")) == 6
+        assert await output(worker, job.id) == b"hello\n"
+        assert ending(worker, job.id) == ("FINISHED", 4, "")
+
+
+@in_loop
+async def test_a_process_outside_the_job_that_holds_its_input_does_not_hold_its_sender(state):
+    """It is of the job's uid, and its pipe is full: no event of the pipe reports the job's end."""
+    async with worker_on(state) as worker:
+        job = await worker.start(shell("echo $$; exec sleep 1000", input=True))
+        process = int(await wait_for_output(worker, job.id, b"\n"))
+        held, counted = os.open(f"/proc/{process}/fd/0", os.O_RDONLY), []
+        try:
+            sending = asyncio.ensure_future(worker.send_input(job, endless(counted)))
+            while len(counted) * 64 * KIB <= jobworker.INPUT_BYTES:
+                await asyncio.sleep(0)
+            await worker.stop(job, by="alice")
+            assert await sending == worker.status(job).input_bytes
+        finally:
+            os.close(held)
+        assert ending(worker, job.id) == ("STOPPED", 137, "")
+
+
+@in_loop
+async def test_no_more_of_an_input_is_taken_than_the_job_s_pipe_holds(state):
+    counted = []
+    async with worker_on(state) as worker:
+        job = await worker.start(shell("echo $$; exec sleep 1000", input=True))
+        sending = asyncio.ensure_future(worker.send_input(job, endless(counted)))
+        process = int(await wait_for_output(worker, job.id, b"\n"))
+        pipe = os.open(f"/proc/{process}/fd/0", os.O_RDONLY)
+        size = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+        while int.from_bytes(fcntl.ioctl(pipe, jobworker.termios.FIONREAD, bytes(4)), sys.byteorder) < size:
+            await asyncio.sleep(0)
+        os.close(pipe)
+        assert len(counted) == size // (64 * KIB) + 1
+        assert worker.status(job).input_bytes == size
+        await worker.stop(job)
+        assert await sending == size
+
+
+@in_loop
+async def test_dev_stdin_can_be_opened_before_and_after_the_end_of_input(state):
+    """A script of one line has ended before an interpreter opens it."""
+    waits = "trap 'cat /dev/stdin; exit 3' USR1; echo ready; while :; do sleep 1000 & wait; done"
+    async with worker_on(state) as worker:
+        late = await worker.start(shell(waits, input=True))
+        assert await worker.send_input(late, chunks_of(b"hello\n")) == 6
+        await wait_for_output(worker, late.id, b"ready")
+        worker.signal(late, signal.SIGUSR1)
+        assert await output(worker, late.id) == b"ready\nhello\n"
+        early = await worker.start(shell("exec </dev/stdin; echo ready; cat", input=True))
+        await wait_for_output(worker, early.id, b"ready")
+        await worker.send_input(early, chunks_of(b"hello\n"))
+        assert await output(worker, early.id) == b"ready\nhello\n"
+        assert worker.status(early).spec.confine == worker._confines
+
+
+@in_loop
+async def test_an_input_has_one_sender_and_one_end(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell("cat; sleep 1000", input=True))
+        first = asyncio.ensure_future(worker.send_input(job, without_end(b"hello\n")))
+        await wait_for_output(worker, job.id, b"hello\n")
+        with pytest.raises(jobworker.InputError, match="another caller"):
+            await worker.send_input(job, chunks_of(b"x"))
+        await worker.stop(job)
+        assert await first == 6
+        whole = await worker.start(shell("cat; sleep 1000", input=True))
+        assert await worker.send_input(whole, chunks_of(b"all")) == 3
+        with pytest.raises(jobworker.InputError, match="has ended"):
+            await worker.send_input(whole, chunks_of(b"x"))
+        without = await worker.start(shell("cat; sleep 1000"))
+        with pytest.raises(jobworker.InputError, match="without input"):
+            await worker.send_input(without, chunks_of(b"x"))
+        await worker.stop_all()
+        assert await output(worker, whole.id) == b"all"
+
+
+@pytest.mark.parametrize("how", ["the chunks raise", "the task is cancelled", "the worker is closed"])
+@in_loop
+async def test_an_input_that_is_cut_stops_its_job_which_sees_no_end_of_input(state, how):
+    async def failing():
+        yield b"hello\n"
+        raise ZeroDivisionError
+
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(SAYS_END, input=True))
+        chunks = failing() if how == "the chunks raise" else without_end(b"hello\n")
+        sending = asyncio.ensure_future(worker.send_input(job, chunks))
+        if how != "the chunks raise":
+            await wait_for_output(worker, job.id, b"hello\n")
+        if how == "the task is cancelled":
+            sending.cancel()
+        if how == "the worker is closed":
+            worker.begin_shutdown()
+        error = {"the chunks raise": ZeroDivisionError, "the task is cancelled": asyncio.CancelledError}
+        with pytest.raises(error.get(how, UnavailableError)):
+            await sending
+    async with worker_on(state) as worker:
+        assert b"end" not in await output(worker, job.id)
+        assert ending(worker, job.id) == ("STOPPED", 137, "INPUT_CUT")
+
+
+@in_loop
+async def test_a_sender_that_is_lost_after_the_end_of_its_input_cuts_nothing(state):
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(SAYS_END, input=True))
+        sending = asyncio.ensure_future(worker.send_input(job, chunks_of(b"hello\n")))
+        while not job.feed.ended:
+            await asyncio.sleep(0)
+        sending.cancel()
+        assert (await output(worker, job.id)).endswith(b"hello\nend\n")
+        assert ending(worker, job.id) == ("FINISHED", 0, "")
+
+
+@in_loop
+async def test_a_job_whose_input_nobody_begins_to_send_is_stopped(state, monkeypatch):
+    async with worker_on(state) as worker:
+        taken = await worker.start(shell("cat", input=True))
+        sending = asyncio.ensure_future(worker.send_input(taken, without_end(b"hello\n")))
+        whole = await worker.start(shell("cat; exec sleep 1000", input=True))
+        await worker.send_input(whole, chunks_of())
+        await wait_for_output(worker, taken.id, b"hello")
+        monkeypatch.setattr(jobworker, "INPUT_SECONDS", 0.1)
+        forgotten = await worker.start(shell(SAYS_END, input=True))
+        assert b"end" not in await output(worker, forgotten.id)
+        assert ending(worker, forgotten.id) == ("STOPPED", 137, "INPUT_CUT")
+        for job in (taken, whole):
+            job.cut_untaken_input()
+        await worker.stop_all(by="alice")
+        assert [ending(worker, job.id)[2] for job in (taken, whole)] == ["", ""]  # the first request is recorded
+        await sending
+
+
+@in_loop
+async def test_an_owner_s_jobs_that_wait_for_input_are_bounded(state, monkeypatch):
+    monkeypatch.setattr(jobworker, "OWNER_INPUTS", 2)
+    async with worker_on(state) as worker:
+        waiting = [await worker.start(shell("cat; sleep 1000", input=True)) for _ in range(2)]
+        with pytest.raises(ExhaustedError, match="2 jobs of 'alice' wait for input"):
+            await worker.start(shell("cat", input=True))
+        await worker.start(shell("sleep 1000"))
+        await worker.start(shell("sleep 1000", input=True, owner="bob"))
+        await worker.send_input(waiting[0], chunks_of())
+        await worker.start(shell("sleep 1000", input=True))
+        await worker.stop_all()
+
+
+INPUT_DEATHS = [  # the process; the statement before which it dies; the job's ending; whether it may see the end
+    ("shim", 'write_event(self._events, "input-ended"', LOST, False),
+    ("shim", "os.close(self._stdin.pop())\n", LOST, True),
+    ("server", "feed.ended = job.folder.send_request(InputEnd(feed.size))", ("STOPPED", 137, "INPUT_CUT"), False),
+    ("server", "await self._until(job, lambda: job.events.input_bytes is not None", ("FINISHED", 0, ""), True),
+]
+
+
+@pytest.mark.parametrize(("process", "statement", "expected", "may_end"), INPUT_DEATHS)
+def test_a_death_at_any_step_of_the_end_of_input_makes_no_false_end(
+    state, tmp_path, process, statement, expected, may_end
+):
+    _, armed = dying_copy(tmp_path, statement)
+    body = f"""
+    async def chunks():
+        yield b"hello\\n"
+    job = await worker.start(JobRequest("sh", ("-c", {SAYS_END!r}), owner="alice", id={ID!r}, input=True))
+    await worker.send_input(job, chunks())
+    await worker.wait(job)
+    """
+    in_server(state, body, module=tmp_path, status=0 if process == "shim" else -9)
+    assert not armed.exists()
+
+    @in_loop
+    async def check():
+        async with worker_on(state) as worker:
+            text = await output(worker, ID)
+            assert ending(worker, ID) == expected
+            assert may_end or b"end" not in text
+
+    check()
+
+
+def kill_launcher(served, _client, _shim):
+    (launcher,) = children(served.process.pid)
+    os.kill(launcher, signal.SIGKILL)
+
+
+CUTS = [  # what is done in the midst of an input; the job's ending; the exit code of `run`; what it says
+    ("kill server", lambda served, _c, _s: end(served.process), ("STOPPED", "INPUT_CUT"), 255, "cut after 6 bytes"),
+    (
+        "end server",
+        lambda served, _c, _s: end(served.process, signal.SIGTERM),
+        ("STOPPED", "INPUT_CUT"),
+        255,
+        "cut after 6 bytes: the server is stopping",
+    ),
+    ("kill launcher", kill_launcher, ("FINISHED", ""), 0, ""),
+    ("kill shim", lambda _p, _c, shim: os.kill(shim, signal.SIGKILL), ("FINISHED", "LOST"), 255, "LOST"),
+    ("kill client", lambda _p, client, _s: client.kill(), ("STOPPED", "INPUT_CUT"), -9, ""),
+    (
+        "close terminal",
+        lambda _p, client, _s: client.send_signal(signal.SIGHUP),
+        ("STOPPED", "INPUT_CUT"),
+        129,
+        "is stopped: its input is cut",
+    ),
+    ("control-c", lambda _p, client, _s: client.send_signal(signal.SIGINT), ("STOPPED", ""), 130, ""),
+]
+
+
+@pytest.mark.parametrize(("act", "expected", "code", "word"), [row[1:] for row in CUTS], ids=[row[0] for row in CUTS])
+def test_an_input_that_is_cut_ends_its_job_and_run_says_so(state, certs, port, act, expected, code, word):
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(killed_at_end(spawn(state, certs, port), certs, port))
+        script = "trap 'exit 130' INT; echo $PPID; cat; echo end"
+        client = served.popen("run", "-i", "sh", "-c", script, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        stack.enter_context(client)
+        shim = int(client.stdout.readline())
+        client.stdin.write(b"hello\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == b"hello\n"
+        act(served, client, shim)
+        if served.process.poll() is not None:
+            served = stack.enter_context(killed_at_end(spawn(state, certs, port), certs, port))
+        if code == 0:
+            client.stdin.write(b"more\n")
+            out, err = client.communicate(timeout=PATIENCE)
+            assert out == b"more\nend\n"
+        else:
+            assert client.wait(PATIENCE) == code  # its standard input is still open
+            out, err = client.stdout.read(), client.stderr.read()
+            assert b"end" not in out
+        assert client.returncode == code
+        assert word in err.decode()
+        (job,) = listed(served)
+        status = status_at_end(served, job.id)
+        assert (pb.Status.Name(status.status), status.reason) == expected
+        assert call(served, "StopJob", pb.StopJobRequest(id=job.id)) == pb.StopJobResponse()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_start_says_where_its_input_was_cut(state, certs, port, tmp_path, how):
+    with killed_at_end(spawn(state, certs, port), certs, port) as served:
+        words = ("start", "--input", "-", "--", "sh", "-c", "cat; echo end")
+        with served.popen(*words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as client:
+            job = client.stdout.readline().decode().split()[-1]
+            client.stdin.write(b"hello\n")
+            client.stdin.flush()
+            assert first_line(served, job) == b"hello\n"
+            end(served.process, how)
+            assert client.wait(PATIENCE) == 255
+            said = client.stderr.read().decode()
+    assert re.fullmatch(rf"jobworker: the input of job {job} was cut after 6 bytes: [^\n]+\n", said)
+    with killed_at_end(spawn(state, certs, port), certs, port) as served:
+        assert status_at_end(served, job).reason == "INPUT_CUT"
+
+
+def test_input_comes_from_standard_input_or_a_file_and_ends_exactly(shared, tmp_path):
+    data = random.Random(7).randbytes(9 * MIB + 1)
+    (tmp_path / "file").write_bytes(data)
+    expected = hashlib.sha256(data).hexdigest() + "  -\n"
+    with (tmp_path / "file").open("rb") as file:
+        done = shared.run("run", "-i", "--", "sha256sum", stdin=file)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+    assert shared.run("run", "-i", "cat").stdout == ""
+    assert shared.run("run", "-i", "bash", "-s", "a", input="echo $1; exit 7").stdout == "a\n"
+    job = shared.start("--input", str(tmp_path / "file"), "sha256sum")
+    assert shared.run("stream", job).stdout == expected
+    assert json.loads(shared.run("status", "--json", job).stdout)["inputBytes"] == len(data)
+    assert "inputBytes" not in json.loads(shared.run("status", "--json", shared.start("true")).stdout)
+
+
+def test_run_ends_with_its_job_while_its_standard_input_is_open(shared):
+    with shared.popen("run", "-i", "sh", "-c", "exit 3", stdin=subprocess.PIPE) as client:
+        assert client.wait(PATIENCE) == 3
+
+
+@pytest.mark.parametrize("verb", ["run", "start"])
+def test_input_that_cannot_be_read_is_one_sentence_before_the_job_is_started(state, certs, tmp_path, verb):
+    with serving(state, certs) as served:
+        status = 255 if verb == "run" else 1
+        one_sentence(served.run(verb, "--input", "/no/such", "cat"), "/no/such", status=status)
+        one_sentence(served.run(verb, "--input", str(tmp_path), "cat"), "directory", status=status)
+        assert listed(served) == []
+        failing = os.open("/proc/self/mem", os.O_RDONLY)  # a read at its begin is EIO
+        done = served.run(verb, "-i", "cat", stdin=failing)
+        os.close(failing)
+        assert done.returncode == 255
+        assert re.search("cut after 0 bytes: cannot read standard input: Input/output error", done.stderr)
+        assert "Traceback" not in done.stderr
+        (job,) = listed(served)
+        assert status_at_end(served, job.id).status == pb.STOPPED
+
+
+def send_input(channel, *messages):
+    asking = channel.stream_unary(
+        "/proto.WorkerService/SendInput", pb.SendInputRequest.SerializeToString, pb.SendInputResponse.FromString
+    )
+    try:
+        return asking(iter([pb.SendInputRequest(**message) for message in messages]), timeout=PATIENCE).bytes
+    except grpc.RpcError as error:
+        return error.code().name
+
+
+def test_only_the_owner_and_an_admin_send_input(shared):
+    request = pb.StartJobRequest(cmd="sh", args=["-c", "cat; sleep 1000"], input=True)
+    jobs = [call(shared, "StartJob", request).ID for _ in range(2)]
+    for role, job, expected in (
+        ("user2", jobs[0], "NOT_FOUND"),
+        ("user", jobs[0], 2),
+        ("user", jobs[0], "FAILED_PRECONDITION"),
+        ("user", jobs[1], "INVALID_ARGUMENT"),  # a message that is too large cuts the input
+        ("admin", call(shared, "StartJob", request).ID, 2),
+    ):
+        data = b"x" * (MIB if expected == "INVALID_ARGUMENT" else 1)
+        with channel_to(shared, role=role) as channel:
+            assert send_input(channel, {"id": job, "data": b"x"}, {"data": data}) == expected
+    assert status_at_end(shared, jobs[1]).reason == "INPUT_CUT"
+    for job in listed(shared, running=True):
+        call(shared, "StopJob", pb.StopJobRequest(id=job.id))
+
+
+def test_inputs_that_no_job_reads_take_bounded_memory(state, certs):
+    """gRPC read 72 MB ahead for each of them."""
+    count, sent = 20, collections.Counter()
+
+    def messages(job):
+        yield pb.SendInputRequest(id=job)
+        while True:
+            yield pb.SendInputRequest(data=bytes(jobworker.INPUT_BYTES))
+            sent[job] += 1
+
+    def stalled():
+        before = sent.total()
+        time.sleep(0.5)
+        return len(sent) == count and sent.total() == before
+
+    with serving(state, certs) as served, channel_to(served) as channel:
+        start = pb.StartJobRequest(cmd="sleep", args=["1000"], input=True)
+        jobs = [ask(channel, "StartJob", start).ID for _ in range(count)]
+        before = anonymous_memory(served)
+        asking = channel.stream_unary("/proto.WorkerService/SendInput", pb.SendInputRequest.SerializeToString)
+        calls = [asking.future(messages(job)) for job in jobs]
+        until(stalled)
+        grown = anonymous_memory(served) - before
+        for each in calls:
+            each.cancel()
+        assert {status_at_end(served, job).reason for job in jobs} == {"INPUT_CUT"}
+    assert grown < count * 4 * MIB
+
+
+def test_an_older_server_starts_no_job_that_needs_input(state, certs, tmp_path):
+    text = Path(jobworker.__file__).read_text()
+    older = re.sub(r' +"SendInput": grpc.*?\n +\),\n', "", text, flags=re.DOTALL)
+    assert older != text
+    (tmp_path / "jobworker.py").write_text(older)
+    (tmp_path / "gen").symlink_to(HERE / "gen")
+    with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py"))) as served:
+        one_sentence(served.run("run", "-i", "cat"), "`run` needs a newer server", "--input", status=255)
+        one_sentence(served.run("start", "-i", "cat"), "`start` needs a newer server", "--input")
+        assert listed(served) == []
 
 
 # --- The .pyz -------------------------------------------------------------------------------------------
