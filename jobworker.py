@@ -3210,10 +3210,10 @@ class JobStatus:
     started: float  # seconds since 1970; 0: not yet
     ended: float
     output_bytes: int
-    input_bytes: int
     memory_current: int
     notes: tuple[str, ...]
     error_bytes: int = 0  # of standard error, if it is kept apart; `output_bytes` is standard output then
+    input_bytes: int = 0  # that the job was given
 
     @property
     def exit_code(self) -> int:
