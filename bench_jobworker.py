@@ -699,7 +699,65 @@ async def bench_speed(setup: Setup) -> list[Row]:
     return lines + await speed_rows(setup, f"{blocks} MiB", ("bs=1M", f"count={blocks}"))
 
 
-# --- 6. Starts and calls --------------------------------------------------------------------------------
+# --- 6. Input -------------------------------------------------------------------------------------------
+
+
+def input_seconds(file: Path, *words: str, **more: str) -> float:
+    """Return the time of a whole process that gets a file as its standard input."""
+    began = time.perf_counter()
+    with file.open("rb") as stdin:
+        subprocess.run(words, stdin=stdin, stdout=subprocess.DEVNULL, env={**os.environ, **more}, check=True)
+    return time.perf_counter() - began
+
+
+def make_tree(folder: Path, files: int) -> Path:
+    """Make an archive of a tree of small files, as a source tree is, and return it."""
+    tree = folder / "tree"
+    for number in range(files):
+        place = tree / f"folder{number // 100}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"file{number}").write_bytes(os.urandom(8 << 10))
+    archive = folder / "tree.tar"
+    subprocess.run(["tar", "-C", folder, "-cf", archive, "tree"], check=True)
+    shutil.rmtree(tree)
+    return archive
+
+
+async def bench_input(setup: Setup) -> list[Row]:
+    mib, files, rounds = (256, 1000, 3) if setup.quick else (1024, 10_000, 5)
+    data, archive = setup.folder / "data", make_tree(setup.folder, files)
+    with data.open("wb") as file:
+        for _ in range(mib):
+            file.write(os.urandom(1 << 20))
+    unpack = "rm -rf tree && mkdir tree && tar -C tree -x"  # in the home of the job's account, and below the folder
+    times: dict[str, list[float]] = {"run cat": [], "ssh cat": [], "run tar": [], "ssh tar": []}
+    with setup.serving() as server, sshd(setup.folder) as ssh:
+        place = {"JOBWORKER_SERVER": f"localhost:{server.port}", "JOBWORKER_CERTS": f"{setup.folder}/certs"}
+        run = [sys.executable, str(setup.program), "run", "-i"]
+        for _ in range(rounds if "-i" in setup.help("run") else 0):  # an earlier version has no input
+            times["run cat"].append(input_seconds(data, *run, "cat", **place))
+            times["run tar"].append(input_seconds(archive, *run, "sh", "-c", unpack, **place))
+            if ssh:
+                times["ssh cat"].append(input_seconds(data, *ssh, "cat"))
+                times["ssh tar"].append(input_seconds(archive, *ssh, f"cd {setup.folder} && {unpack}"))
+    data.unlink()
+    return [
+        Row(f"`run -i cat` of {mib} MiB as a process", "s", times["run cat"], ssh_or("ssh cat", ssh), times["ssh cat"]),
+        Row(
+            f"`run -i tar -x` of {files:,} files of 8 KiB",
+            "s",
+            times["run tar"],
+            ssh_or("ssh tar -x", ssh),
+            times["ssh tar"],
+        ),
+    ]
+
+
+def ssh_or(peer: str, ssh: list[str]) -> str:
+    return peer if ssh else "no sshd here"
+
+
+# --- 7. Starts and calls --------------------------------------------------------------------------------
 
 
 async def start_rate(channel: grpc.aio.Channel, count: int, at_once: int) -> float:
@@ -1030,7 +1088,7 @@ async def bench_confine(setup: Setup) -> list[Row]:
     ]
 
 
-# --- 7. Scale and growth --------------------------------------------------------------------------------
+# --- 8. Scale and growth --------------------------------------------------------------------------------
 
 
 def copy_ended_job(setup: Setup, count: int) -> None:
@@ -1149,10 +1207,10 @@ async def bench_growth(setup: Setup) -> list[Row]:
     ]
 
 
-# --- 8. Command line ------------------------------------------------------------------------------------
+# --- 9. Command line ------------------------------------------------------------------------------------
 
 BENCHES = (
-    bench_stream, bench_latency, bench_speed, bench_starts, bench_calls,
+    bench_stream, bench_latency, bench_speed, bench_input, bench_starts, bench_calls,
     bench_attacks, bench_confine, bench_scale, bench_growth,
 )  # fmt: skip
 ITEMS = {bench.__name__.partition("_")[2]: bench for bench in BENCHES}
