@@ -897,6 +897,7 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 # output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
 # `Worker` wakes it. The source is inotify(7).
 
+SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full pipe a feed pauses
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
 IN_FOLDER = 0x2CC  # IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE: a file in a folder has changed
@@ -960,12 +961,14 @@ class Feed:
 
     async def write(self, chunk: bytes) -> bool:
         """Return when the pipe has taken all bytes. False: no process of the job reads it any more."""
-        rest = memoryview(chunk)
+        rest, count = memoryview(chunk), len(chunk)
         while rest and self.is_open:
             try:
                 count = os.write(self._descriptor, rest)
             except BlockingIOError:
                 await self._until_writable()
+                if count < SMALL_WRITE_BYTES:  # the job reads little at a time, and the next write shall be larger
+                    await asyncio.sleep(FEED_SECONDS)
             except BrokenPipeError:
                 return False
             else:
