@@ -7,7 +7,7 @@
     ./build.sh bench --summary FILE                       print the main figures of a run
     ./build.sh bench --plot FILE SVG                      draw the main figures of a run
 
-The items are stream, latency, speed, starts, calls, attacks, confine, scale and growth. The servers and the mTLS are real. All traffic
+The items are stream, latency, speed, input, starts, calls, attacks, confine, scale and growth. The servers and the mTLS are real. All traffic
 stays on loopback. A figure is the median of its rounds, with the smallest and the largest round. Compare ratios
 rather than figures: both sides of a ratio were measured on the same machine within the same minutes.
 

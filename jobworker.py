@@ -24,7 +24,7 @@ Contents (each section uses only the sections above it)
      1. Names and limits                    every name, number and default
      2. Errors                              one base class; the door to libc
      3. Cgroup                              the cgroup tree: limits, kill, removal
-     4. Output and inotify                  one inotify descriptor; following a file that grows
+     4. Output and inotify                  one inotify descriptor; following a file; feeding a pipe
      5. Job folder                          every file of the state folder: spec, events, control, output
      6. Launcher and shim                   the launcher of the server; the shim and the child of each job
      7. Accounts                            the uid and the home that a job runs with
@@ -893,8 +893,8 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 
 
 # --- 4. Output and inotify ------------------------------------------------------------------------------
-# Owns the class of inotify descriptors, and the reading of outputs that clients follow. It never writes an
-# output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
+# Owns the class of inotify descriptors, the reading of outputs that clients follow, and the writing of inputs. It
+# never writes an output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
 # `Worker` wakes it. The source is inotify(7).
 
 SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full pipe a feed pauses
@@ -1235,7 +1235,7 @@ class LineSearch:
 #     <state>/jobs/<id>/output     what the job printed; only its shim writes it
 #     <state>/jobs/<id>/error      its standard error, if both outputs are kept apart; `output` is standard output then
 #     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
-#     <state>/jobs/<id>/control    a FIFO that the shim reads: stop requests; it has a reader while the shim lives
+#     <state>/jobs/<id>/control    a FIFO that the shim reads: requests of the server; it has a reader while the shim lives
 #     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
 #     <state>/jobs/<id>/var-tmp    /var/tmp of a confined job, until the job ends
 #     <state>/owners/UID           the name of the owner who has this uid (section 7)
@@ -1504,6 +1504,7 @@ class InputEnd:
     """A request to close the pipe of the job's input, which has had `size` bytes."""
 
     size: int
+    kills = False
 
     def to_line(self) -> bytes:
         return f"end-input {self.size}\n".encode()
@@ -2352,7 +2353,7 @@ def drain_all(pumps: Sequence[Pump]) -> StopRequest | None:
 class Shim:
     """The parent of one job's main process: it moves the output, carries out requests and limits, records the end."""
 
-    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int, stdin: Sequence[int]) -> None:
+    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int, stdin: Sequence[int] = ()) -> None:
         self._folder = folder
         self._spec = spec
         self._control = control
@@ -7356,6 +7357,8 @@ VERBS = {
             "run make -j4 2>errors",
             "run --timeout 5m --env CC=clang make test",
             "run sh -c 'grep error *.log | sort | uniq -c'",
+            "run -i -- bash -s <script",
+            "run --input tree.tar tar x",
         ),
     ),
     "start": Verb(
@@ -7365,6 +7368,7 @@ VERBS = {
         (
             "start --name web --memory 2G python3 -m http.server",
             "start --split sh -c 'make && make test'",
+            "start --input data.csv -- sort -n",
         ),
     ),
     "stop": Verb(
