@@ -7,12 +7,12 @@
     ./build.sh bench --summary FILE                       print the main figures of a run
     ./build.sh bench --plot FILE SVG                      draw the main figures of a run
 
-The items are stream, latency, speed, input, starts, calls, attacks, confine, scale and growth. The servers and the mTLS are real. All traffic
-stays on loopback. A figure is the median of its rounds, with the smallest and the largest round. Compare ratios
+The items are stream, latency, speed, input, starts, calls, attacks, confine, scale and growth. The servers and the mTLS
+are real. All traffic stays on loopback. A figure is the median of its rounds, with the smallest and the largest round. Compare ratios
 rather than figures: both sides of a ratio were measured on the same machine within the same minutes.
 
 Contents: 1. rows, table and JSON, 2. plot, 3. servers, clients and processes, 4. streams and latency, 5. the speed of
-a job, 6. starts and calls, 7. scale and growth, 8. command line.
+a job, 6. input, 7. starts and calls, 8. scale and growth, 9. command line.
 """
 
 from __future__ import annotations

@@ -894,8 +894,8 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 
 # --- 4. Output and inotify ------------------------------------------------------------------------------
 # Owns the class of inotify descriptors, the reading of outputs that clients follow, and the writing of inputs. It
-# never writes an output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until
-# `Worker` wakes it. The source is inotify(7).
+# never writes an output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file
+# grew, or until `Worker` wakes it. The source is inotify(7).
 
 SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full pipe a feed pauses
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
@@ -1235,7 +1235,7 @@ class LineSearch:
 #     <state>/jobs/<id>/output     what the job printed; only its shim writes it
 #     <state>/jobs/<id>/error      its standard error, if both outputs are kept apart; `output` is standard output then
 #     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
-#     <state>/jobs/<id>/control    a FIFO that the shim reads: requests of the server; it has a reader while the shim lives
+#     <state>/jobs/<id>/control    a FIFO that the shim reads: the server's requests; it has a reader while the shim lives
 #     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
 #     <state>/jobs/<id>/var-tmp    /var/tmp of a confined job, until the job ends
 #     <state>/owners/UID           the name of the owner who has this uid (section 7)
