@@ -1235,7 +1235,7 @@ class LineSearch:
 #     <state>/jobs/<id>/output     what the job printed; only its shim writes it
 #     <state>/jobs/<id>/error      its standard error, if both outputs are kept apart; `output` is standard output then
 #     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
-#     <state>/jobs/<id>/control    a FIFO that the shim reads: the server's requests; it has a reader while the shim lives
+#     <state>/jobs/<id>/control    a FIFO that the shim reads: requests; it has a reader while the shim lives
 #     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
 #     <state>/jobs/<id>/var-tmp    /var/tmp of a confined job, until the job ends
 #     <state>/owners/UID           the name of the owner who has this uid (section 7)
