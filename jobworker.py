@@ -3706,7 +3706,7 @@ class Worker:
         early if the job ends, or closes its standard input. Input that is cut, because `chunks` raises or because this
         task is cancelled, stops the job with the reason INPUT_CUT. Raises InputError, UnavailableError.
         """
-        await self._until(job, lambda: job.events.phase not in ("", "born") or not self._in_table(job))
+        await self._until(job, lambda: not self._in_table(job) or job.events.phase not in ("", "born"))
         feed = self._free_feed(job)
         if feed is None:
             return job.input_bytes
