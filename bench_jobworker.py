@@ -1113,6 +1113,26 @@ async def idle_cpu(server: Server, seconds: float) -> float:
     return (server.cpu() - before) * 1e3
 
 
+async def waiting_cpu(server: Server, jobs: list[str], seconds: float, *, wait: bool) -> float:
+    """Return the same while 100 clients are connected, which have asked for these jobs, and `wait` for their ends."""
+    async with contextlib.AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(server.channel()) for _ in range(100)]
+
+        def ask(number: int, *, wait: bool) -> Awaitable[Any]:
+            request = pb.GetStatusRequest(id=jobs[number], wait=wait)
+            return call(channels[number % 100], "GetJobStatus", request, pb.GetStatusResponse)
+
+        asks = [asyncio.ensure_future(ask(number, wait=wait)) for number in range(len(jobs))]
+        for number in range(100):  # then the server has the calls before it on this connection
+            await ask(number, wait=False)
+        await asyncio.sleep(1)
+        used = await idle_cpu(server, seconds)
+        for task in asks:
+            task.cancel()
+        await asyncio.gather(*asks, return_exceptions=True)
+    return used
+
+
 def restart_seconds(setup: Setup, folder: Path, *, keep_jobs: bool = False) -> float:
     """Return the seconds until a server listens. It is killed with `keep_jobs`, otherwise it stops its jobs."""
     began = time.perf_counter()
@@ -1164,6 +1184,8 @@ async def bench_scale(setup: Setup) -> list[Row]:
         await asyncio.sleep(1)
         idle = await idle_cpu(server, seconds)
         bare_idle = await idle_cpu(baseline, seconds)
+        connected = await waiting_cpu(server, ids, seconds, wait=False)
+        waiting = await waiting_cpu(server, ids, seconds, wait=True)
         async with server.channel() as channel:
             listing = await list_figures(setup, server, channel, ids[0])
         server.process.kill()
@@ -1173,6 +1195,9 @@ async def bench_scale(setup: Setup) -> list[Row]:
         Row(f"server RSS, {what}", "MB", [memory]),
         Row("private memory of a shim", "MB", shims),
         Row(f"idle CPU in {seconds} s, {what}", "ms", [idle], "bare grpc.aio", [bare_idle]),
+        Row(
+            f"CPU in {seconds} s, 100 clients wait for {jobs} jobs", "ms", [waiting], "they are connected", [connected]
+        ),
         Row(f"status, p99, {what}", "ms", [quantile(statuses, 0.99)]),
         Row(f"restart to listening, {what}", "s", restarts, "with no jobs", empty_restarts),
         Row(f"StartJob with {jobs} running", "ms", loaded, "with none running", alone),

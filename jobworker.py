@@ -357,6 +357,8 @@ def printable(text: str) -> str:
     """A text in which every control character is escaped. Names and sentences come from other people, and a terminal
     would obey an escape sequence in them. A newline would forge a second line.
     """
+    if text.isprintable():  # no character of CONTROL is; this is what most texts are, at a tenth of the cost
+        return text
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -1617,17 +1619,17 @@ class JobFolder:
         # A long job.json of version 1.0.0 has its arguments in the middle, and is read as a whole.
         return Spec.from_head(text) or (self.read_spec() if len(text) > SPEC_HEAD_BYTES else None)
 
-    def read_labels(self) -> tuple[str, str] | None:
-        """The owner and the name in job.json, at a tenth of the cost of the whole spec; None if there is no owner.
+    def read_labels(self) -> tuple[str, str]:
+        """The owner and the name in job.json, at a tenth of the cost of the whole spec; empty if there are none.
 
         Inside of a JSON string a quotation mark has a backslash before it, so both patterns match outside of strings.
         """
         try:
             head = read_start(f"{self.path}/job.json", 4 * KIB)
-        except OSError:
-            return None
-        owner, name = (re.search(rb'"%s": ("(?:[^"\\]|\\.)*")' % key, head) for key in (b"owner", b"name"))
-        return (str(json.loads(owner[1])), str(json.loads(name[1])) if name else "") if owner else None
+            owner, name = (re.search(rb'"%s": ("(?:[^"\\]|\\.)*")' % key, head) for key in (b"owner", b"name"))
+            return str(json.loads(owner[1])) if owner else "", str(json.loads(name[1])) if name else ""
+        except (OSError, ValueError):
+            return "", ""
 
     def read_events(self) -> Events:
         try:
@@ -3235,7 +3237,6 @@ class Job:
 
     __slots__ = (
         "__weakref__",
-        "_labels",
         "_spec",
         "bell",
         "events",
@@ -3244,6 +3245,8 @@ class Job:
         "finishers",
         "folder",
         "id",
+        "name",
+        "owner",
         "tail",
         "watch",
     )
@@ -3259,7 +3262,10 @@ class Job:
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
         self._spec = spec
-        self._labels: tuple[str, str] | None = None  # the owner and the name
+        # They never change. They are read now, so that no later call has to: by the time that it took, a caller could
+        # tell that another owner has this id. Without a readable job.json the owner is empty.
+        owner, name = (spec.owner, spec.name) if spec else self.folder.read_labels()
+        self.owner, self.name = sys.intern(owner), sys.intern(name)
 
     @property
     def ended(self) -> bool:
@@ -3274,33 +3280,6 @@ class Job:
         if spec is None:
             raise NoSuchJobError(self.id)
         return spec
-
-    @property
-    def owner(self) -> str:
-        return self._read_labels()[0]
-
-    @property
-    def name(self) -> str:
-        return self._read_labels()[1]
-
-    def _read_labels(self) -> tuple[str, str]:
-        """The owner and the name, which never change. They are kept, since each call asks for the owner."""
-        if self._labels is None:
-            spec = self.spec
-            self._labels = sys.intern(spec.owner), sys.intern(spec.name)
-        return self._labels
-
-    @property
-    def known_owner(self) -> str:
-        """The owner, as far as it was read; empty: not yet."""
-        return self._labels[0] if self._labels else ""
-
-    def read_labels(self) -> None:
-        """Read the owner and the name of an ended job now, so that no later call has to: by the time that it took, a
-        caller could tell that another owner has this id.
-        """
-        labels = self.folder.read_labels()
-        self._labels = labels and (sys.intern(labels[0]), sys.intern(labels[1]))
 
     def keep_spec(self, spec: Spec | None) -> None:
         """Keep the spec in memory while the job runs. The specs of ten thousand ended jobs stay on the disk."""
@@ -3425,7 +3404,7 @@ class Worker:
         self._confines = False  # whether this machine confines jobs
         self._hidden: tuple[str, ...] = ()
         self._tmp_points = tmp_points(str(options.state))
-        self._table: dict[str, Job] = {}
+        self._table: dict[str, Job] = {}  # in the order of their starts
         self._running: dict[str, set[Job]] = {}  # of each owner
         self._refused: set[str] = set()  # owners who used most of the disk when it was nearly full
         self._begun = Bell()  # rings when a job begins to run
@@ -3591,10 +3570,10 @@ class Worker:
         self._begun.ring()
 
     def _uncount_running(self, job: Job) -> None:
-        jobs = self._running.get(job.known_owner, set())
+        jobs = self._running.get(job.owner, set())
         jobs.discard(job)
         if not jobs:
-            self._running.pop(job.known_owner, None)
+            self._running.pop(job.owner, None)
 
     def _account(self, request: JobRequest) -> Account:
         if os.geteuid() == 0:
@@ -3664,7 +3643,7 @@ class Worker:
 
     def jobs(self) -> list[Job]:
         """All jobs of the table, oldest first."""
-        return sorted(self._table.values(), key=lambda job: job.events.seconds("born"))
+        return list(self._table.values())
 
     def status(self, job: Job) -> JobStatus:
         """All that is known of a job. Raises NoSuchJobError if it was deleted meanwhile."""
@@ -4015,12 +3994,12 @@ class Worker:
             self._table[name] = job
             job.events = job.folder.read_events()
             if job.ended:
-                job.read_labels()
                 ended.append(job)
             else:
                 self._take_over(job)
         for job in sorted(ended, key=lambda job: job.events.seconds("done")):
             self._retire(job)
+        self._table = {job.id: job for job in sorted(self._table.values(), key=lambda job: job.events.seconds("born"))}
 
     def _take_over(self, job: Job) -> None:
         """Watch a job of an earlier server, then read its events: a line that is written in between causes an event."""
@@ -4085,7 +4064,7 @@ class Worker:
         """What each owner has on the disk, in bytes or in files: their homes, and all folders of their jobs."""
         used: dict[str, float] = {}
         folders = list(self._accounts.homes().items())
-        folders += [(job.known_owner, job.folder.path) for job in self._table.values()]
+        folders += [(job.owner, job.folder.path) for job in self._table.values()]
         for owner, folder in folders:
             used[owner] = used.get(owner, 0) + await measured(folder, files=files)
         return used
@@ -5145,7 +5124,7 @@ class Service:
 
     def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
         """The jobs that a list shows. A prefix is searched among all jobs that the caller may see."""
-        jobs = [job for job in self._worker.jobs() if caller.may_see(job.known_owner)]
+        jobs = [job for job in self._worker.jobs() if caller.may_see(job.owner)]
         if request.running:
             jobs = [job for job in jobs if not job.ended]
         if request.prefix:
@@ -5153,12 +5132,12 @@ class Service:
             return [job for job in jobs if job.id.startswith(prefix) or job.name == request.prefix]
         if request.everyone:
             return jobs
-        return [job for job in jobs if job.known_owner == (request.owner or caller.name)]
+        return [job for job in jobs if job.owner == (request.owner or caller.name)]
 
     def _summary(self, job: Job) -> bytes:
         """A job's status as bytes. Those of ended jobs do not change, so they are kept."""
-        if job in self._summaries:
-            return self._summaries[job]
+        if kept := self._summaries.get(job):
+            return kept
         summary: bytes = status_message(self._worker.status(job)).SerializeToString()
         if job.ended and len(summary) <= SUMMARY_BYTES:
             self._summaries[job] = summary
@@ -5655,6 +5634,9 @@ CLIENT_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 ]
+# grpc.experimental.ChannelOptions. Without it each message passes from one thread to another: a list of 10,000 jobs
+# then cost the client 0.7 s of CPU instead of 0.4.
+LIST_OPTIONS = [*CLIENT_OPTIONS, ("SingleThreadedUnaryStream", 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5926,7 +5908,7 @@ class Client:
             ask = channel.unary_stream(f"/{SERVICE_NAME}/ListJobs", pb.ListJobsRequest.SerializeToString, reply)
             return list(ask(request, timeout=CALL_SECONDS))
 
-        found: list[pb.GetStatusResponse] = self._with_retries(attempt)
+        found: list[pb.GetStatusResponse] = self._with_retries(attempt, options=LIST_OPTIONS)
         return found
 
     def stream(self, job_id: str, sink: Sink, *, tail: int | None = None, follow: bool = True) -> None:
@@ -5958,13 +5940,19 @@ class Client:
 
         self._with_retries(attempt)
 
-    def _with_retries(self, attempt: Callable[[grpc.Channel], Any], *, repeat: bool = True) -> Any:
+    def _with_retries(
+        self,
+        attempt: Callable[[grpc.Channel], Any],
+        *,
+        repeat: bool = True,
+        options: Sequence[tuple[str, Any]] = CLIENT_OPTIONS,
+    ) -> Any:
         """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost."""
         lost_at, pause = 0.0, FIRST_PAUSE
         while True:
             self._reached, began = False, time.monotonic()
             try:
-                with grpc.secure_channel(self._options.address, self._credentials, CLIENT_OPTIONS) as channel:
+                with grpc.secure_channel(self._options.address, self._credentials, options) as channel:
                     return attempt(channel)
             except grpc.RpcError as error:
                 failure = self._explained(error, retried=lost_at > 0)
@@ -6951,13 +6939,15 @@ class ForegroundJob:
                 return self._exit_code()
             except Interrupted as interrupt:
                 if interrupt.number == signal.SIGHUP:
-                    cut = self._sending is not None and self._sending.is_under_way
-                    say(f"job {self._request.id} {'is stopped: its input is cut' if cut else 'goes on'}")
-                    return 128 + signal.SIGHUP
+                    return self._leave()
                 self._stop(interrupt.number)
             except BrokenPipeError:
                 self._stop(signal.SIGTERM)
                 raise
+            except OSError as error:
+                if error.errno == errno.EIO:  # a closed terminal, whose SIGHUP comes later or is ignored
+                    return self._leave()
+                raise JobWorkerError(f"the output cannot be written: {error.strerror}; {self._fate()}") from None
             except UnavailableError as error:
                 raise JobWorkerError(f"{error}; job {self._request.id} may go on") from None
 
@@ -6972,6 +6962,15 @@ class ForegroundJob:
             if status.reason == "INPUT_CUT":
                 raise self._sending.cut()
         return exit_code_of(status)
+
+    def _fate(self) -> str:
+        """What becomes of the job if `run` ends now."""
+        cut = self._sending is not None and self._sending.is_under_way
+        return f"job {self._request.id} {'is stopped: its input is cut' if cut else 'goes on'}"
+
+    def _leave(self) -> int:
+        say(self._fate())
+        return 128 + signal.SIGHUP
 
     def _stop(self, number: int) -> None:
         """Send the stop, and do not wait for the end: the job's output is written meanwhile."""
@@ -7084,25 +7083,27 @@ LIST_COLUMNS = ("ID", "NAME", "OWNER", "STATE", "CODE", "AGE", "TIME", "CPU", "M
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
     parser.add_argument("--running", action="store_true", help="only jobs that run")
+    parser.add_argument("--failed", action="store_true", help="only jobs that failed: a code other than 0, no `stop`")
+    parser.add_argument("--since", type=as_seconds, metavar="TIME", help="only jobs of the last TIME, like 12h or 2d")
     parser.add_argument("-n", dest="limit", type=as_count, metavar="N", default=0, help="only the newest N")
     parser.add_argument("--owner", metavar="NAME", default="", help="the jobs of this owner (admins only)")
     parser.add_argument("--everyone", action="store_true", help="the jobs of all owners (admins only)")
     parser.add_argument("-q", dest="quiet", action="store_true", help="print ids only")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--watch", action="store_true", help="print the list again every two seconds")
+    parser.add_argument(
+        "--watch", action="store_true", help="print it every two seconds, with the CPU in %% and the output a second"
+    )
+    parser.add_argument("--sort", choices=("cpu", "memory", "output"), help="the job with the most of it last")
 
 
 def run_list(options: argparse.Namespace) -> int:
-    request = pb.ListJobsRequest(
-        owner=utf8_text(options.owner), everyone=options.everyone, running=options.running, limit=options.limit
-    )
     with client_of(options) as client:
         if not options.watch:
-            print_list(client.list(request), options)
+            print_list(jobs_of_list(client, options), options)
             return 0
         before: dict[str, tuple[float, float, int]] = {}
         while True:
-            found = client.list(request)
+            found = jobs_of_list(client, options)
             print("\033[H\033[J" if os.isatty(1) else "", end="")
             print_list(found, options, before)
             sys.stdout.flush()
@@ -7111,6 +7112,35 @@ def run_list(options: argparse.Namespace) -> int:
                 status.id: (now, status.cpu_seconds, status.output_bytes + status.error_bytes) for status in found
             }
             time.sleep(WATCH_SECONDS)
+
+
+def jobs_of_list(client: Client, options: argparse.Namespace) -> list[pb.GetStatusResponse]:
+    """The jobs that a list shows. The wire has no `--failed` and `--since`, so that `-n` counts here."""
+    request = pb.ListJobsRequest(owner=utf8_text(options.owner), everyone=options.everyone, running=options.running)
+    if not options.failed and options.since is None:
+        request.limit = options.limit
+    found = client.list(request)
+    if options.failed:
+        found = [each for each in found if each.status != pb.RUNNING and each.exitcode and not each.stopped_by]
+    if options.since is not None:
+        oldest = (time.time() - options.since) * 1000
+        found = [each for each in found if each.created_ms >= oldest]
+    return found[-options.limit :]
+
+
+def sort_value(
+    status: pb.GetStatusResponse, column: str, before: Mapping[str, tuple[float, float, int]] | None
+) -> float:
+    """What `--sort` sorts by: the whole usage of a job, or with `--watch` that since the last list."""
+    if column == "memory":
+        return shown_memory(status)
+    now = (0.0, status.cpu_seconds, status.output_bytes)
+    position = 1 if column == "cpu" else 2
+    return now[position] - (0 if before is None else before.get(status.id, now)[position])
+
+
+def shown_memory(status: pb.GetStatusResponse) -> int:
+    return int(status.memory_current if status.status == pb.RUNNING else status.memory_peak)
 
 
 def print_list(
@@ -7123,6 +7153,8 @@ def print_list(
     With `--watch`, `before` has the time, CPU seconds and output of each job at the last list: then the columns CPU and
     OUTPUT are rates.
     """
+    if options.sort:
+        found = sorted(found, key=lambda status: sort_value(status, options.sort, before))
     if options.quiet:
         lines = [printable(status.id) for status in found]
     elif options.json:
@@ -7157,7 +7189,6 @@ def list_row(
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
     state = status_name(status.status) + (f" ({status.reason})" if status.reason else "")
-    memory = status.memory_current if running else status.memory_peak
     columns = (
         job_id,
         status.name or "-",
@@ -7167,7 +7198,7 @@ def list_row(
         duration_text(now - status.created_ms),
         duration_text((now if running else status.ended_ms) - status.started_ms) if status.started_ms else "-",
         cpu,
-        size_text(memory),
+        size_text(shown_memory(status)),
         output,
         shlex.join([status.cmd, *status.args]),
     )
@@ -7191,6 +7222,7 @@ def size_text(size: int) -> str:
     return str(size)
 
 
+@functools.cache  # protobuf's own look-up costs a list of 10,000 jobs 40 ms
 def status_name(number: int) -> str:
     """A status of the wire in words. A newer server may send a number that this client does not know."""
     return pb.Status.Name(number) if number in pb.Status.values() else f"UNKNOWN({number})"
@@ -7374,7 +7406,7 @@ VERBS = {
     "stop": Verb(
         add_stop_arguments,
         run_stop,
-        "kill jobs, all their processes at once",
+        "kill jobs, all their processes at once, or ask them to end (--grace)",
         ("stop web", "stop --signal TERM --grace 10s web", "stop --last"),
     ),
     "status": Verb(
@@ -7387,13 +7419,23 @@ VERBS = {
         add_stream_arguments,
         run_stream,
         "write a job's output, from its first byte, until the job ends",
-        ("stream web", "stream --tail 20 --no-follow web", "stream web worker"),
+        (
+            "stream web",
+            "stream --tail 20 --no-follow web",
+            "stream --tail 20 $(jobworker.pyz list -q --failed -n 1)",
+            "stream web worker",
+        ),
     ),
     "list": Verb(
         add_list_arguments,
         run_list,
-        "list jobs, newest last",
-        ("list", "list --running --watch", "list --json | jq .exitCode", "stop $(jobworker.pyz list -q --running)"),
+        "list jobs and what they use, newest last",
+        (
+            "list --failed --since 2d",
+            "list --running --watch --sort cpu",
+            "list --json | jq .exitCode",
+            "stop $(jobworker.pyz list -q --running)",
+        ),
     ),
     "wait": Verb(
         add_wait_arguments,

@@ -20,6 +20,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pty
@@ -395,9 +396,14 @@ def altered_copy(folder, statement, inserted):
     assert len(found) == 1, f"{statement!r} stands {len(found)} times in jobworker.py"
     indent = " " * (len(found[0]) - len(found[0].lstrip()))
     (folder / "jobworker.py").write_text(text.replace(found[0], f"{indent}{inserted}\n{found[0]}"))
-    specification = importlib.util.spec_from_file_location("altered_jobworker", folder / "jobworker.py")
+    return module_at(folder / "jobworker.py", "altered_jobworker")
+
+
+def module_at(path, name):
+    """The module in this file, imported under this name."""
+    specification = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(specification)
-    sys.modules["altered_jobworker"] = module  # dataclasses look a module up there
+    sys.modules[name] = module  # dataclasses look a module up there
     specification.loader.exec_module(module)
     return module
 
@@ -6420,6 +6426,98 @@ def test_run_resumes_after_its_server_was_killed_and_names_its_job_when_it_gives
         assert client.wait(PATIENCE) == 6
 
 
+@pytest.mark.controllers
+def test_run_exits_with_137_and_names_oom(state, certs):
+    with serving(state, certs) as served:
+        done = served.run("run", "--memory", "64M", PYTHON, "-c", "bytearray(1 << 30)")
+    assert (done.returncode, done.stderr) == (137, "jobworker: the job ended with the reason OOM\n")
+
+
+@contextlib.contextmanager
+def in_terminal(served, *words):
+    """A client with a terminal of its own, except for standard error. Yields the process and the terminal's other end."""
+    master, terminal = pty.openpty()
+    take = functools.partial(fcntl.ioctl, 0, jobworker.termios.TIOCSCTTY, 0)
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": subprocess.PIPE}
+    with (
+        os.fdopen(master, "r+b", buffering=0) as screen,
+        served.popen(*words, **streams, start_new_session=True, preexec_fn=take) as client,
+    ):
+        os.close(terminal)
+        yield client, screen
+
+
+def wait_for_screen(screen, text):
+    shown = b""
+    while text not in shown:
+        shown += screen.read(4096)
+
+
+@pytest.mark.parametrize(
+    ("script", "second", "code"),
+    [(TRAPS_INT, False, 7), ("echo ready; exec sleep 1000", False, 130), (GOES_ON, True, 137)],
+    ids=str,
+)
+def test_control_c_in_a_terminal_stops_the_job_of_run_and_a_second_one_kills_it(state, certs, script, second, code):
+    with serving(state, certs) as served:
+        with in_terminal(served, "run", "sh", "-c", script) as (client, screen):
+            wait_for_screen(screen, b"ready")
+            screen.write(b"\x03")
+            if second:
+                wait_for_screen(screen, b"noted")
+                screen.write(b"\x03")
+            assert (client.wait(PATIENCE), client.stderr.read()) == (code, b"")
+        assert [job.status for job in listed(served)] == [pb.STOPPED]
+
+
+@pytest.mark.parametrize("script", [WAITS, "echo ready; seq 100000; exec sleep 1000"], ids=["silent", "blocked"])
+def test_run_whose_terminal_vanishes_names_its_job_which_goes_on(state, certs, script):
+    with serving(state, certs) as served:
+        with in_terminal(served, "run", "sh", "-c", script) as (client, screen):
+            wait_for_screen(screen, b"ready")
+            screen.close()
+            assert client.wait(PATIENCE) == 129
+            (job,) = listed(served)
+            assert client.stderr.read() == f"jobworker: job {job.id} goes on\n".encode()
+        assert job.status == pb.RUNNING
+
+
+def test_run_whose_output_cannot_be_written_names_its_job_which_goes_on(shared):
+    done = in_shell(shared, ("run", "sh", "-c", WAITS), ">/dev/full")
+    one_sentence(done, "the output cannot be written: No space left on device", "goes on", status=255)
+    (job,) = re.findall(UUID, done.stderr)
+    assert "RUNNING" in shared.run("status", job).stdout
+    assert shared.run("stop", job).returncode == 0
+
+
+def wakeups(process):
+    """How often the main thread of a server, which runs its event loop, has waited (proc(5))."""
+    text = Path(f"/proc/{process}/task/{process}/status").read_text()
+    return int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)[1])
+
+
+def test_clients_that_wait_do_not_wake_the_server(state, certs):
+    def wakeups_of_a_job(served):
+        before = wakeups(served.process.pid)
+        served.run("run", "sleep", "1")
+        return wakeups(served.process.pid) - before
+
+    with serving(state, certs) as served, contextlib.ExitStack() as stack:
+        channels = [stack.enter_context(channel_to(served)) for _ in range(4)]
+        jobs = [ask(channel, "StartJob", pb.StartJobRequest(cmd="sleep", args=["1000"])).ID for channel in channels]
+        alone = wakeups_of_a_job(served)
+        path = f"/{jobworker.SERVICE_NAME}/GetJobStatus"
+        coders = pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
+        waits = [
+            channel.unary_unary(path, *coders).future(pb.GetStatusRequest(id=job, wait=True), timeout=PATIENCE)
+            for channel, job in itertools.product(channels, jobs * 12)
+        ]
+        for channel, job in zip(channels, jobs, strict=True):  # the waits before it have reached the server
+            assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job)).status == pb.RUNNING
+        assert wakeups_of_a_job(served) < alone + 25
+        assert not any(wait.done() for wait in waits)
+
+
 def test_a_hundred_waits_of_one_owner_are_all_answered_at_the_end(state, certs):
     with serving(state, certs) as served, channel_to(served) as one, channel_to(served) as two:
         job = served.start("sleep", "1000")
@@ -6453,6 +6551,48 @@ def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
         one_sentence(served.run("list", "--everyone"), "only an admin")
         second = [status.SerializeToString() for status in listed(served)]  # an ended job is answered from memory
         assert second[0] == listed(served)[0].SerializeToString()
+
+
+def test_list_can_show_failed_and_recent_jobs_alone(state, certs):
+    with serving(state, certs) as served:
+        old, failed = (served.start("sh", "-c", f"seq 30; exit {code}") for code in (1, 3))
+        good, stopped = served.start("true"), served.start("sleep", "1000")
+        served.run("stop", stopped)
+        status_at_end(served, good)
+        for job in (old, failed):
+            status_at_end(served, job)
+        spec = state / "jobs" / old / "job.json"
+        facts = json.loads(spec.read_text())
+        spec.write_text(json.dumps({**facts, "created": facts["created"] - 2 * jobworker.DAY}))
+        assert served.run("list", "-q", "--failed").stdout.split() == [old, failed]
+        assert served.run("list", "-q", "--failed", "-n", "1").stdout.split() == [failed]
+        assert served.run("list", "-q", "--since", "1d").stdout.split() == [failed, good, stopped]
+        assert served.run("list", "-q", "--since", "3d", "-n", "2").stdout.split() == [good, stopped]
+        program = shlex.join(PROGRAM)
+        variables = {**os.environ, "JOBWORKER_SERVER": served.address, "JOBWORKER_CERTS": str(certs)}
+        script = f"{program} stream --tail 2 $({program} list -q --failed -n 1)"
+        assert subprocess.check_output(["sh", "-c", script], env=variables) == b"29\n30\n"
+
+
+def test_list_can_be_sorted_by_usage(state, certs):
+    with serving(state, certs) as served:
+        sizes = {served.start("head", "-c", str(size), "/dev/zero"): size for size in (300, 100, 200)}
+        for job in sizes:
+            status_at_end(served, job)
+        assert served.run("list", "-q", "--sort", "output").stdout.split() == sorted(sizes, key=sizes.get)
+        busy, idle = served.start("sh", "-c", "while :; do :; done"), served.start("sleep", "1000")
+        with served.popen("list", "-q", "--running", "--watch", "--sort", "cpu") as client:
+            lines = [client.stdout.readline().decode().strip() for _ in range(4)]
+        assert lines == [busy, idle, idle, busy]
+
+
+@in_loop
+async def test_jobs_are_in_the_order_of_their_starts_after_a_restart_too(state):
+    async with worker_on(state) as worker:
+        jobs = [await start_id(worker, shell("true")) for _ in range(8)]
+        assert [job.id for job in worker.jobs()] == jobs
+    async with worker_on(state) as worker:
+        assert [job.id for job in worker.jobs()] == jobs
 
 
 def test_list_fits_the_terminal(state, certs):
@@ -6515,6 +6655,19 @@ async def test_a_graceful_stop_sends_its_signal_and_kills_after_its_grace(state,
         await worker.stop(worker.job(job), by="bob", signal_number=signal.SIGTERM, grace=grace)
         assert ending(worker, job) == expected
         assert worker.status(worker.job(job)).stopped_by == "bob"
+
+
+@pytest.mark.parametrize("words", [("--grace", "1000s"), ("--signal", "TERM", "--grace", "1000s")], ids=" ".join)
+def test_the_verb_stop_lets_a_service_end_by_itself(state, certs, words):
+    with serving(state, certs) as served:
+        served.start(
+            "--name", "web", "sh", "-c", "trap 'echo clean; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+        )
+        with served.popen("stream", "web") as stream:
+            assert stream.stdout.readline() == b"ready\n"
+            assert served.run("stop", *words, "web").stdout.startswith("stopped Job: ")
+            assert b"clean\n" in stream.stdout.read()
+        assert served.run("status", "web").stdout.endswith("status: STOPPED, exitCode: 0\n")
 
 
 @in_loop
@@ -6624,6 +6777,22 @@ def test_stream_can_begin_with_the_last_lines_and_end_without_waiting(state, cer
             assert stream.stdout.readline() == b"100000\n"
             served.run("stop", job)
             assert stream.stdout.read() == b""
+
+
+def test_the_last_lines_of_a_large_output_are_read_from_its_end(state, certs):
+    def bytes_read():
+        return int(re.search(r"rchar: (\d+)", Path(f"/proc/{served.process.pid}/io").read_text())[1])
+
+    with serving(state, certs) as served:
+        job = served.start("echo", "first")
+        status_at_end(served, job)
+        with (state / "jobs" / job / "output").open("r+b") as file:
+            file.truncate(1 << 30)  # sparse
+            file.seek(0, os.SEEK_END)
+            file.write(b"\none\ntwo\n")
+        before = bytes_read()
+        assert served.run("stream", "--tail", "2", job).stdout == "one\ntwo\n"
+        assert bytes_read() - before < 4 * MIB
 
 
 def test_several_streams_are_written_line_by_line(state, certs):
@@ -7556,16 +7725,9 @@ def run_pyz(*words, program=LIKE_PYZ, pyz=PYZ, wrapper=(), **environment):
                           text=True, timeout=PATIENCE, check=False)  # fmt: skip
 
 
-def module_at(path):
-    spec = importlib.util.spec_from_file_location(path.stem.strip("_") + "_of_the_pyz", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bootstrap = module_at(HERE / "pyz" / "__main__.py")
-first_run = module_at(HERE / "pyz" / "first_run.py")
-bundle = module_at(HERE / "pyz" / "bundle.py")
+bootstrap = module_at(HERE / "pyz" / "__main__.py", "pyz_bootstrap")
+first_run = module_at(HERE / "pyz" / "first_run.py", "pyz_first_run")
+bundle = module_at(HERE / "pyz" / "bundle.py", "pyz_bundle")
 VERSION_LINE = (  # argparse breaks it at the terminal's width
     rf"jobworker {re.escape(jobworker.VERSION)}\s\((commit\s[0-9a-f]{{12}}\+?,\s)?"
     r"grpcio\s[\d.]+,\sprotobuf\s[\d.]+,\scryptography\s[\d.]+\)\n"
