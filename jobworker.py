@@ -2461,6 +2461,8 @@ class Shim:
             self._kill()
         else:
             kill_at = time.monotonic() + request.grace
+            if first and self._spec.through:
+                self._deadline = None  # a timeout must not shorten the grace
             self._deadline = kill_at if self._deadline is None else min(self._deadline, kill_at)
             self._processes.send(request.signal)
             self._processes.send(signal.SIGCONT)  # a stopped process could not end

@@ -8906,7 +8906,7 @@ TRAPS_TERM = "exec 2>/dev/null; trap 'echo term; exit 5' TERM; echo ready; while
     ("request_", "stops", "expected"),
     [
         ({}, True, ("STOPPED", 5, "")),
-        ({"timeout": 2.0}, False, ("STOPPED", 5, "TIMEOUT")),
+        ({"timeout": 1.0}, False, ("STOPPED", 5, "TIMEOUT")),
     ],
 )
 @in_loop
