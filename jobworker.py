@@ -226,6 +226,8 @@ WAKE_GROUP = 16  # followers that are woken at the same time
 START_SLOTS, FINISH_SLOTS = 48, 16
 LONGEST_GRACE = 86400  # seconds between the signal and the kill of a stop
 ARGUMENTS_BYTES = 2 * MIB  # of a command and its arguments: a quarter of the stack's limit (execve(2))
+GRACE = 5.0  # seconds from TERM to the kill of a job that runs through an engine
+END_SECONDS = 120.0  # how long an engine may take to tell how a job ended; its controller may restart meanwhile
 STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
 
 # systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
@@ -241,6 +243,9 @@ class Limits:
     memory: int = MEMORY_LIMIT
     pids: int = PIDS_LIMIT
     io: int = IO_LIMIT
+
+
+DOOR_LIMITS = Limits(memory=256 * MIB)  # of an engine's client: srun has 20 MB, whatever memory its job asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -604,6 +609,24 @@ class Cgroup:
         finally:
             os.close(events)
 
+    def end_all(self, grace: float) -> None:
+        """Send TERM, and return when no process lives in this cgroup or below, or after `grace` seconds."""
+        try:
+            events = os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # the cgroup is gone, so no process is in it
+        try:
+            waiter = select.poll()
+            waiter.register(events, select.POLLPRI)
+            os.pread(events, 4096, 0)  # a change after this read is reported as POLLPRI
+            self.send(signal.SIGTERM)
+            self.send(signal.SIGCONT)
+            deadline = time.monotonic() + grace
+            while self.populated() and (left := deadline - time.monotonic()) > 0:
+                waiter.poll(min(left * 1000, POPULATED_MILLISECONDS))
+        finally:
+            os.close(events)
+
     def remove(self) -> None:
         """Remove this cgroup and all below it, children first. No process may live in it."""
         with contextlib.suppress(OSError):  # most cgroups have no children, and this call is cheaper than the walk
@@ -694,6 +717,19 @@ class ProcessTree:
                 waiter.poll()
                 waiter.unregister(descriptor)
                 os.close(descriptor)
+
+    def end_all(self, grace: float) -> None:
+        """Send TERM, and return when each process that is found has ended, or after `grace` seconds."""
+        deadline = time.monotonic() + grace
+        for process in self._find():
+            with contextlib.suppress(OSError):
+                descriptor = os.pidfd_open(process)
+                try:
+                    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                    signal.pidfd_send_signal(descriptor, signal.SIGCONT)
+                    select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+                finally:
+                    os.close(descriptor)
 
     def _kill_children(self) -> None:
         """Kill children until none is left.
@@ -1265,8 +1301,12 @@ TMP_FOLDERS = {"tmp": "/tmp", "var-tmp": "/var/tmp"}  # noqa: S108  a confined j
 HIDDEN = "view/hidden"  # below the state folder: what a confined job sees in place of a hidden folder
 TRIAL = "view/trial"  # in place of a job's folder; it stays, so that a full disk keeps no server from its next start
 TREE_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+COMMAND_MARK = "\0"  # in `Spec.through`: the place of the command, quoted for a shell; no argument contains a NUL byte
 SPEC_HEAD_BYTES = 64 * KIB  # of a job.json that the server reads or keeps; arguments can make it 12 MiB long
 EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
+
+
+TUPLE_FIELDS = ("args", "groups", "controllers", "hidden", "through", "through_end")  # of a Spec, beside `env`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1297,6 +1337,9 @@ class Spec:
     input: bool = False  # whether standard input is a pipe; otherwise it is /dev/null
     hidden: tuple[str, ...] = ()  # folders that a confined job sees empty
     split: bool = False  # whether standard error is kept apart from standard output
+    through: tuple[str, ...] = ()  # the words of an engine's client, which runs the command
+    through_end: tuple[str, ...] = ()  # a command that tells how the engine saw the job's end (EngineReport)
+    grace: float = 0.0  # with `through`: seconds from TERM to the kill
     args_left_out: int = 0  # how many arguments more job.json holds; see `SPEC_HEAD_BYTES`
 
     def to_json(self) -> bytes:
@@ -1319,7 +1362,7 @@ class Spec:
         try:
             plain = json.loads(text)
             known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
-            tuples = {name: tuple(plain.get(name, ())) for name in ("args", "groups", "controllers", "hidden")}
+            tuples = {name: tuple(plain.get(name, ())) for name in TUPLE_FIELDS}
             tuples["env"] = tuple(tuple(pair) for pair in plain.get("env", ()))
             limits = {name: plain["limits"][name] for name in Limits.__dataclass_fields__ if name in plain["limits"]}
             left_out = plain.get("arg_count", len(tuples["args"])) - len(tuples["args"])
@@ -1336,15 +1379,28 @@ class Spec:
         before, mark, args = text[:SPEC_HEAD_BYTES].partition(b', "args": [')
         return cls.from_json(before + mark + args[: args.rfind(b'", "') + 1] + b"]}")
 
+    @property
+    def program(self) -> str:
+        """The program that runs on this machine: the command, or an engine's client."""
+        return self.through[0] if self.through else self.command
+
+    def words(self) -> list[str]:
+        """The program with its arguments."""
+        command = [self.command, *self.args]
+        if not any(COMMAND_MARK in word for word in self.through):
+            return [*self.through, *command]
+        quoted = " ".join(map(quote, command))
+        return [word.replace(COMMAND_MARK, quoted) for word in self.through]
+
     def programs(self) -> list[str]:
-        """The paths where the command is searched, in this order."""
-        if "/" in self.command:
-            return [self.command]
-        return [f"{folder or '.'}/{self.command}" for folder in self.path().split(":")]
+        """The paths where the program is searched, in this order."""
+        if "/" in self.program:
+            return [self.program]
+        return [f"{folder or '.'}/{self.program}" for folder in self.path().split(":")]
 
     def path(self) -> str:
-        """The PATH on which the command is searched."""
-        return dict(self.env).get("PATH", JOB_PATH)
+        """The PATH on which the program is searched. A job's own PATH does not choose the engine's client."""
+        return JOB_PATH if self.through else dict(self.env).get("PATH", JOB_PATH)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -1361,6 +1417,11 @@ class Spec:
         return Cgroup(self.cgroup) if self.cgroup else ProcessTree(self.id)
 
 
+def quote(word: str) -> str:
+    """A word quoted for a shell. The shim cannot import `shlex`."""
+    return "'" + word.replace("'", "'\"'\"'") + "'"
+
+
 @dataclasses.dataclass(frozen=True)
 class Ending:
     """How a job's main process ended: STOPPED or FINISHED, the exit code as a shell reports it, and the reason."""
@@ -1370,6 +1431,7 @@ class Ending:
     signal: int = 0
     reason: str = ""
     by: str = ""  # the name of the caller who stopped it, encoded by `encode_name`
+    node: str = ""  # where an engine ran it, encoded by `encode_name`
 
 
 LOST = Ending("FINISHED", 255, reason="LOST")
@@ -1422,7 +1484,9 @@ class Events:
         status, code, number, reason, by = (
             self.facts[f"exited.{key}"] for key in ("status", "code", "signal", "reason", "by")
         )
-        return Ending(status, int(code), int(number), self.facts.get("done.reason", reason).strip("-"), by.strip("-"))
+        reason = self.facts.get("done.reason", reason).strip("-")
+        node = self.facts.get("exited.node", "").strip("-")
+        return Ending(status, int(code), int(number), reason, by.strip("-"), node)
 
     @property
     def input_bytes(self) -> int | None:
@@ -2289,6 +2353,7 @@ class Pump:
         self.open = True  # until every writer has closed the pipe
         self.small_batch = False  # whether the last move was small: then it is worth 1 ms to wait for more
         self._room = room
+        self._exhausted: StopRequest | None = None  # from then on `move` discards
         self._written = 0
         self._splices = splices
         self._min_batch = min(MIN_BATCH_BYTES, fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) // 4)
@@ -2296,6 +2361,10 @@ class Pump:
     def move(self) -> StopRequest | None:
         """Move at most 1 MiB. Returns a request to end the job if the cap or the disk is exhausted."""
         self.small_batch = False
+        if self._exhausted:
+            with contextlib.suppress(BlockingIOError):
+                self.open = os.read(self.pipe, MIB) != b""
+            return None
         room = min(MIB, self._room.left)
         try:
             moved = self._move(room) if room else waiting_bytes(self.pipe)  # 0: the end
@@ -2327,10 +2396,16 @@ class Pump:
             rest = rest[os.write(self.output, rest) :]
         return len(chunk)
 
+    def discard_from_now(self, exhausted: StopRequest) -> None:
+        """Go on emptying the pipe. An engine's client that waits for a full pipe could not obey TERM."""
+        self._exhausted = exhausted
+
     def drain(self) -> StopRequest | None:
         """Move what is in the pipe, and no more than one pipe holds: a process outside the job may hold the pipe open
-        and write without end.
+        and write without end. Returns why not all was kept.
         """
+        if self._exhausted:
+            return self._exhausted
         limit = self._written + fcntl.fcntl(self.pipe, fcntl.F_GETPIPE_SZ)
         while self.open and self._written < limit:
             before = self._written
@@ -2395,6 +2470,8 @@ class Shim:
         pumps = make_pumps(self._spec, pipes, outputs)
         self.supervise(self._pidfd, pumps)
         ending = self._ending(process, None if self._request else drain_all(pumps))
+        if self._spec.through_end:
+            ending = ask_engine(self._spec).correct(ending)
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pumps)
 
@@ -2444,7 +2521,9 @@ class Shim:
         exhausted = pump.move()
         if exhausted:
             self._stop(exhausted)
-        if exhausted or not pump.open:
+        if exhausted and self._spec.through:
+            pump.discard_from_now(exhausted)
+        elif exhausted or not pump.open:
             poller.unregister(pump.pipe)
 
     def _carry_out(self, ready: set[int]) -> None:
@@ -2457,8 +2536,11 @@ class Shim:
             else:
                 self._stop(request)
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            # After a signal this is the end of the grace: the first request stays on record.
-            self._stop(StopRequest("TIMEOUT"))
+            if self._request:  # this is the end of the grace
+                self._deadline = None
+                self._kill()
+            else:
+                self._stop(StopRequest("TIMEOUT"))
 
     def _end_input(self, size: int) -> None:
         """Record the end of input, and close the pipe. The server closes its own end when it has read the record."""
@@ -2467,7 +2549,13 @@ class Shim:
             os.close(self._stdin.pop())
 
     def _stop(self, request: StopRequest) -> None:
-        """End the job as requested. The first request is recorded; a later one can only end the job sooner."""
+        """End the job as requested. The first request is recorded; a later one can only end the job sooner.
+
+        An engine's client gets TERM and a grace in any case: if it is killed at once, the engine goes on with the job,
+        and srun ignores a single INT.
+        """
+        if self._spec.through:
+            request = dataclasses.replace(request, signal=signal.SIGTERM, grace=max(request.grace, self._spec.grace))
         first = self._request is None
         if first and request.signal and self._main_process_ended():
             return  # a stop that comes too late does not turn FINISHED into STOPPED
@@ -2477,6 +2565,8 @@ class Shim:
             self._kill()
         else:
             kill_at = time.monotonic() + request.grace
+            if first and self._spec.through:
+                self._deadline = None  # a timeout must not shorten the grace
             self._deadline = kill_at if self._deadline is None else min(self._deadline, kill_at)
             self._processes.send(request.signal)
             self._processes.send(signal.SIGCONT)  # a stopped process could not end
@@ -2655,7 +2745,7 @@ def become_job(
             os.setresgid(spec.gid, spec.gid, spec.gid)
             os.setresuid(spec.uid, spec.uid, spec.uid)
         enter_folder(spec)
-        failure = exec_first(spec.programs(), [spec.command, *spec.args], spec.environment())
+        failure = exec_first(spec.programs(), spec.words(), spec.environment())
     except ConfinementError as error:
         failure = StartFailure(error.number, step=error.step)
     except OSError as error:
@@ -2697,12 +2787,71 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
     return failure
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineReport:
+    """What an engine says of a job's end: a reason if the job did not end by itself, and the node that ran it.
+
+    The command `through_end` prints it as one line, `REASON NODE` or `- NODE`. Anything else counts as: unknown.
+    """
+
+    reason: str = ""
+    node: str = ""
+
+    LINE = re.compile(rb"(-|[A-Z][A-Z_]{0,31})(?: ([A-Za-z0-9_.,\[\]-]{0,100}))?\s*")
+
+    @classmethod
+    def parse(cls, text: bytes) -> EngineReport:
+        found = cls.LINE.fullmatch(text)
+        return cls(found[1].decode().strip("-"), (found[2] or b"").decode()) if found else cls()
+
+    def correct(self, ending: Ending) -> Ending:
+        """An ending with what the engine knows. A job that the engine ended is never FINISHED, and its code is 255."""
+        ending = dataclasses.replace(ending, node=encode_name(self.node))
+        if not self.reason or ending.status == "STOPPED":
+            return ending
+        return dataclasses.replace(ending, status="STOPPED", code=255, reason=self.reason)
+
+
+def ask_engine(spec: Spec) -> EngineReport:
+    """Run `through_end` with the job's account, and none of its variables, in the job's cgroup."""
+    cgroup = spec.cgroup if os.path.isdir(spec.cgroup) else ""  # a reboot removed the cgroup of a lost job
+    command, *args = spec.through_end
+    asking = dataclasses.replace(spec, command=command, args=tuple(args), through=(), env=(), cwd="", cgroup=cgroup)
+    with contextlib.ExitStack() as resources, contextlib.suppress(OSError):  # no process or descriptor can be had
+        answer, writer = os.pipe2(os.O_CLOEXEC)
+        resources.callback(os.close, answer)
+        try:
+            _, pidfd, errpipe = start_process(asking, -1, (), [writer], ())
+        finally:
+            os.close(writer)
+        for descriptor in (errpipe, pidfd):
+            resources.callback(os.close, descriptor)
+        text = read_answer(answer, time.monotonic() + END_SECONDS)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return EngineReport.parse(text)
+    return EngineReport()
+
+
+def read_answer(pipe: int, deadline: float) -> bytes:
+    """What comes from a pipe until its end or the deadline; about 1 KiB at most."""
+    text = b""
+    while len(text) < KIB and select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(pipe, KIB)
+        if not chunk:
+            break
+        text += chunk
+    return text
+
+
 def finish_job(folder: JobFolder, spec: Spec, events: int, ending: Ending, pumps: Sequence[Pump]) -> None:
     """Finish a job after the end of its main process: kill what is left, keep the last output, write `done` last.
 
     A crash may happen after any step. `finish_lost` then repeats all of them.
     """
     processes = spec.processes()
+    if spec.through:
+        processes.end_all(spec.grace)
     processes.kill_all()
     rest = drain_all(pumps)
     usage = processes.usage()
@@ -2720,6 +2869,9 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
     os.write(events, b"\n")  # a line that the lost shim tore stays a line of its own
     if ending is None:
         ending = LOST
+        if spec.through_end:  # it takes what the lost job left out of the engine
+            spec.processes().end_all(spec.grace)
+            ask_engine(spec)
         write_event(events, "exited", **vars(ending))
     finish_job(folder, spec, events, ending, ())
 
@@ -2727,6 +2879,9 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
 # --- 7. Accounts ----------------------------------------------------------------------------------------
 # Owns the uids: which account a job runs with, and the private home of each owner. It writes only `<state>/owners` and
 # `<state>/home`. It knows nothing of jobs or of who may do what.
+
+
+FIRST_PERSON, NOBODY = 1000, 65534  # uids below are of the system (UID_MIN of login.defs(5)); nobody is no person
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2757,6 +2912,18 @@ class Account:
         except (KeyError, ValueError):
             raise BadRequestError(f"this machine has no account {name!r} to run as") from None
         return cls(entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)), name, entry.pw_dir)
+
+    @classmethod
+    def of_person(cls, owner: str) -> Account:
+        """The account of a person with the owner's name. Raises CannotRunError if there is none."""
+        with contextlib.suppress(BadRequestError):
+            account = cls.named(owner)
+            if account.uid >= FIRST_PERSON and account.uid != NOBODY:
+                return account
+        raise CannotRunError(
+            f"this server runs a job as its owner's account, and this machine has no account {owner!r} with a uid of "
+            f"{FIRST_PERSON} or more (`serve --accounts system`)"
+        )
 
 
 class Accounts:
@@ -2927,6 +3094,11 @@ class WorkerOptions:
     reserve: float = RESERVE
     max_jobs: int = MAX_JOBS
     owner: OwnerLimits = OwnerLimits()
+    accounts: str = "own"  # "own": uids that this server gives to owners; "system": accounts of the owners' names
+    # The words of an engine's client, put before each command; `fill_words` has their fields. Empty: no engine.
+    through: tuple[str, ...] = ()
+    through_end: tuple[str, ...] = ()  # a command that tells how the engine saw the job's end (EngineReport)
+    grace: float = GRACE  # with `through`: seconds from TERM to the kill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3033,6 +3205,41 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
     )
 
 
+WORD_FIELDS = ("id", "owner", "name", "cpus", "memory_mb", "minutes", "command")
+
+
+def check_words(words: Iterable[str], fields: Sequence[str] = WORD_FIELDS) -> None:
+    """Refuse words that `fill_words` could not fill. Raises BadRequestError."""
+    for word in words:
+        names = re.findall(r"\{([^{}]*)\}", re.sub(r"\{\{|\}\}", "", word))
+        unknown = [name for name in names if name not in fields]
+        if unknown:
+            known = " ".join(f"{{{name}}}" for name in fields)
+            raise BadRequestError(f"{word!r} has the field {{{unknown[0]}}}; the fields are {known}")
+        try:
+            word.format_map(dict.fromkeys(fields, ""))
+        except ValueError:
+            raise BadRequestError(f"{word!r} has a brace without its pair; {{{{ and }}}} stand for braces") from None
+
+
+def fill_words(words: Iterable[str], spec: Spec) -> tuple[str, ...]:
+    """The words with this job's values in their fields. A value is a part of one word, whatever it contains."""
+    fields = {
+        "id": spec.id,
+        "owner": spec.owner.replace("\0", ""),
+        "name": spec.name,
+        "cpus": rounded_up(spec.limits.cpu),
+        "memory_mb": rounded_up(spec.limits.memory / MIB),
+        "minutes": rounded_up(spec.timeout / 60),  # 0: none
+        "command": COMMAND_MARK,
+    }
+    return tuple(word.format_map(fields) for word in words)
+
+
+def rounded_up(value: float) -> int:
+    return int(-(-value // 1))
+
+
 def confinement_failure(state: str, hidden: Sequence[str]) -> str:
     """Why this machine cannot confine jobs; empty: it can."""
     release = os.uname().release
@@ -3043,10 +3250,17 @@ def confinement_failure(state: str, hidden: Sequence[str]) -> str:
     return f"{failure.step}: {failure.strerror}" if failure else ""
 
 
-def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool, confined: bool) -> tuple[str, ...]:
+def job_notes(
+    cgroup: bool, controllers: Iterable[str], *, separate: bool, confined: bool, through: Sequence[str] = ()
+) -> tuple[str, ...]:
     notes = []
     missing = [name for name in CONTROLLERS if name not in controllers]
-    if missing:
+    if through:
+        notes.append(
+            f"the job runs through {through[0]!r}: its limits are the engine's, those of this machine hold only the "
+            f"engine's client, and it is not confined here"
+        )
+    elif missing:
         notes.append(f"limits on {', '.join(missing)} are not enforced")
     if not cgroup:
         notes.append("there is no cgroup: leftover processes are found by a search of /proc, which a job can evade")
@@ -3054,7 +3268,7 @@ def job_notes(cgroup: bool, controllers: Iterable[str], *, separate: bool, confi
         notes.append(
             "the job runs as the server's own user or as root: limits and separation hold only if it cooperates"
         )
-    if separate and not confined:
+    if separate and not confined and not through:
         notes.append("it is not confined: it shares /tmp, shared memory and the list of processes with other users")
     return tuple(notes)
 
@@ -3064,7 +3278,7 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
 
     It repeats the command as it was typed, and tells only what the job's own uid could see.
     """
-    name, number = spec.command, failure.errno
+    name, number = spec.program, failure.errno
     reason = os.strerror(number)
     if failure.step == CWD_STEP:
         return CannotRunError(f"cannot enter the working folder {spec.cwd!r}: {reason}")
@@ -3229,6 +3443,11 @@ class JobStatus:
     def stopped_by(self) -> str:
         return decode_name(self.ending.by) if self.ending else ""
 
+    @property
+    def node(self) -> str:
+        """Where an engine ran the job, if the engine told."""
+        return decode_name(self.ending.node) if self.ending else ""
+
 
 class Job:
     """One job of the table: its folder, and what the server remembers of it. All of it can be read again from the
@@ -3357,6 +3576,16 @@ class Retention:
         return next(iter(self._sizes))
 
 
+def stop_seconds(job: Job, grace: float) -> float:
+    """How long a stop may take. A job that runs through an engine has its own grace twice: for its main process, and
+    for what that leaves behind.
+    """
+    with contextlib.suppress(NoSuchJobError):
+        if job.spec.through:
+            return grace + 2 * job.spec.grace + END_SECONDS + STOP_SECONDS
+    return grace + STOP_SECONDS
+
+
 class TaskSet:
     """Background tasks. The event loop keeps only weak references, so this set keeps them alive."""
 
@@ -3424,6 +3653,10 @@ class Worker:
     async def __aenter__(self) -> Self:
         """Take the state folder and read its jobs back. A start after a crash is the same as any other start."""
         check_kernel()
+        check_words(self.options.through)
+        check_words(self.options.through_end, WORD_FIELDS[:-1])
+        if self.options.accounts == "system" and os.geteuid() != 0:
+            raise JobWorkerError("only root can run jobs as the accounts of their owners (`serve --accounts system`)")
         async with contextlib.AsyncExitStack() as resources:
             make_state_folder(self.options.state)
             resources.callback(os.close, lock_state_folder(self.options.state))
@@ -3445,7 +3678,7 @@ class Worker:
 
     def _prepare_confinement(self) -> None:
         """Try the confinement of jobs once. Raises JobWorkerError if the machine cannot give it and it is needed."""
-        if os.geteuid() != 0 or "confine" in self.options.without:
+        if os.geteuid() != 0 or "confine" in self.options.without or self.options.through:
             return
         state = str(self.options.state)
         self._hidden = make_views(state, [*self.options.hidden, *shared_folders()])
@@ -3485,8 +3718,9 @@ class Worker:
         """What this machine, or a server without root, cannot give to a job; one sentence each."""
         separate = os.geteuid() == 0
         return job_notes(
-            self._tree.root is not None, self._tree.controllers, separate=separate, confined=self._confines
-        )
+            self._tree.root is not None, self._tree.controllers, separate=separate, confined=self._confines,
+            through=self.options.through,
+        )  # fmt: skip
 
     # -- Start: a crash after any of these steps leaves a job that recovery understands
 
@@ -3539,7 +3773,7 @@ class Worker:
         if request.confine and not confine:
             raise BadRequestError("this server does not confine jobs, so `--confine` cannot be had here")
         job_id = request.id or new_job_id()
-        return Spec(
+        spec = Spec(
             id=job_id, owner=request.owner, command=request.command, args=request.args,
             uid=account.uid, gid=account.gid, groups=account.groups, user=account.name, home=account.home,
             cgroup=self._tree.job_path(account.uid, job_id), controllers=tuple(sorted(self._tree.controllers)),
@@ -3550,6 +3784,10 @@ class Worker:
             env=request.env, cwd=request.cwd, name=request.name, split=request.split,
             confine=confine, hidden=self._hidden if confine else (), input=request.input,
         )  # fmt: skip
+        if not options.through:
+            return spec
+        through, through_end = (fill_words(words, spec) for words in (options.through, options.through_end))
+        return dataclasses.replace(spec, through=through, through_end=through_end, grace=options.grace)
 
     def _check_places(self, request: JobRequest) -> None:
         """Raise ExhaustedError if this owner, or all owners, have as many jobs as they may. Some are for admins."""
@@ -3577,7 +3815,10 @@ class Worker:
 
     def _account(self, request: JobRequest) -> Account:
         if os.geteuid() == 0:
-            return Account.named(request.run_as) if request.run_as else self._accounts.of(request.owner)
+            if request.run_as:
+                return Account.named(request.run_as)
+            system = self.options.accounts == "system"
+            return Account.of_person(request.owner) if system else self._accounts.of(request.owner)
         own = Account.of_server()
         if request.run_as not in ("", own.name):
             raise BadRequestError(f"this server runs as {own.name}, and only root can run a job as {request.run_as!r}")
@@ -3627,7 +3868,7 @@ class Worker:
     def _make_cgroup(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
         if not spec.cgroup:
             return []
-        cgroup = self._tree.make_job(spec.cgroup, spec.limits, spec.gid)
+        cgroup = self._tree.make_job(spec.cgroup, DOOR_LIMITS if spec.through else spec.limits, spec.gid)
         descriptor = cgroup.open()
         handed_over.callback(os.close, descriptor)
         return [descriptor]
@@ -3665,6 +3906,7 @@ class Worker:
                 spec.controllers,
                 separate=spec.uid not in (0, os.geteuid()),
                 confined=spec.confine,
+                through=spec.through,
             ),
             error_bytes=job.folder.output_bytes(OUTPUTS[1]) if spec.split else 0,
         )
@@ -3739,7 +3981,7 @@ class Worker:
             job.refresh(closed=True)
             self._settle(job, alive=False)
         try:
-            await asyncio.wait_for(self.wait(job), (grace if signal_number else 0) + STOP_SECONDS)
+            await asyncio.wait_for(self.wait(job), stop_seconds(job, grace if signal_number else 0))
         except asyncio.TimeoutError:
             self._kill_without_shim(job)
             raise UnavailableError(
@@ -5232,7 +5474,7 @@ def shortened(sentence: str) -> str:
 
 def status_message(status: JobStatus) -> pb.GetStatusResponse:
     spec, ending, usage = status.spec, status.ending, status.usage
-    enforced = {name: getattr(spec.limits, name) for name in spec.controllers}
+    enforced = {name: getattr(spec.limits, name) for name in spec.controllers if not spec.through}
     return pb.GetStatusResponse(
         status=status.status,
         exitcode=status.exit_code,
@@ -5265,6 +5507,8 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         split=spec.split,
         error_bytes=status.error_bytes,
         input_bytes=status.input_bytes,
+        through=shlex.join(spec.through).replace(COMMAND_MARK, "{command}"),
+        node=status.node,
     )
 
 
@@ -6105,6 +6349,17 @@ def as_count(text: str) -> int:
     return int(count)
 
 
+def as_words(text: str) -> tuple[str, ...]:
+    """Words as a shell splits them."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} has a quotation mark or a backslash without its pair") from None
+    if not words or not words[0] or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names no program")
+    return words
+
+
 def as_share(text: str) -> float:
     """A part of the whole, as `5%` or `0.05`."""
     value = quantity(text.rstrip("%"), {"": 1}, "share like 5%") / (100 if text.endswith("%") else 1)
@@ -6327,6 +6582,16 @@ ENDING_OPTIONS: list[Row] = [
     ("--timeout", as_seconds, "TIME", 0.0, "end a job after this time (default: never)"),
     ("--max-output", as_bytes, "SIZE", OUTPUT_LIMIT, "end a job that prints more (default: 1G)"),
 ]
+THROUGH_HELP = """put these words before each command. {id} {owner} {name} {cpus} {memory_mb} {minutes} (0: none) stand
+for values of the job, and {command} for the place of the command, quoted for a shell. `slurm [OPTION…]`: the words for
+Slurm's srun, with more of its options"""
+THROUGH_END_HELP = """a command that tells how the engine saw a job's end. It prints `REASON NODE` if the job did not
+end by itself, else `- NODE` (default: for `slurm`, by squeue; otherwise none)"""
+ENGINE_OPTIONS: list[Row] = [
+    ("--through", as_words, "WORDS", (), THROUGH_HELP),
+    ("--through-end", as_words, "WORDS", (), THROUGH_END_HELP),
+    ("--grace", as_seconds, "TIME", GRACE, "with --through: the time from TERM to the kill (default: 5s)"),
+]
 KEEPING_OPTIONS: list[Row] = [
     ("--keep", as_seconds, "TIME", KEEP_SECONDS, "delete an ended job after this time (default: 7d; 0: never)"),
     ("--keep-bytes", as_bytes, "SIZE", 0, "delete the oldest jobs when outputs exceed this (default: no bound)"),
@@ -6343,6 +6608,31 @@ OWNER_OPTIONS: list[Row] = [
 ]
 
 
+# srun takes a lone `:` among the arguments for the begin of another part of the job, with options. So the command is
+# one word, which a shell on the node splits.
+SLURM = (
+    "srun", "--quiet", "--unbuffered", "--job-name={id}", "--comment={name}", "--nodes=1", "--ntasks=1",
+    "--cpus-per-task={cpus}", "--mem={memory_mb}", "--time={minutes}",
+)  # fmt: skip
+SLURM_COMMAND = ("--", "sh", "-c", "exec {command}")
+# How Slurm saw a job's end. Slurm offers no event, so it is asked again while it does not answer, and while the job is
+# COMPLETING, because it then does not tell of which state. A job that still waits or runs has lost its srun, and is
+# cancelled: otherwise it would hold its resources for ever.
+SLURM_END = (
+    "sh", "-c",
+    """command -v squeue >/dev/null || exit
+while ! line=$(squeue --noheader --all --me --states=all --name="$1" --format="%T %N" 2>/dev/null) ||
+    [ "${{line%% *}}" = COMPLETING ]; do sleep 0.1; done
+node=${{line#* }}
+case ${{line%% *}} in
+    "") ;;
+    OUT_OF_MEMORY) echo "OOM $node" ;;
+    BOOT_FAIL | CANCELLED | DEADLINE | NODE_FAIL | PREEMPTED | TIMEOUT) echo "${{line%% *}} $node" ;;
+    COMPLETED | FAILED) echo "- $node" ;;
+    *) scancel --quiet --me --name="$1"; echo "- $node" ;;
+esac 2>/dev/null""",
+    "sh", "{id}",
+)  # fmt: skip
 MAX_DEFAULTS = {
     "cpu": "--owner-cpu, or this machine's",
     "memory": "--owner-memory",
@@ -6367,6 +6657,14 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
         limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: {MAX_DEFAULTS[name]}")
     add_rows(limits, ENDING_OPTIONS)
+    engine = parser.add_argument_group("an engine that runs the jobs on other machines")
+    add_rows(engine, ENGINE_OPTIONS)
+    engine.add_argument(
+        "--accounts",
+        choices=("own", "system"),
+        default="own",
+        help="own: a uid of this server's for each owner; system: the account of the owner's name (default: own)",
+    )
     add_rows(parser.add_argument_group("bounds of all that one owner has"), OWNER_OPTIONS)
     keep = parser.add_argument_group("retention")
     add_rows(keep, KEEPING_OPTIONS)
@@ -6401,15 +6699,32 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
     for name in ("io", "max_io"):
         if (getattr(options, name) or IO_FLOOR) < IO_FLOOR:
             raise UsageError(f"--{name.replace('_', '-')} is at least 1M a second: below it, a stop would take minutes")
-    same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs")
+    same = ("cgroup", "timeout", "max_output", "keep", "keep_bytes", "reserve", "max_jobs", "accounts", "grace")
+    through, through_end = engine_words(options.through, options.through_end)
     return WorkerOptions(
         state=pathlib.Path(options.state or default_state()).absolute(),
         without=chosen_without(options.without) | ({"confine"} if options.no_confine else set()),
         defaults=defaults,
         caps=Limits(**caps),
         owner=owner,
+        through=through,
+        through_end=through_end,
         **{name: getattr(options, name) for name in same},
     )
+
+
+def engine_words(through: tuple[str, ...], through_end: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The words of --through and --through-end, with those of Slurm in place of `slurm`. Raises UsageError."""
+    if through[:1] == ("slurm",):
+        through, through_end = (*SLURM, *through[1:], *SLURM_COMMAND), through_end or SLURM_END
+    if through_end and not through:
+        raise UsageError("--through-end needs --through")
+    try:
+        check_words(through)
+        check_words(through_end, WORD_FIELDS[:-1])
+    except BadRequestError as error:
+        raise UsageError(f"--through: {error}") from None
+    return through, through_end
 
 
 def owner_limits(options: argparse.Namespace) -> OwnerLimits:
@@ -7248,6 +7563,7 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         "outputBytes": status.output_bytes,
         **({"split": True, "errorBytes": status.error_bytes} if status.split else {}),
         **({"inputBytes": status.input_bytes} if status.input_bytes else {}),
+        **({"through": status.through, "node": status.node or None} if status.through else {}),
         "usage": {
             "cpuSeconds": status.cpu_seconds if status.ended_ms or status.cpu_seconds else None,
             "memoryCurrent": status.memory_current or None,
@@ -7379,7 +7695,12 @@ VERBS = {
         add_serve_arguments,
         run_serve,
         "run the server on this machine",
-        ("serve", "serve --without auto --max-cpu 4 --max-memory 8G", "serve @/etc/jobworker/options"),
+        (
+            "serve",
+            "serve --without auto --max-cpu 4 --max-memory 8G",
+            "serve @/etc/jobworker/options",
+            "serve --through slurm --accounts system",
+        ),
     ),
     "run": Verb(
         add_run_arguments,

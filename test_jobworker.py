@@ -20,6 +20,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -49,6 +50,7 @@ from hypothesis import strategies as st
 
 import jobworker
 from jobworker import (
+    GIB,
     KIB,
     MIB,
     BadRequestError,
@@ -3213,6 +3215,8 @@ MESSAGES = {  # every message: the number and the type of every field
         "split": (29, "bool"),
         "error_bytes": (30, "uint64"),
         "input_bytes": (31, "uint64"),
+        "through": (32, "string"),
+        "node": (33, "string"),
     },
     "GetStreamRequest": {
         "id": (1, "string"),
@@ -9281,3 +9285,725 @@ def test_results_that_were_reported_before_a_power_cut_exist_after_it(certs):
         second = subprocess.run([*boot, "--", sys.executable, "-c", body.format("after_the_power_cut", name)],
                                 stdin=subprocess.DEVNULL, cwd=HERE, capture_output=True, text=True, check=False)  # fmt: skip
         assert second.returncode == 0, second.stdout + second.stderr
+
+
+# --- Through an engine ------------------------------------------------------------------------------------
+# `serve --through`. First without an engine: the promises of the sections above hold through `env X=1`, and what only
+# an engine's client needs. Then a real slurmctld with nodes n1 and n2 on loopback (.ci/slurm).
+
+THROUGH = ("env", "X=1")
+THROUGH_OPTIONS = ("--through", "env X=1", "--grace", "0.2s")
+PROMISES = [  # a test, and its arguments that are no fixtures
+    (test_a_job_that_forks_twice_and_exits_leaves_no_process, {}),
+    (test_a_stop_kills_grandchildren_that_ignore_signals_and_have_their_own_session, {}),
+    (test_no_process_of_a_fork_storm_escapes_the_kill, {}),
+    (test_the_output_of_a_child_that_outlives_its_parent_is_kept, {}),
+    (test_a_job_cannot_change_its_own_events_output_or_shim, {}),
+    (test_a_job_starts_with_descriptors_0_1_and_2_and_no_other, {}),
+    (test_the_start_after_a_killed_launcher_works, {}),
+    (test_a_killed_shim_loses_its_own_job_only, {}),
+    (test_a_hundred_concurrent_starts_all_succeed, {}),
+    (test_a_job_that_exits_with_more_than_its_output_limit_in_the_pipe_is_finished, {}),
+    (test_limits_end_jobs_while_no_server_runs, {}),
+    (test_fifty_followers_that_begin_at_different_times_receive_the_same_bytes, {}),
+    (test_a_slow_or_vanished_follower_does_not_disturb_the_others, {}),
+    (test_a_follower_receives_each_line_while_the_job_runs, {}),
+    (test_a_second_stop_and_a_stop_after_the_end_change_nothing, {}),
+    (test_each_owner_keeps_the_same_uid_and_private_home, {}),
+    (test_a_server_that_starts_again_knows_every_job, {}),
+    (test_jobs_survive_the_kill_of_their_server, {}),
+    (test_many_stops_of_a_lost_job_start_one_finisher, {}),
+    (test_certificates_identities_and_jobs_survive_a_restart, {}),
+    (test_a_stream_continues_at_its_byte_when_the_next_server_runs, {"end": signal.SIGKILL}),
+    (test_serve_with_stop_jobs_stops_its_jobs_when_it_ends, {}),
+    (test_binary_output_arrives_unchanged, {}),
+    (test_the_output_of_a_shell_loop_arrives_while_it_runs, {}),
+    (test_run_writes_all_output_and_takes_the_command_as_it_is_typed, {}),
+    (test_run_resumes_after_its_server_was_killed_and_names_its_job_when_it_gives_up, {}),
+    (test_wait_returns_at_the_end_with_the_code_of_the_last_job, {}),
+    (test_signal_reaches_the_main_process, {}),
+    (test_a_job_gets_its_variables_and_no_reply_contains_their_values, {}),
+    (test_a_job_runs_in_the_folder_that_was_asked_for, {}),
+]
+
+
+@pytest.fixture(scope="session")
+def shared_through(certs, shared, tmp_path_factory):
+    """A server like `shared` whose jobs run through a command."""
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-through-"))
+    folder.chmod(0o711)
+    with serving(folder, certs, *THROUGH_OPTIONS) as served:
+        yield served
+    for tree in trees_of(folder):
+        Cgroup(str(tree)).remove()
+    shutil.rmtree(folder)
+    forget_claims(folder)
+
+
+@pytest.mark.parametrize(("promise", "arguments"), PROMISES, ids=[row[0].__name__[5:] for row in PROMISES])
+def test_a_promise_holds_through_a_command(promise, arguments, request, monkeypatch, shared_through):
+    worker, words, server, result_of = worker_on, serve_words, in_server, ending
+    module = sys.modules[__name__]
+
+    def ending_with_term(*args):
+        """TERM does here what SIGKILL does for other jobs."""
+        status, code, reason = result_of(*args)
+        return status, 137 if (status, code) == ("STOPPED", 143) else code, reason
+
+    monkeypatch.setattr(module, "ending", ending_with_term)
+    options = {"through": THROUGH, "grace": 0.2}
+    monkeypatch.setattr(module, "worker_on", lambda *args, **more: worker(*args, **{**options, **more}))
+    monkeypatch.setattr(module, "serve_words", lambda *args, **more: [*words(*args, **more), *THROUGH_OPTIONS])
+    monkeypatch.setattr(
+        module, "in_server",
+        lambda *args, **more: server(*args, **{**more, "options": {**options, **(more.get("options") or {})}}),
+    )  # fmt: skip
+    fixtures = [name for name in inspect.signature(promise).parameters if name not in arguments]
+    values = {name: shared_through if name == "shared" else request.getfixturevalue(name) for name in fixtures}
+    promise(**values, **arguments)
+
+
+@in_loop
+async def test_a_job_s_own_path_does_not_choose_the_client_of_the_engine(state, tmp_path):
+    (tmp_path / "env").write_text("#!/bin/sh\necho mine\n")
+    (tmp_path / "env").chmod(0o755)
+    async with worker_on(state, through=THROUGH) as worker:
+        path = f"{tmp_path}:{jobworker.JOB_PATH}"
+        text, _ = await result(worker, shell("echo $X $PATH", env=(("PATH", path),)))
+        assert text == f"1 {path}\n".encode()
+
+
+SHOWS_WORDS = "import os, sys; os.write(1, repr(sys.argv[1:]).encode())"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("{id}",), [ID]),
+        (("a{owner}b", "{name}"), ["aal 'ice' \"{name}b", "-x --uid=0 'y"]),
+        (("{cpus}", "{memory_mb}", "{minutes}"), ["1", "33", "2"]),
+        (("{{id}}", "two words"), ["{id}", "two words"]),
+    ],
+)
+@in_loop
+async def test_the_words_have_the_values_of_the_job_and_a_value_is_never_split(state, words, expected):
+    async with worker_on(state, through=(PYTHON, "-c", SHOWS_WORDS, *words)) as worker:
+        request = JobRequest(
+            "--uid=0", ("a\nb", "{id}"), owner="al 'ice' \"{name}", id=ID, name="-x --uid=0 'y", cpu=0.2,
+            memory=32 * MIB + 1, timeout=61,
+        )  # fmt: skip
+        text, status = await result(worker, request)
+        assert eval(text) == [*expected, "--uid=0", "a\nb", "{id}"]
+        assert (status.spec.command, status.spec.args) == ("--uid=0", ("a\nb", "{id}"))
+
+
+@in_loop
+async def test_a_command_in_the_place_of_its_field_is_quoted_for_a_shell(state):
+    async with worker_on(state, through=("sh", "-c", "exec {command}")) as worker:
+        args = ("-c", SHOWS_WORDS, "a b", "it's", ":", "--uid=0", "$HOME", "x\ny", "{id}", "é", "")
+        text, status = await result(worker, JobRequest(PYTHON, args, owner="alice"))
+        assert eval(text) == list(args[2:])
+        assert status.spec.args == args
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--through", "srun {jobid}"), "'{jobid}' has the field {jobid}; the fields are {id} {owner} {name} {cpus}"),
+        (("--through", "srun {}"), "'{}' has the field {}"),
+        (("--through", "srun {cpus.real}"), "has the field {cpus.real}"),
+        (("--through", "srun {id"), "'{id' has a brace without its pair"),
+        (("--through", "srun 'a"), '"srun \'a" has a quotation mark or a backslash without its pair'),
+        (("--through", ""), "'' names no program"),
+        (("--through", "slurm --comment={comment}"), "has the field {comment}"),
+        (("--through", "srun", "--through-end", "squeue {command}"), "has the field {command}"),
+        (("--through-end", "squeue"), "--through-end needs --through"),
+        (("--accounts", "mine"), "invalid choice: 'mine'"),
+    ],
+)
+def test_wrong_words_are_refused_when_serve_starts(state, certs, options, said):
+    done = subprocess.run(
+        serve_words(state, certs, *options), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    one_sentence(done, said, status=2)
+
+
+def test_status_and_serve_say_what_runs_a_job_and_that_its_limits_are_the_engine_s(state, certs):
+    options = ("--through", "env X=1", "--through-end", "echo '- n7'")
+    with serving(state, certs, *options, stderr=subprocess.PIPE) as served:
+        assert line_with(served, "runs through 'env'").startswith("jobworker: warning: ")
+        job = served.start("--", "sh", "-c", "echo $X")
+        assert served.run("stream", job).stdout == "1\n"
+        facts = json.loads(served.run("status", job, "--json").stdout)
+        assert (facts["through"], facts["node"], facts["command"]) == ("env X=1", "n7", ["sh", "-c", "echo $X"])
+        assert {facts["limits"][name] for name in jobworker.CONTROLLERS} == {None}
+        assert "limits are the engine's" in facts["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("script", "answer", "expected", "node"),
+    [
+        ("exit 0", "echo '- n1'", ("FINISHED", 0, ""), "n1"),
+        ("exit 0", "echo NODE_FAIL n[1-2]", ("STOPPED", 255, "NODE_FAIL"), "n[1-2]"),
+        ("exit 3", "echo CANCELLED", ("STOPPED", 255, "CANCELLED"), ""),
+        ("kill -9 $$", "echo PREEMPTED n1", ("STOPPED", 255, "PREEMPTED"), "n1"),
+        ("exit 3", "echo slurm_load_jobs error: down >&2; exit 1", ("FINISHED", 3, ""), ""),
+        ("exit 0", "true", ("FINISHED", 0, ""), ""),
+        ("exit 0", "no-such-command", ("FINISHED", 0, ""), ""),
+        ("exit 0", "echo NODE_FAIL n1; echo more", ("FINISHED", 0, ""), ""),
+        ("exit 0", "while echo NODE_FAIL; do true; done", ("FINISHED", 0, ""), ""),
+        ("exit 0", "printf '\\377'", ("FINISHED", 0, ""), ""),
+        ("exit 0", 'test "$0" = "$JOBWORKER_JOB_ID" -a -z "$SAID" && echo TIMEOUT', ("STOPPED", 255, "TIMEOUT"), ""),
+    ],
+)  # fmt: skip
+@in_loop
+async def test_what_the_engine_tells_of_the_end_is_the_job_s_end(state, mark, script, answer, expected, node):
+    async with worker_on(state, through=THROUGH, through_end=("sh", "-c", f"{answer} #{mark}", "{id}")) as worker:
+        text, status = await result(worker, shell(f"echo hello; {script}", env=(("SAID", "CANCELLED"),)))
+        assert text == b"hello\n"
+        assert (status.status, status.exit_code, status.ending.reason, status.node) == (*expected, node)
+    wait_for_orphans()
+    assert not processes_with(mark)
+    async with worker_on(state) as worker:  # a later server reads the same
+        assert worker.status(worker.jobs()[0]).node == node
+
+
+@in_loop
+async def test_an_engine_that_does_not_answer_delays_the_end_for_a_bounded_time(state, tmp_path, mark):
+    altered = altered_copy(tmp_path, "def ask_engine(", "END_SECONDS = 0.5\n")
+    options = {"through": THROUGH, "through_end": ("sh", "-c", f"echo NODE_FAIL; sleep 1000; : {mark}")}
+    async with worker_on(state, altered, **options) as worker:
+        _, status = await result(worker, altered.JobRequest("sh", ("-c", "exit 3"), owner="alice"))
+        assert (status.status, status.exit_code) == ("STOPPED", 255)
+    wait_for_orphans()
+    assert not processes_with(mark)
+
+
+TRAPS_TERM = "exec 2>/dev/null; trap 'echo term; exit 5' TERM; echo ready; while :; do sleep 0.01; done"
+
+
+@pytest.mark.parametrize(
+    ("request_", "stops", "expected"),
+    [
+        ({}, True, ("STOPPED", 5, "")),
+        ({"timeout": 1.0}, False, ("STOPPED", 5, "TIMEOUT")),
+    ],
+)
+@in_loop
+async def test_every_end_of_a_job_is_term_and_a_grace(state, request_, stops, expected):
+    async with worker_on(state, through=THROUGH, grace=PATIENCE) as worker:
+        job = await start_id(worker, shell(TRAPS_TERM, **request_))
+        await wait_for_output(worker, job, b"ready")
+        if stops:
+            await worker.stop(worker.job(job), by="alice")
+        assert await output(worker, job) == b"ready\nterm\n"
+        assert ending(worker, job) == expected
+
+
+@in_loop
+async def test_a_stop_with_another_signal_sends_term_and_two_stops_are_one(state):
+    async with worker_on(state, through=THROUGH, grace=PATIENCE) as worker:
+        job = await start_id(worker, shell(f"trap 'echo int' INT; {TRAPS_TERM}"))
+        await wait_for_output(worker, job, b"ready")
+        entry = worker.job(job)
+        await asyncio.gather(worker.stop(entry, "alice", signal.SIGINT, 0.0), worker.stop(entry, "alice"))
+        assert await output(worker, job) == b"ready\nterm\n"
+        assert ending(worker, job) == ("STOPPED", 5, "")
+
+
+DRAINED = """
+import os, signal, sys
+def end(*_):
+    for _ in range(64): os.write(1, bytes(65536))  # blocks if nobody empties the pipe
+    os._exit(6)
+signal.signal(signal.SIGTERM, end)
+while True: os.write(1, bytes(1000))
+"""
+
+
+@in_loop
+async def test_the_output_beyond_the_limit_is_discarded_so_that_the_client_can_end(state):
+    async with worker_on(state, through=THROUGH, grace=PATIENCE) as worker:
+        text, status = await result(worker, python(DRAINED, max_output=5000))
+        assert (status.status, status.exit_code, status.ending.reason) == ("STOPPED", 6, "OUTPUT_LIMIT")
+        assert text == bytes(5000)
+
+
+@pytest.mark.parametrize("loses_shim", [False, True])
+@in_loop
+async def test_what_the_main_process_leaves_gets_term_and_a_grace(state, tmp_path, loses_shim):
+    said = tmp_path / "said"
+    said.touch()
+    said.chmod(0o666)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o711)
+    script = f"sh -c 'trap \"echo term >{said}; exit\" TERM; echo ready; while :; do sleep 0.01; done' 2>/dev/null & "
+    async with worker_on(state, through=THROUGH, grace=PATIENCE / 2) as worker:
+        job = await start_id(worker, shell(f"{script} read none; {'sleep 1000' if loses_shim else 'sleep 0.3'}"))
+        await wait_for_output(worker, job, b"ready")
+        if loses_shim:
+            for process in shims_of(worker):
+                os.kill(process, signal.SIGKILL)
+        await output(worker, job)
+        assert ending(worker, job) == (LOST if loses_shim else ("FINISHED", 0, ""))
+        assert said.read_text() == "term\n"
+
+
+def shims_of(worker):
+    return children(worker._launcher.process)
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_limits_of_a_job_do_not_hold_the_client_of_its_engine(state):
+    async with worker_on(state, through=THROUGH) as worker:
+        job = await start_id(worker, shell(WAITS, memory=8 * MIB, pids=1))
+        await wait_for_output(worker, job, b"ready")
+        limits = read_limits(jobs_cgroups(state)[0])
+        await worker.stop(worker.job(job))
+        door = jobworker.DOOR_LIMITS
+        assert (limits["memory.max"], limits["pids.max"]) == (str(door.memory), str(door.pids))
+
+
+# -- The accounts of owners
+
+
+@pytest.fixture(scope="session")
+def person(certs, tmp_path_factory):
+    """An account of this machine, whose name is an identity too."""
+    name, home = f"jw{os.getpid()}", Path(tempfile.mkdtemp(prefix="jobworker-person-", dir="/var/lib"))
+    subprocess.run(
+        ["useradd", "--no-create-home", "--home-dir", home, "--shell", "/usr/sbin/nologin", name], check=True
+    )
+    shutil.chown(home, name)
+    authority = jobworker.load_authority(certs, "client-ca")
+    jobworker.write_pair(certs, name, jobworker.issue_identity(authority, name, ["user"]))
+    yield name
+    subprocess.run(["userdel", "--force", name], check=True)
+    shutil.rmtree(home)
+
+
+@as_root
+@pytest.mark.parametrize("options", [(), THROUGH_OPTIONS])
+def test_a_job_runs_as_the_account_of_its_owner(state, certs, person, options):
+    with serving(state, certs, "--accounts", "system", *options) as served:
+        job = served.start("--", "sh", "-c", "id -un; id -Gn; echo $HOME; pwd", role=person)
+        home = os.path.expanduser(f"~{person}")
+        assert served.run("stream", job, role=person).stdout.splitlines() == [person, person, home, home]
+
+
+@as_root
+@pytest.mark.parametrize("owner", ["no-such-account", "root", "daemon", "nobody", "a/b", "", "-x", "two words"])
+@in_loop
+async def test_an_owner_without_an_account_is_refused_in_one_sentence(state, owner):
+    async with worker_on(state, accounts="system") as worker:
+        with pytest.raises(jobworker.CannotRunError) as refused:
+            await worker.start(JobRequest("true", owner=owner))
+        assert f"this machine has no account {owner!r} with a uid of 1000 or more" in str(refused.value)
+        assert left_in(state) == []
+
+
+# -- Slurm
+
+KEEPER = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: the daemons become children of this process
+for line in sys.stdin:
+    process = os.posix_spawnp(line.split()[0], line.split(), os.environ)
+    while True:
+        ended, status = os.wait()
+        if ended == process: break
+    print(status, flush=True)
+"""
+
+
+class Cluster:
+    """A Slurm cluster, and the owner whose account it knows. A keeper is the parent of its daemons."""
+
+    def __init__(self, folder, nodes, owner):
+        self.folder, self.nodes, self.owner = folder, nodes, owner
+        self.conf = folder / "slurm.conf"
+        self.keeper = subprocess.Popen(
+            [sys.executable, "-c", KEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def do(self, verb, *words):
+        self.keeper.stdin.write(" ".join(map(str, (HERE / ".ci/slurm", verb, self.folder, *words))) + "\n")
+        assert self.keeper.stdout.readline() == "0\n", f".ci/slurm {verb}: see {self.folder}/log"
+
+    def close(self):
+        self.do("down")
+        self.keeper.stdin.close()
+        self.keeper.stdout.close()
+        self.keeper.wait(PATIENCE)
+
+    def ask(self, *words):
+        done = subprocess.run(
+            words, env={**os.environ, "SLURM_CONF": str(self.conf)}, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    def queue(self):
+        """The states of the jobs that wait or run. Slurm offers no event, so tests ask again and again."""
+        return self.ask("squeue", "--noheader", "--format=%T").split()
+
+    def state_of(self, job):
+        return self.ask("squeue", "--noheader", "--states=all", f"--name={job}", "--format=%T").strip()
+
+    def cancel(self, job):
+        self.ask("scancel", f"--name={job}")
+
+    def worker(self, state, *options, **more):
+        through, end = jobworker.engine_words(("slurm", *options), ())
+        known = ("env", f"SLURM_CONF={self.conf}")
+        more = {"accounts": "system", "through": known + through, "through_end": known + end, **more}
+        return worker_on(state, **more)
+
+    def shell(self, script, **request):
+        return shell(script, owner=self.owner, **request)
+
+
+def start_cluster(folder, nodes, owner):
+    folder.chmod(0o755)
+    cluster = Cluster(folder, nodes, owner)
+    cluster.do("up", nodes)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def slurm(certs, request):
+    """One cluster of two nodes with 4 CPUs each, for all tests. /etc/slurm/slurm.conf is a link to its configuration."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: jobs in Slurm run as the account that submits them")
+    if missing := [name for name in ("slurmctld", "slurmd", "munged", "srun") if not shutil.which(name)]:
+        pytest.skip(f"there is no {' and no '.join(missing)}: `.ci/slurm install`")
+    etc = Path("/etc/slurm/slurm.conf")
+    if etc.exists():
+        pytest.skip(f"this machine has a cluster: {etc}")
+    person = request.getfixturevalue("person")
+    jobworker.libc_call("prctl", jobworker.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-slurm-"))
+    cluster = start_cluster(folder, 2, person)
+    etc.unlink(missing_ok=True)
+    etc.symlink_to(cluster.conf)
+    yield cluster
+    etc.unlink()
+    cluster.close()
+    shutil.rmtree(folder)
+
+
+def for_slurm(test):
+    return pytest.mark.slurm(test)
+
+
+def task_bytes(text):
+    """The bytes of a task, without what Slurm says after them: the exit code other than 0, and that it did not look at
+    the memory of a task that ended at once.
+    """
+    return re.sub(rb"(slurmstepd-n\d: error: no task list created!\n|srun: error: n\d: task 0: [^\n]+\n)+\Z", b"", text)
+
+
+def check_all_gone(cluster, mark):
+    until(lambda: not cluster.queue())
+    until(lambda: not processes_with(mark))
+
+
+@for_slurm
+@pytest.mark.parametrize("nodes", [2, 1])
+@in_loop
+async def test_a_job_on_a_cluster_has_its_own_bytes_and_exit_code(slurm, nodes, state):
+    """On the shared cluster of two nodes, and on another one of one node."""
+    cases = [
+        ("echo out; echo err >&2", b"out\nerr\n", 0),
+        ("exit 3", b"", 3),
+        ("printf 'no newline'; exit 255", b"no newline", 255),
+        ("kill -9 $$", b"", 137),
+        ("kill -TERM $$", b"", 143),
+        ("printf '\\0\\377\\r\\n'", b"\0\xff\r\n", 0),
+        ("echo $JOBWORKER_JOB_ID $HOME $(pwd) $(id -un) $A", None, 0),
+    ]
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-slurm-"))
+    cluster = slurm if nodes == 2 else start_cluster(folder, nodes, slurm.owner)
+    try:
+        async with cluster.worker(state) as worker:
+            ids = [await start_id(worker, cluster.shell(script, env=(("A", "b c"),))) for script, _, _ in cases]
+            for job, (_, expected, code) in zip(ids, cases, strict=True):
+                text = task_bytes(await output(worker, job))
+                home = os.path.expanduser(f"~{cluster.owner}")
+                assert text == (
+                    expected if expected is not None else f"{job} {home} {home} {cluster.owner} b c\n".encode()
+                )
+                assert ending(worker, job) == ("FINISHED", code, "")
+                assert worker.status(worker.job(job)).node in [f"n{number + 1}" for number in range(nodes)]
+    finally:
+        if cluster is not slurm:
+            cluster.close()
+        shutil.rmtree(folder)
+
+
+@for_slurm
+@in_loop
+async def test_a_hundred_jobs_at_once_each_have_their_own_code_on_a_cluster(slurm, state):
+    async with slurm.worker(state) as worker:
+        requests = [slurm.shell(f"echo {number}; exit {number}") for number in range(100)]
+        ids = await asyncio.gather(*(start_id(worker, request) for request in requests))
+        texts = await asyncio.gather(*(output(worker, job) for job in ids))
+        assert [task_bytes(text) for text in texts] == [b"%d\n" % number for number in range(100)]
+        assert [ending(worker, job) for job in ids] == [("FINISHED", number, "") for number in range(100)]
+
+
+@for_slurm
+@in_loop
+async def test_no_word_of_a_command_is_an_option_of_srun(slurm, state):
+    """srun would take the words after a lone `:` for options of another part of the job."""
+    words = ["--uid=0", "-N2", ":", "--uid=0", "a b", "x\ny", "{id}", "it's", "$HOME", "", "--"]
+    async with slurm.worker(state) as worker:
+        args = ("-c", SHOWS_WORDS, *words)
+        request = JobRequest(PYTHON, args, owner=slurm.owner, name="--uid=0 'x\" :")
+        text, status = await result(worker, request)
+        assert (eval(text), status.exit_code) == (words, 0)
+        for command in ("--uid=0", "-N2", "no such command", ":"):
+            text, status = await result(worker, JobRequest(command, ("--uid=0",), owner=slurm.owner))
+            assert status.exit_code in (2, 127), text
+
+
+@for_slurm
+@in_loop
+async def test_a_stop_on_a_cluster_leaves_no_process_on_any_node_and_an_empty_queue(slurm, state, mark):
+    async with slurm.worker(state) as worker:
+        request = JobRequest(PYTHON, ("-c", HIDDEN_GRANDCHILDREN, mark), owner=slurm.owner)
+        ids = [await start_id(worker, request) for _ in range(3)]
+        for job in ids:
+            await wait_for_output(worker, job, b"deep")
+        await asyncio.gather(*(worker.stop(worker.job(job), by="alice") for job in ids))
+        assert {ending(worker, job) for job in ids} == {("STOPPED", 137, "")}
+        check_all_gone(slurm, mark)
+
+
+@for_slurm
+@in_loop
+async def test_a_stop_takes_a_job_that_waits_for_resources_out_of_the_queue(slurm, state, mark):
+    async with slurm.worker(state, defaults=Limits(cpu=4), caps=Limits(cpu=4, memory=1 << 40)) as worker:
+        held = [await start_id(worker, slurm.shell(f"echo ready; sleep 1000; : {mark}")) for _ in range(2)]
+        for job in held:
+            await wait_for_output(worker, job, b"ready")
+        waiting = await start_id(worker, slurm.shell("echo never"))
+        until(lambda: slurm.state_of(waiting) == "PENDING")
+        await worker.stop(worker.job(waiting), by="alice")
+        assert ending(worker, waiting)[0] == "STOPPED"
+        assert slurm.queue() == ["RUNNING", "RUNNING"]
+        assert b"never" not in await output(worker, waiting)
+        await asyncio.gather(*(worker.stop(worker.job(job)) for job in held))
+        check_all_gone(slurm, mark)
+
+
+@for_slurm
+@pytest.mark.parametrize(
+    ("script", "limit", "reason"),
+    [
+        ("trap '' TERM; echo ready; sleep 1000", {"timeout": 1.5}, "TIMEOUT"),
+        ("trap '' TERM; yes ready", {"max_output": 1_000_000}, "OUTPUT_LIMIT"),
+    ],
+)
+@in_loop
+async def test_a_limit_ends_the_step_on_its_node_with_its_reason(slurm, state, mark, script, limit, reason):
+    async with slurm.worker(state) as worker:
+        text, status = await result(worker, slurm.shell(f"{script}; : {mark}", **limit))
+        assert (status.status, status.ending.reason) == ("STOPPED", reason)
+        assert reason == "TIMEOUT" or len(text) == limit["max_output"]
+        check_all_gone(slurm, mark)
+
+
+@for_slurm
+@pytest.mark.parametrize("with_srun", [False, True])
+@in_loop
+async def test_a_killed_shim_on_a_cluster_loses_its_job_and_the_step_is_gone(slurm, state, mark, with_srun):
+    """With its srun, as a power cut of the door's machine does."""
+    async with slurm.worker(state) as worker:
+        job = await start_id(worker, slurm.shell(f"trap '' TERM; echo ready; sleep 1000; : {mark}"))
+        await wait_for_output(worker, job, b"ready")
+        sruns = worker.job(job).spec.processes().members() if with_srun else ()
+        for process in (*shims_of(worker), *sruns):
+            os.kill(process, signal.SIGKILL)
+        await output(worker, job)
+        assert ending(worker, job) == LOST
+        check_all_gone(slurm, mark)
+
+
+@for_slurm
+@in_loop
+async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, mark):
+    """SIGKILL of srun leaves the step to its node."""
+    async with slurm.worker(state) as worker:
+        job = await start_id(worker, slurm.shell(f"echo ready; sleep 1000; : {mark}"))
+        await wait_for_output(worker, job, b"ready")
+        for process in worker.job(job).spec.processes().members():
+            if Path(f"/proc/{process}/comm").read_text() == "srun\n":
+                os.kill(process, signal.SIGKILL)
+        await output(worker, job)
+        assert ending(worker, job) == ("FINISHED", 137, "")
+        check_all_gone(slurm, mark)
+
+
+@for_slurm
+@pytest.mark.parametrize("slow", [False, True], ids=["quick epilog", "slow epilog"])
+@in_loop
+async def test_a_job_that_was_cancelled_from_outside_is_never_reported_as_0(slurm, state, slow):
+    async with slurm.worker(state) as worker:
+        job = await start_id(worker, slurm.shell("trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done"))
+        await wait_for_output(worker, job, b"ready")
+        if slow:
+            (slurm.folder / "slow").touch()
+        try:
+            slurm.cancel(job)
+            until(lambda: slurm.state_of(job) == ("COMPLETING" if slow else "CANCELLED"))
+        finally:
+            (slurm.folder / "slow").unlink(missing_ok=True)
+        await output(worker, job)
+        assert ending(worker, job) == ("STOPPED", 255, "CANCELLED")
+
+
+@for_slurm
+@in_loop
+async def test_a_preempted_job_is_never_reported_as_0(slurm, state, mark):
+    async with slurm.worker(state, defaults=Limits(cpu=4), caps=Limits(cpu=4, memory=1 << 40)) as worker:
+        jobs = [
+            await start_id(worker, slurm.shell(f"trap 'exit 0' TERM; echo ready; sleep 1000 & wait; : {mark}"))
+            for _ in range(2)
+        ]
+        for job in jobs:
+            await wait_for_output(worker, job, b"ready")
+        slurm.ask("srun", "--partition=urgent", "--nodes=2", "--ntasks=8", "true")
+        for job in jobs:
+            await output(worker, job)
+            assert ending(worker, job) == ("STOPPED", 255, "PREEMPTED")
+
+
+@for_slurm
+@in_loop
+async def test_a_job_whose_node_dies_is_never_reported_as_0_and_a_node_that_comes_back_is_used(slurm, state, mark):
+    async with slurm.worker(state, "--nodelist=n2") as worker:
+        job = await start_id(worker, slurm.shell(f"echo ready; sleep 1000; : {mark}"))
+        await wait_for_output(worker, job, b"ready")
+        slurm.do("node", 2, "kill")
+        try:
+            await output(worker, job)
+            assert ending(worker, job) == ("STOPPED", 255, "NODE_FAIL")
+            assert worker.status(worker.job(job)).node == "n2"
+        finally:
+            slurm.do("node", 2, "up")
+            for process in processes_with(mark):  # what the node's dead slurmd cannot end
+                os.kill(process, signal.SIGKILL)
+        _, status = await result(worker, slurm.shell("exit 4"))
+        assert (status.status, status.exit_code, status.node) == ("FINISHED", 4, "n2")
+
+
+@for_slurm
+@in_loop
+async def test_a_job_larger_than_the_cluster_ends_with_slurm_s_own_sentence(slurm, state):
+    async with slurm.worker(state, caps=Limits(cpu=1000, memory=1 << 40)) as worker:
+        for more in ({"cpu": 64}, {"memory": 1 << 36}):
+            text, status = await result(worker, slurm.shell("echo never", **more))
+            assert b"srun: error: Unable to allocate resources: " in text
+            assert b"never" not in text
+            assert (status.status, status.exit_code) == ("FINISHED", 1)
+
+
+@for_slurm
+@in_loop
+async def test_a_controller_that_is_down_when_a_job_starts_or_ends_hides_no_exit_code(slurm, state, tmp_path):
+    """A job that starts then fails with what srun says. One that ends then has what srun told of its task."""
+    gate = Path(tempfile.mkdtemp(dir="/var/lib"))
+    gate.chmod(0o755)
+    script = f"echo ready; while [ ! -e {gate}/open ]; do sleep 0.1; done; exit"
+    async with slurm.worker(state) as worker:
+        jobs = [await start_id(worker, slurm.shell(f"{script} {code}")) for code in (0, 7)]
+        for job in jobs:
+            await wait_for_output(worker, job, b"ready")
+        slurm.do("controller", "down")
+        try:
+            (gate / "open").touch()
+            late = await start_id(worker, slurm.shell("echo never"))
+            said = b"srun: error: Unable to allocate resources: Unable to contact slurm controller"
+            await wait_for_output(worker, late, said)
+        finally:
+            slurm.do("controller", "up")
+            shutil.rmtree(gate)
+        for job, code in ((late, 1), *zip(jobs, (0, 7), strict=True)):
+            await output(worker, job)
+            assert ending(worker, job) == ("FINISHED", code, "")
+    until(lambda: not slurm.queue())  # srun could not end its allocation
+
+
+@for_slurm
+@in_loop
+async def test_a_hundred_megabytes_arrive_from_a_cluster_unchanged(slurm, state):
+    size = 100_000_000
+    async with slurm.worker(state, caps=Limits(memory=GIB)) as worker:
+        request = JobRequest(PYTHON, ("-c", WRITES_BYTES, str(size)), owner=slurm.owner, memory=GIB)
+        job = await start_id(worker, request)
+        digest, received = hashlib.sha256(), 0
+        async with contextlib.aclosing(worker.stream(worker.job(job))) as chunks:
+            async for chunk in chunks:
+                digest.update(chunk)
+                received += len(chunk)
+        assert ending(worker, job) == ("FINISHED", 0, "")
+        expected = hashlib.sha256(random.Random(7).randbytes(size)).hexdigest()
+        assert (received, digest.hexdigest()) == (size, expected)
+
+
+SLURM_OPTIONS = ("--through", "slurm", "--accounts", "system")
+
+
+@for_slurm
+def test_a_kill_of_the_server_in_the_middle_of_a_cluster_s_stream_loses_nothing(slurm, state, certs, port, mark):
+    script = f"for n in 1 2 3 4 5 6; do echo line $n; sleep 0.3; done; exit 6; : {mark}"
+    server = spawn(state, certs, port, *SLURM_OPTIONS)
+    command = ("run", "--", "sh", "-c", script)
+    with killed_at_end(server, certs, port) as served, served.popen(*command, role=slurm.owner, text=True) as client:
+        assert client.stdout.readline() == "line 1\n"
+        end(server)
+        with serving(state, certs, *SLURM_OPTIONS, port=port):
+            rest = client.communicate(timeout=PATIENCE)[0]
+            assert re.sub("srun: .*\n", "", rest) == "".join(f"line {number}\n" for number in range(2, 7))
+            assert client.returncode == 6
+    check_all_gone(slurm, mark)
+
+
+@for_slurm
+def test_two_hundred_jobs_over_eight_slots_outlive_three_kills_of_the_server(slurm, state, certs, port):
+    """Each job runs once, with its own output and code."""
+    ids = [jobworker.new_job_id() for _ in range(200)]
+    for number in range(4):
+        server = spawn(state, certs, port, *SLURM_OPTIONS, "--max-jobs", "1000")
+        with killed_at_end(server, certs, port) as served, channel_to(served, role=slurm.owner) as channel:
+            for job in ids[number * 50 : number * 50 + 50]:
+                code = ids.index(job) % 100
+                request = pb.StartJobRequest(cmd="sh", args=["-c", f"echo {job}; exit {code}"], id=job)
+                assert job == ask(channel, "StartJob", request).ID
+            if number < 3:
+                continue  # the block kills the server
+            for job in ids:
+                text = ask(channel, "GetOutputStream", pb.GetStreamRequest(id=job))
+                status = ask(channel, "GetJobStatus", pb.GetStatusRequest(id=job))
+                assert text.decode().splitlines().count(job) == 1  # under load srun tells of what it tries again
+                assert (status.status, status.exitcode, status.reason) == (pb.FINISHED, ids.index(job) % 100, "")
+    until(lambda: not slurm.queue())
+
+
+@pytest.mark.parametrize("file", ["docs/kubernetes.yaml", "docs/nomad.hcl"])
+def test_the_arguments_in_the_files_for_other_engines_are_those_of_the_command_line(file):
+    (found,) = re.findall(r"^ *args(?:: | *= )(\[.*\])$", (HERE / file).read_text(), re.MULTILINE)
+    words = json.loads(found)
+    words = words[words.index("serve") :]
+    options = jobworker.make_parser(words)[0].parse_args(words)
+    assert options.listen == ("", jobworker.DEFAULT_PORT)
+    assert jobworker.worker_options(options).state == Path("/var/lib/jobworker")
+
+
+def test_the_words_for_slurm_end_its_options_before_the_command():
+    words, end = jobworker.engine_words(("slurm", "--partition=long"), ())
+    assert words[0] == "srun"
+    assert words[-5:] == ("--partition=long", "--", "sh", "-c", "exec {command}")
+    assert end == jobworker.SLURM_END
