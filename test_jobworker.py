@@ -391,6 +391,14 @@ def dying_copy(folder, statement, before_death="pass"):
     return altered_copy(folder, statement, death), armed
 
 
+async def arm_after_rehearsal(worker, dying, armed):
+    """Create `armed` after the launcher's first fork: before it, the launcher itself runs statements of the shim."""
+    job = await worker.start(dying.JobRequest("true", owner="alice"))
+    await worker.wait(job)
+    worker.remove(job)
+    armed.touch()
+
+
 def altered_copy(folder, statement, inserted):
     """A copy of jobworker.py with `inserted` before the one statement that begins with the text `statement`."""
     text = Path(jobworker.__file__).read_text()
@@ -2336,7 +2344,9 @@ async def test_a_job_whose_shim_is_killed_at_any_step_still_gets_its_ending(
     state, tmp_path, mark, statement, before_death, expected
 ):
     dying, armed = dying_copy(tmp_path, statement, before_death)
+    armed.unlink()
     async with worker_on(state, dying) as worker:
+        await arm_after_rehearsal(worker, dying, armed)
         script = f"sh -c 'sleep 1000; : {mark}' & echo hello; exit 7"
         job = await start_id(worker, dying.JobRequest("sh", ("-c", script), owner="alice"))
         text = await output(worker, job)
@@ -7058,7 +7068,9 @@ async def test_a_split_job_whose_shim_is_killed_at_any_step_still_gets_its_endin
     state, tmp_path, mark, statement, before_death, expected
 ):
     dying, armed = dying_copy(tmp_path, statement, before_death)
+    armed.unlink()
     async with worker_on(state, dying) as worker:
+        await arm_after_rehearsal(worker, dying, armed)
         request = ("-c", f"sh -c 'sleep 1000; : {mark}' & {OUT_ERR}; exit 7")
         job = await start_id(worker, dying.JobRequest("sh", request, owner="alice", split=True))
         texts = await both(worker, job)
