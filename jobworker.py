@@ -1894,10 +1894,16 @@ def sync(path: str | pathlib.Path) -> None:
 
 
 def make_state_folder(state: pathlib.Path) -> None:
-    """Make what is missing. If root serves, other uids can pass through the state folder to their homes."""
+    """Make what is missing. If root serves, other uids can pass through the state folder to their homes.
+
+    A folder with other files in it is refused: its mode would change, and `--state /tmp` would close /tmp to others.
+    """
     mode = 0o711 if os.geteuid() == 0 else 0o700
     try:
         state.mkdir(mode=mode, parents=True, exist_ok=True)
+        found = set(os.listdir(state)) - {"lost+found"}
+        if found and "jobs" not in found:
+            raise JobWorkerError(f"{state} has other files in it; `--state DIR` names a new or an empty folder")
         state.chmod(mode)
         (state / "jobs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:

@@ -34,6 +34,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -2115,6 +2116,18 @@ def test_jobs_survive_the_kill_of_their_server(state, mark):
             assert not processes_with(mark)
 
     check()
+
+
+@in_loop
+async def test_a_folder_with_other_files_is_refused_as_state_folder_and_keeps_its_mode(tmp_path):
+    place = tmp_path / "shared"
+    place.mkdir()
+    place.chmod(0o1777)
+    (place / "file").touch()
+    with pytest.raises(JobWorkerError, match=f"^{place} has other files in it; `--state DIR` names"):
+        async with Worker(jobworker.WorkerOptions(place, without=LIMITLESS)):
+            pass
+    assert (stat.S_IMODE(place.stat().st_mode), os.listdir(place)) == (0o1777, ["file"])
 
 
 @in_loop
