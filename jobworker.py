@@ -1902,7 +1902,7 @@ def make_state_folder(state: pathlib.Path) -> None:
     try:
         state.mkdir(mode=mode, parents=True, exist_ok=True)
         found = set(os.listdir(state)) - {"lost+found"}
-        if found and "jobs" not in found:
+        if found and found.isdisjoint({"jobs", "owners"}):
             raise JobWorkerError(f"{state} has other files in it; `--state DIR` names a new or an empty folder")
         state.chmod(mode)
         (state / "jobs").mkdir(mode=0o700, exist_ok=True)
