@@ -5184,22 +5184,34 @@ OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with 
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
-LIST_STEP = 100  # jobs of a list after which other calls are served
+LIST_STEP = 100  # jobs of a list after which other calls are served, and most jobs of a batch
+BATCH_BYTES = 64 * KIB  # of a batch of a list
+MORE_FIELD = 34  # GetStatusResponse.more
 STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
 
 
-def frame_piece(piece: tuple[int, bytes]) -> bytes:
-    """A GetStreamResponse with bytes of one output, as protobuf writes it (wire type 2), without a message object.
+def wire_field(number: int, content: bytes) -> bytes:
+    """A field of bytes, or of a message, as protobuf writes it (wire type 2), without a message object."""
+    prefix = bytearray()
+    for value in (number << 3 | 2, len(content)):
+        rest = value
+        while rest > 0x7F:
+            prefix.append(rest & 0x7F | 0x80)
+            rest >>= 7
+        prefix.append(rest)
+    return bytes(prefix) + content
 
-    The number of the output is the number of its field: 1 for `result`, 2 for `error`.
+
+def frame_piece(piece: tuple[int, bytes]) -> bytes:
+    """A GetStreamResponse with bytes of one output. The number of the output is the number of its field: 1 for
+    `result`, 2 for `error`.
     """
-    number, chunk = piece
-    size, prefix = len(chunk), bytearray((number << 3 | 2,))
-    while size > 0x7F:
-        prefix.append(size & 0x7F | 0x80)
-        size >>= 7
-    prefix.append(size)
-    return bytes(prefix) + chunk
+    return wire_field(*piece)
+
+
+def frame_batch(summaries: Sequence[bytes]) -> bytes:
+    """A GetStatusResponse of the first job with those of the others in its field `more`. All are serialized."""
+    return summaries[0] + b"".join(wire_field(MORE_FIELD, each) for each in summaries[1:])
 
 
 def pieces_of(message: bytes) -> tuple[bytes, bytes]:
@@ -5363,12 +5375,26 @@ class Service:
             request = parse_request(pb.ListJobsRequest, message)
             if not caller.admin and (request.everyone or request.owner not in ("", caller.name)):
                 raise DeniedError("only an admin may list the jobs of other owners")
-            jobs = self._listed(caller, request)
-            for number, job in enumerate(jobs[-request.limit :]):
-                if number % LIST_STEP == 0:
-                    await asyncio.sleep(0)
-                with contextlib.suppress(NoSuchJobError):  # deleted meanwhile
-                    await context.write(self._summary(job))
+            jobs = self._listed(caller, request)[-request.limit :]
+            step = LIST_STEP if request.batches else 1
+            for first in range(0, len(jobs), step):
+                for batch in self._batches(jobs[first : first + step]):
+                    await context.write(frame_batch(batch))
+                await asyncio.sleep(0)
+
+    def _batches(self, jobs: Iterable[Job]) -> Iterator[list[bytes]]:
+        """The summaries of jobs, at most BATCH_BYTES and one job more at a time. Deleted jobs are left out."""
+        batch: list[bytes] = []
+        size = 0
+        for job in jobs:
+            with contextlib.suppress(NoSuchJobError):
+                batch.append(self._summary(job))
+                size += len(batch[-1])
+            if size > BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
     def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
         """The jobs that a list shows. A prefix is searched among all jobs that the caller may see."""
@@ -6152,11 +6178,12 @@ class Client:
 
     def list(self, request: pb.ListJobsRequest) -> list[pb.GetStatusResponse]:
         """The jobs that the request asks for, oldest first."""
+        request.batches = True
 
         def attempt(channel: grpc.Channel) -> list[pb.GetStatusResponse]:
             reply = pb.GetStatusResponse.FromString
             ask = channel.unary_stream(f"/{SERVICE_NAME}/ListJobs", pb.ListJobsRequest.SerializeToString, reply)
-            return list(ask(request, timeout=CALL_SECONDS))
+            return [each for first in ask(request, timeout=CALL_SECONDS) for each in (first, *first.more)]
 
         found: list[pb.GetStatusResponse] = self._with_retries(attempt, options=LIST_OPTIONS)
         return found
@@ -7455,7 +7482,7 @@ def sort_value(
     """What `--sort` sorts by: the whole usage of a job, or with `--watch` that since the last list."""
     if column == "memory":
         return shown_memory(status)
-    now = (0.0, status.cpu_seconds, status.output_bytes)
+    now = (0.0, status.cpu_seconds, status.output_bytes + status.error_bytes)
     position = 1 if column == "cpu" else 2
     return now[position] - (0 if before is None else before.get(status.id, now)[position])
 

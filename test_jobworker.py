@@ -3240,6 +3240,7 @@ MESSAGES = {  # every message: the number and the type of every field
         "input_bytes": (31, "uint64"),
         "through": (32, "string"),
         "node": (33, "string"),
+        "more": (34, "repeated message"),
     },
     "GetStreamRequest": {
         "id": (1, "string"),
@@ -3257,6 +3258,7 @@ MESSAGES = {  # every message: the number and the type of every field
         "running": (3, "bool"),
         "limit": (4, "uint32"),
         "prefix": (5, "string"),
+        "batches": (6, "bool"),
     },
     "SignalJobRequest": {"id": (1, "string"), "signal": (2, "string")},
     "SignalJobResponse": {},
@@ -6578,6 +6580,20 @@ def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
         one_sentence(served.run("list", "--everyone"), "only an admin")
         second = [status.SerializeToString() for status in listed(served)]  # an ended job is answered from memory
         assert second[0] == listed(served)[0].SerializeToString()
+
+
+def test_a_list_in_batches_has_the_same_jobs_as_one_with_a_message_for_each(state, certs):
+    with serving(state, certs) as served:
+        served.run("run", "--name", "first", "true")
+        for _ in range(2):  # their two summaries fill a batch
+            served.run("run", "true", *["x" * 1000] * 40)
+        served.run("run", "--name", "last", "true")
+        alone = listed(served)
+        batches = listed(served, batches=True)
+    assert [job.name for job in alone] == ["first", "", "", "last"]
+    assert [len(batch.more) for batch in batches] == [2, 0]
+    assert list(batches[0].more) == alone[1:3]
+    assert [batch.id for batch in batches] == [alone[0].id, alone[3].id]
 
 
 def test_list_can_show_failed_and_recent_jobs_alone(state, certs):
