@@ -5736,7 +5736,8 @@ def test_a_client_is_enrolled_by_one_command_and_needs_one_file(shared, tmp_path
     one_sentence(elsewhere, "cannot connect to localhost:1")
     run_in_folder(server, "revoke", str(home / "box.pem"))
     rows = table_of(run_in_folder(server, "identity", "--list"))
-    assert [row["REVOKED"] for row in rows if row["NAME"] == "alice"] == ["yes"]
+    (revoked,) = [row["REVOKED"] for row in rows if row["NAME"] == "alice"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", revoked)
 
 
 def test_a_bundle_names_its_server_is_renewed_and_warns_of_a_server_without_that_name(certs, tmp_path):
@@ -9576,7 +9577,7 @@ async def test_what_the_main_process_leaves_gets_term_and_a_grace(state, tmp_pat
     said = tmp_path / "said"
     said.touch()
     said.chmod(0o666)
-    for folder in (tmp_path, *tmp_path.parents[:3]):
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # the next one is /tmp
         folder.chmod(0o711)
     script = f"sh -c 'trap \"echo term >{said}; exit\" TERM; echo ready; while :; do sleep 0.01; done' 2>/dev/null & "
     async with worker_on(state, through=THROUGH, grace=PATIENCE / 2) as worker:
@@ -9739,10 +9740,10 @@ def for_slurm(test):
 
 
 def task_bytes(text):
-    """The bytes of a task, without what Slurm says after them: the exit code other than 0, and that it did not look at
-    the memory of a task that ended at once.
+    """The bytes of a task, without what Slurm says after them: the exit code other than 0, that it did not look at the
+    memory of a task that ended at once, and that a node ended its connection first.
     """
-    return re.sub(rb"(slurmstepd-n\d: error: no task list created!\n|srun: error: n\d: task 0: [^\n]+\n)+\Z", b"", text)
+    return re.sub(rb"(slurmstepd-n\d: error: no task list created!\n|srun: error: [^\n]+\n)+\Z", b"", text)
 
 
 def check_all_gone(cluster, mark):
