@@ -6912,10 +6912,10 @@ while any(rest):
 
 async def both(worker, job, *offsets, **options):
     """Both outputs of a job, from these offsets on."""
-    found = {1: b"", 2: b""}
+    found = {1: bytearray(), 2: bytearray()}
     async for number, chunk in worker.stream_split(worker.job(job), *offsets, **options):
         found[number] += chunk
-    return found[1], found[2]
+    return bytes(found[1]), bytes(found[2])
 
 
 async def wait_for_both(worker, job):
@@ -7020,6 +7020,7 @@ async def test_both_outputs_together_have_one_cap_that_is_kept_to_the_byte(
         assert len(out) + len(err) == (99_999 if "99999" in script else 100_000)
 
 
+@pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 @in_loop
 async def test_a_split_job_that_fills_the_disk_is_stopped_whichever_output_filled_it(small_disk):
     async with worker_on(small_disk) as worker:
