@@ -5184,8 +5184,8 @@ OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with 
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
-LIST_STEP = 100  # jobs of a list after which other calls are served, and most jobs of a batch
-BATCH_BYTES = 64 * KIB  # of a batch of a list
+LIST_STEP = 10  # jobs of a list after which other calls are served; a running job takes 0.1 ms
+BATCH_JOBS, BATCH_BYTES = 100, 64 * KIB  # of one message of a list
 MORE_FIELD = 34  # GetStatusResponse.more
 STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
 
@@ -5375,26 +5375,20 @@ class Service:
             request = parse_request(pb.ListJobsRequest, message)
             if not caller.admin and (request.everyone or request.owner not in ("", caller.name)):
                 raise DeniedError("only an admin may list the jobs of other owners")
-            jobs = self._listed(caller, request)[-request.limit :]
-            step = LIST_STEP if request.batches else 1
-            for first in range(0, len(jobs), step):
-                for batch in self._batches(jobs[first : first + step]):
+            most = BATCH_JOBS if request.batches else 1
+            batch: list[bytes] = []
+            size = 0
+            for number, job in enumerate(self._listed(caller, request)[-request.limit :]):
+                if number % LIST_STEP == 0:
+                    await asyncio.sleep(0)
+                with contextlib.suppress(NoSuchJobError):  # deleted meanwhile
+                    batch.append(self._summary(job))
+                    size += len(batch[-1])
+                if len(batch) >= most or size > BATCH_BYTES:
                     await context.write(frame_batch(batch))
-                await asyncio.sleep(0)
-
-    def _batches(self, jobs: Iterable[Job]) -> Iterator[list[bytes]]:
-        """The summaries of jobs, at most BATCH_BYTES and one job more at a time. Deleted jobs are left out."""
-        batch: list[bytes] = []
-        size = 0
-        for job in jobs:
-            with contextlib.suppress(NoSuchJobError):
-                batch.append(self._summary(job))
-                size += len(batch[-1])
-            if size > BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+                    batch, size = [], 0
+            if batch:
+                await context.write(frame_batch(batch))
 
     def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
         """The jobs that a list shows. A prefix is searched among all jobs that the caller may see."""
