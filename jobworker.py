@@ -592,40 +592,34 @@ class Cgroup:
 
     def kill_all(self) -> None:
         """Kill, and return when no process lives in this cgroup or below."""
-        try:
-            events = os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return  # the cgroup is gone, so no process is in it
-        try:
-            waiter = select.poll()
-            waiter.register(events, select.POLLPRI)
-            os.pread(events, 4096, 0)  # a change after this read is reported as POLLPRI
+        with self._changes() as waiter:
             while self.populated():
                 # Repeated after each change: without cgroup.kill, a child that is forked before the freeze takes effect
                 # can be missed.
                 self.kill()
                 if self.populated():
                     waiter.poll(POPULATED_MILLISECONDS)
-        finally:
-            os.close(events)
 
     def end_all(self, grace: float) -> None:
         """Send TERM, and return when no process lives in this cgroup or below, or after `grace` seconds."""
-        try:
-            events = os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return  # the cgroup is gone, so no process is in it
-        try:
-            waiter = select.poll()
-            waiter.register(events, select.POLLPRI)
-            os.pread(events, 4096, 0)  # a change after this read is reported as POLLPRI
+        with self._changes() as waiter:
             self.send(signal.SIGTERM)
             self.send(signal.SIGCONT)
             deadline = time.monotonic() + grace
             while self.populated() and (left := deadline - time.monotonic()) > 0:
                 waiter.poll(min(left * 1000, POPULATED_MILLISECONDS))
-        finally:
-            os.close(events)
+
+    @contextlib.contextmanager
+    def _changes(self) -> Iterator[select.poll]:
+        """A poll that reports when `populated` may have changed since the block began (cgroup.events)."""
+        waiter = select.poll()
+        with contextlib.ExitStack() as resources:
+            with contextlib.suppress(FileNotFoundError):  # the cgroup is gone, so no process is in it
+                events = os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+                resources.callback(os.close, events)
+                waiter.register(events, select.POLLPRI)
+                os.pread(events, 4096, 0)  # a change after this read is reported as POLLPRI
+            yield waiter
 
     def remove(self) -> None:
         """Remove this cgroup and all below it, children first. No process may live in it."""
@@ -6110,6 +6104,12 @@ class Sending:
         return InputCutError(f"the input of job {self.job_id} was cut after {self.size} bytes: {reason}")
 
 
+def ask_once(channel: grpc.Channel, method: str, request: Any, reply: Any, timeout: float | None = CALL_SECONDS) -> Any:
+    """One call with one answer, without a retry. Raises grpc.RpcError."""
+    ask = channel.unary_unary(f"/{SERVICE_NAME}/{method}", type(request).SerializeToString, reply.FromString)
+    return ask(request, timeout=timeout)
+
+
 class Client:
     """Calls to one server. Every error is a JobWorkerError: the server's sentence, or why the server is not reached."""
 
@@ -6135,8 +6135,7 @@ class Client:
         """One call, repeated when the server was lost, unless a second one would have an effect of its own."""
 
         def attempt(channel: grpc.Channel) -> Any:
-            ask = channel.unary_unary(f"/{SERVICE_NAME}/{method}", type(request).SerializeToString, reply.FromString)
-            return ask(request, timeout=timeout)
+            return ask_once(channel, method, request, reply, timeout)
 
         return self._with_retries(attempt, repeat=method not in ONCE)
 
@@ -6146,9 +6145,7 @@ class Client:
         def attempt(channel: grpc.Channel) -> str:
             if request.input:
                 self._check_input(channel)
-            path = f"/{SERVICE_NAME}/StartJob"
-            ask = channel.unary_unary(path, pb.StartJobRequest.SerializeToString, pb.StartJobResponse.FromString)
-            return str(ask(request, timeout=CALL_SECONDS).ID)
+            return str(ask_once(channel, "StartJob", request, pb.StartJobResponse).ID)
 
         job_id: str = self._with_retries(attempt)
         return job_id
@@ -6275,11 +6272,8 @@ def is_loss(status: str, details: str) -> bool:
 
 def check_complete(channel: grpc.Channel, job_id: str, offsets: Mapping[int, int]) -> None:
     """Raise UnavailableError if a stream ended before its job did, or before the last byte."""
-    ask = channel.unary_unary(
-        f"/{SERVICE_NAME}/GetJobStatus", pb.GetStatusRequest.SerializeToString, pb.GetStatusResponse.FromString
-    )
     try:
-        status = ask(pb.GetStatusRequest(id=job_id), timeout=CALL_SECONDS)
+        status = ask_once(channel, "GetJobStatus", pb.GetStatusRequest(id=job_id), pb.GetStatusResponse)
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.NOT_FOUND:
             return  # the job was deleted, and its streams had every byte before that
@@ -7450,9 +7444,7 @@ def run_list(options: argparse.Namespace) -> int:
             print_list(found, options, before)
             sys.stdout.flush()
             now = time.monotonic()
-            before = {
-                status.id: (now, status.cpu_seconds, status.output_bytes + status.error_bytes) for status in found
-            }
+            before = {status.id: (now, status.cpu_seconds, shown_output(status)) for status in found}
             time.sleep(WATCH_SECONDS)
 
 
@@ -7476,13 +7468,17 @@ def sort_value(
     """What `--sort` sorts by: the whole usage of a job, or with `--watch` that since the last list."""
     if column == "memory":
         return shown_memory(status)
-    now = (0.0, status.cpu_seconds, status.output_bytes + status.error_bytes)
+    now = (0.0, status.cpu_seconds, shown_output(status))
     position = 1 if column == "cpu" else 2
     return now[position] - (0 if before is None else before.get(status.id, now)[position])
 
 
 def shown_memory(status: pb.GetStatusResponse) -> int:
     return int(status.memory_current if status.status == pb.RUNNING else status.memory_peak)
+
+
+def shown_output(status: pb.GetStatusResponse) -> int:
+    return int(status.output_bytes + status.error_bytes)
 
 
 def print_list(
@@ -7518,7 +7514,7 @@ def rates(status: pb.GetStatusResponse, before: Mapping[str, tuple[float, float,
     moment, cpu_seconds, output_bytes = before[status.id]
     seconds = max(0.001, time.monotonic() - moment)
     cpu = max(0.0, status.cpu_seconds - cpu_seconds) / seconds
-    output = (status.output_bytes + status.error_bytes - output_bytes) / seconds
+    output = (shown_output(status) - output_bytes) / seconds
     return f"{cpu:.0%}", f"{size_text(int(output))}/s"
 
 
@@ -7526,7 +7522,7 @@ def list_row(
     status: pb.GetStatusResponse, job_id: str, before: Mapping[str, tuple[float, float, int]] | None
 ) -> tuple[str, ...]:
     """The columns of LIST_COLUMNS, as people read them."""
-    totals = f"{status.cpu_seconds:.1f}s", size_text(status.output_bytes + status.error_bytes)
+    totals = f"{status.cpu_seconds:.1f}s", size_text(shown_output(status))
     cpu, output = totals if before is None else rates(status, before)
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
