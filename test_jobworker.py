@@ -7413,7 +7413,7 @@ async def test_a_process_outside_the_job_that_holds_its_input_does_not_hold_its_
         held, counted = os.open(f"/proc/{process}/fd/0", os.O_RDONLY), []
         try:
             sending = asyncio.ensure_future(worker.send_input(job, endless(counted)))
-            while len(counted) * 64 * KIB <= jobworker.INPUT_BYTES:
+            while len(counted) * 64 * KIB <= jobworker.PIPE_BYTES:
                 await asyncio.sleep(0)
             await worker.stop(job, by="alice")
             assert await sending == worker.status(job).input_bytes
@@ -7760,6 +7760,18 @@ def test_an_older_server_starts_no_job_that_needs_input(state, certs, tmp_path):
         one_sentence(served.run("run", "-i", "cat"), "`run` needs a newer server", "--input", status=255)
         one_sentence(served.run("start", "-i", "cat"), "`start` needs a newer server", "--input")
         assert listed(served) == []
+
+
+def test_an_older_server_gets_no_larger_messages_of_input_than_it_takes(state, certs, tmp_path):
+    text = Path(jobworker.__file__).read_text()
+    older = text.replace("INPUT_BYTES, OLD_INPUT_BYTES = 512 * KIB", "INPUT_BYTES, OLD_INPUT_BYTES = 256 * KIB")
+    older = re.sub(r" +context.set_trailing_metadata\(\(\(INPUT_BYTES_KEY.*\n", "", older)
+    assert older.count("\n") == text.count("\n") - 1
+    (tmp_path / "jobworker.py").write_text(older)
+    (tmp_path / "gen").symlink_to(HERE / "gen")
+    with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py"))) as served:
+        done = served.run("run", "-i", "wc", "-c", input="x" * MIB)
+        assert (done.stdout, done.stderr, done.returncode) == (f"{MIB}\n", "", 0)
 
 
 # --- The .pyz -------------------------------------------------------------------------------------------
