@@ -6179,7 +6179,8 @@ class Client:
                 raise OldServerError(f"the one at {self._options.address} does not know `--input`") from None
             if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:  # there is no job without an id
                 raise
-            self._input_bytes = int(dict(error.trailing_metadata() or ()).get(INPUT_BYTES_KEY, OLD_INPUT_BYTES))
+            known: dict[str, Any] = dict(error.trailing_metadata() or ())
+            self._input_bytes = int(known.get(INPUT_BYTES_KEY, OLD_INPUT_BYTES))
 
     @contextlib.contextmanager
     def sending(self, job_id: str, file: io.FileIO) -> Iterator[Sending]:
@@ -7814,7 +7815,7 @@ VERBS = {
         run_identity,
         "make a certificate for one more client",
         (
-            "identity alice --bundle box >box.pem",
+            "identity alice --bundle box | install -m 600 /dev/stdin box.pem",
             "identity boss --admin",
             "identity alice --renew --days 90",
             "identity --list",

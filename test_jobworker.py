@@ -7770,7 +7770,8 @@ def test_an_older_server_gets_no_larger_messages_of_input_than_it_takes(state, c
     (tmp_path / "jobworker.py").write_text(older)
     (tmp_path / "gen").symlink_to(HERE / "gen")
     with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py"))) as served:
-        done = served.run("run", "-i", "wc", "-c", input="x" * MIB)
+        (tmp_path / "data").write_bytes(bytes(MIB))
+        done = served.run("run", "--input", tmp_path / "data", "wc", "-c")
         assert (done.stdout, done.stderr, done.returncode) == (f"{MIB}\n", "", 0)
 
 
