@@ -6179,8 +6179,7 @@ class Client:
                 raise OldServerError(f"the one at {self._options.address} does not know `--input`") from None
             if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:  # there is no job without an id
                 raise
-            known: dict[str, Any] = dict(error.trailing_metadata() or ())
-            self._input_bytes = int(known.get(INPUT_BYTES_KEY, OLD_INPUT_BYTES))
+            self._input_bytes = int(metadata_of(error).get(INPUT_BYTES_KEY, OLD_INPUT_BYTES))
 
     @contextlib.contextmanager
     def sending(self, job_id: str, file: io.FileIO) -> Iterator[Sending]:
@@ -6277,9 +6276,14 @@ class Client:
             return NoAnswerError(f"{self._options.address} did not answer in time")
         if status == "UNIMPLEMENTED":
             return OldServerError(f"the one at {self._options.address} does not know this call")
-        if code := dict(error.trailing_metadata() or ()).get(SHELL_CODE_KEY):
+        if code := metadata_of(error).get(SHELL_CODE_KEY):
             return CannotRunError(details, int(code))
         return JobWorkerError(details or status)
+
+
+def metadata_of(error: Any) -> dict[str, str]:
+    """What a server sent with an error of gRPC's."""
+    return dict(error.trailing_metadata() or ())
 
 
 def is_loss(status: str, details: str) -> bool:
