@@ -129,7 +129,8 @@ class WorkerServiceServicer:
 
     def SendInput(self, request_iterator, context):
         """Sends the job's standard input, and its end: the half-close of the call. The first message names the job, and no
-        message has more than 256 KiB of data. It answers when the job has all of it, reads no more, or has ended. A call
+        message has more than 256 KiB of data, or as many bytes as the trailing metadata input-bytes of a refused call
+        tells (a call without an id is refused). It answers when the job has all of it, reads no more, or has ended. A call
         that breaks before its half-close stops the job with the reason INPUT_CUT. So does a minute without a call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
