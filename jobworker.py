@@ -1801,6 +1801,9 @@ def delete_tree(path: str) -> None:
     meanwhile. So each folder is taken from its owner before it is emptied, no link is followed, and a folder in a
     folder is first moved to the top: never more than two folders are open.
     """
+    with contextlib.suppress(OSError):  # most are empty, and this takes an eighth of the time of what follows
+        os.rmdir(path)
+        return
     try:
         top = os.open(path, TREE_FLAGS)
     except FileNotFoundError:
@@ -2006,8 +2009,8 @@ PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
 KEYCTL_JOIN_SESSION_KEYRING = 1
 SYS_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}  # by uname(2)'s machine
 SHARED_FOLDERS = ("/run/lock", "/run/screen", "/var/crash", "/var/spool/samba")  # hidden if every user can write them
-# One step: what it makes, the libc function, its arguments, and the errnos that mean that there is nothing to do.
-Step: TypeAlias = "tuple[str, str, tuple[Any, ...], tuple[int, ...]]"
+# One step: what it makes, the libc function, the arguments of each call, and the errnos that mean: nothing to do.
+Step: TypeAlias = "tuple[str, str, tuple[tuple[Any, ...], ...], tuple[int, ...]]"
 
 
 def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Sequence[str]) -> list[Step]:
@@ -2016,30 +2019,44 @@ def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Seq
     The first step after the new namespaces enters the state folder. So the paths of sources are relative, and they hold
     after the state folder is covered. An empty `home` is an account's home, which lies elsewhere.
     """
+    first, last = fixed_steps()
     steps: list[Step] = [
-        ("a mount and an IPC namespace", "unshare", (CLONE_NEWNS | CLONE_NEWIPC,), ()),
-        mount_step("", "/", flags=MS_REC | MS_PRIVATE),
-        ("the state folder as working folder", "chdir", (os.fsencode(state),), ()),
+        *first,
+        ("the state folder as working folder", "chdir", ((os.fsencode(state),),), ()),
         *(mount_step(f"{folder}/{name}", place) for name, place in TMP_FOLDERS.items()),
         *(mount_step(HIDDEN, place, harmless=(errno.ENOENT,)) for place in hidden),
         mount_step(view, state),
     ]
     if home:
         steps.append(mount_step(home, f"{state}/{home}"))
+    steps += last
+    return steps
+
+
+@functools.cache
+def fixed_steps() -> tuple[list[Step], list[Step]]:
+    """The first and the last steps. They are the same for all jobs, and the launcher makes them before its first fork:
+    a shim that made them itself, on pages that it must copy, took 0.07 ms more.
+    """
+    first = [
+        ("a mount and an IPC namespace", "unshare", ((CLONE_NEWNS | CLONE_NEWIPC,),), ()),
+        mount_step("", "/", flags=MS_REC | MS_PRIVATE),
+    ]
+    last: list[Step] = []
     if number := SYS_KEYCTL.get(os.uname().machine):  # jobs of two owners would share that of the server
         words = (ctypes.c_long(number), ctypes.c_long(KEYCTL_JOIN_SESSION_KEYRING), None)
         # A container's filter refuses keyctl(2) with EPERM, and so a job there has no keys.
-        steps.append(("a session keyring", "syscall", words, (errno.ENOSYS, errno.EPERM)))
-    steps += [
+        last.append(("a session keyring", "syscall", (words,), (errno.ENOSYS, errno.EPERM)))
+    last += [
         mount_step("tmpfs", "/dev/shm", "tmpfs", "mode=1777", harmless=(errno.ENOENT,)),  # noqa: S108
         mount_step("proc", "/proc", "proc", "hidepid=invisible"),
-        ("no_new_privs", "prctl", (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), ()),
+        ("no_new_privs", "prctl", ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),), ()),
     ]
     if os.path.exists("/dev/mqueue"):  # a kernel without mqueue would run modprobe at each try, which took 0.25 ms
-        steps.append(mount_step("mqueue", "/dev/mqueue", "mqueue"))
-    return steps + [
-        ("an empty bounding set", "prctl", (PR_CAPBSET_DROP, number, 0, 0, 0), ()) for number in range(capabilities())
-    ]
+        last.append(mount_step("mqueue", "/dev/mqueue", "mqueue"))
+    dropped = tuple((PR_CAPBSET_DROP, number, 0, 0, 0) for number in range(capabilities()))
+    last.append(("an empty bounding set", "prctl", dropped, ()))
+    return first, last
 
 
 def mount_step(
@@ -2048,7 +2065,7 @@ def mount_step(
     """mount(2): a folder seen at another place, or a new file system if `kind` names one."""
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC * (kind != "tmpfs") if kind else flags
     words = (os.fsencode(word) or None for word in (source, target, kind))
-    return f"a mount at {target}", "mount", (*words, ctypes.c_ulong(flags), os.fsencode(data) or None), harmless
+    return f"a mount at {target}", "mount", ((*words, ctypes.c_ulong(flags), os.fsencode(data) or None),), harmless
 
 
 @functools.cache
@@ -2079,9 +2096,10 @@ class ConfinementError(OSError):
 
 def confine(steps: Iterable[Step]) -> None:
     """Confine the calling thread. Raises ConfinementError, which names the first step that failed."""
-    for step, function, arguments, harmless in steps:
+    for step, function, calls, harmless in steps:
         try:
-            libc_call(function, *arguments)
+            for arguments in calls:
+                libc_call(function, *arguments)
         except OSError as error:
             number = error.errno or errno.EINVAL
             if number not in harmless:

@@ -1691,7 +1691,7 @@ def test_a_container_without_sys_admin_is_refused_by_name_or_serves_with_a_note(
 @as_root
 @in_loop
 async def test_the_error_for_a_failed_step_of_the_confinement_names_the_step(state, tmp_path):
-    broken = altered_copy(tmp_path, "return steps + [", 'steps.append(mount_step("nowhere", "/proc"))')
+    broken = altered_copy(tmp_path, "dropped = tuple(", 'last.append(mount_step("nowhere", "/proc"))')
     with pytest.raises(broken.JobWorkerError, match="cannot confine jobs: a mount at /proc: No such file"):
         async with broken.Worker(broken.WorkerOptions(state, without=LIMITLESS)):
             pass
