@@ -5193,6 +5193,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
 SERVICE_NAME = "proto.WorkerService"
 SEND_INPUT = f"/{SERVICE_NAME}/SendInput"
 OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with the last lines: where each output does
+ENDING_KEY = "ending-bin"  # metadata at the end of a stream: how its job ended, as a GetStatusResponse
 INPUT_BYTES_KEY = "input-bytes"  # metadata of an answer to SendInput: how many bytes one message may have
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
@@ -5444,6 +5445,9 @@ class Service:
             async with contextlib.aclosing(stream) as pieces:
                 async for piece in pieces:
                     await context.write(piece)
+            if job.events.ending and not request.no_follow:  # nobody may be able to ask later: the job may be deleted
+                ending = ending_message(job.events.ending).SerializeToString()
+                context.set_trailing_metadata(((ENDING_KEY, ending),))
 
     async def _input(self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         async with self._checked(context) as caller:
@@ -5510,6 +5514,10 @@ def check_size(message: pb.StartJobRequest) -> None:
 def shortened(sentence: str) -> str:
     """A sentence that fits the headers in which gRPC sends it: 8 KiB, in which a character takes up to 12 bytes."""
     return sentence if len(sentence) <= 400 else f"{sentence[:400]}…"
+
+
+def ending_message(ending: Ending) -> pb.GetStatusResponse:
+    return pb.GetStatusResponse(status=ending.status, exitcode=ending.code, reason=ending.reason, signal=ending.signal)
 
 
 def status_message(status: JobStatus) -> pb.GetStatusResponse:
@@ -6217,10 +6225,15 @@ class Client:
         found: list[pb.GetStatusResponse] = self._with_retries(attempt, options=STREAM_OPTIONS)
         return found
 
-    def stream(self, job_id: str, sink: Sink, *, tail: int | None = None, follow: bool = True) -> None:
-        """Write a job's outputs to `sink`, each from its offset. After a loss of the server it resumes."""
+    def stream(
+        self, job_id: str, sink: Sink, *, tail: int | None = None, follow: bool = True
+    ) -> pb.GetStatusResponse | None:
+        """Write a job's outputs to `sink`, each from its offset. After a loss of the server it resumes.
 
-        def attempt(channel: grpc.Channel) -> None:
+        Returns how the job ended; None: it was not followed to its end, or an older server has deleted it.
+        """
+
+        def attempt(channel: grpc.Channel) -> pb.GetStatusResponse | None:
             nonlocal tail
             offsets = {"offset": sink.offsets[1], "error_offset": sink.offsets[2]}
             request = pb.GetStreamRequest(id=job_id, **offsets, tail=tail, no_follow=not follow)
@@ -6241,10 +6254,14 @@ class Client:
                 for number, chunk in enumerate(pieces, 1):
                     if chunk:
                         sink.take(number, chunk)
-            if follow:
-                check_complete(channel, job_id, sink.offsets)
+            if not follow:
+                return None
+            if ending := metadata_of(messages).get(ENDING_KEY):
+                return pb.GetStatusResponse.FromString(ending)
+            return ending_by_status(channel, job_id, sink.offsets)
 
-        self._with_retries(attempt, options=STREAM_OPTIONS)
+        ending: pb.GetStatusResponse | None = self._with_retries(attempt, options=STREAM_OPTIONS)
+        return ending
 
     def _with_retries(
         self,
@@ -6299,9 +6316,9 @@ class Client:
         return JobWorkerError(details or status)
 
 
-def metadata_of(error: Any) -> dict[str, str]:
-    """What a server sent with an error of gRPC's."""
-    return dict(error.trailing_metadata() or ())
+def metadata_of(call: Any) -> dict[str, Any]:
+    """What a server sent at the end of a call, or with its error."""
+    return dict(call.trailing_metadata() or ())
 
 
 def is_loss(status: str, details: str) -> bool:
@@ -6313,16 +6330,21 @@ def is_loss(status: str, details: str) -> bool:
     return status in ("UNAVAILABLE", "CANCELLED") or bool(re.search("RST_STREAM|GOAWAY|Stream removed", details))
 
 
-def check_complete(channel: grpc.Channel, job_id: str, offsets: Mapping[int, int]) -> None:
-    """Raise UnavailableError if a stream ended before its job did, or before the last byte."""
+def ending_by_status(channel: grpc.Channel, job_id: str, offsets: Mapping[int, int]) -> pb.GetStatusResponse | None:
+    """How a job ended, from an older server, which does not tell it at the end of a stream; None: it was deleted.
+
+    Raises UnavailableError if the stream ended before its job did, or before the last byte.
+    """
     try:
-        status = ask_once(channel, "GetJobStatus", pb.GetStatusRequest(id=job_id), pb.GetStatusResponse)
+        request = pb.GetStatusRequest(id=job_id)
+        status: pb.GetStatusResponse = ask_once(channel, "GetJobStatus", request, pb.GetStatusResponse)
     except grpc.RpcError as error:
         if error.code() is grpc.StatusCode.NOT_FOUND:
-            return  # the job was deleted, and its streams had every byte before that
+            return None  # its streams had every byte before that
         raise
     if status.status == pb.RUNNING or status.output_bytes > offsets[1] or status.error_bytes > offsets[2]:
         raise UnavailableError("the stream ended before the job's output did")
+    return status
 
 
 def why_unreachable(options: ClientOptions) -> str:
@@ -7314,8 +7336,7 @@ class ForegroundJob:
                 if self._file is not None and self._sending is None:
                     self._sending = resources.enter_context(self._client.sending(self._request.id, self._file))
                     self._sending.when_refused(stop_unfed)
-                self._client.stream(self._request.id, self._sink)
-                return self._exit_code()
+                return self._exit_code(self._client.stream(self._request.id, self._sink))
             except Interrupted as interrupt:
                 if interrupt.number == signal.SIGHUP:
                     return self._leave()
@@ -7330,10 +7351,10 @@ class ForegroundJob:
             except UnavailableError as error:
                 raise JobWorkerError(f"{error}; job {self._request.id} may go on") from None
 
-    def _exit_code(self) -> int:
+    def _exit_code(self, status: pb.GetStatusResponse | None) -> int:
         """The exit code of the ended job. Raises JobWorkerError if it did not get its input."""
-        request = pb.GetStatusRequest(id=self._request.id)
-        status = self._client.call("GetJobStatus", request, pb.GetStatusResponse)
+        if status is None:
+            raise JobWorkerError(f"job {self._request.id} has ended and was deleted, so its exit code is unknown")
         if self._sending is not None:
             failure = self._sending.failure()
             if failure is not None and (status.status == pb.STOPPED or not isinstance(failure, InputCutError)):

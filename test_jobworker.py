@@ -7750,29 +7750,47 @@ def test_inputs_that_no_job_reads_take_bounded_memory(state, certs):
     assert grown < count * 4 * MIB
 
 
-def test_an_older_server_starts_no_job_that_needs_input(state, certs, tmp_path):
+@contextlib.contextmanager
+def serving_older(state, certs, folder, *changes):
+    """A server whose program lacks what these pairs of a pattern and a replacement take from it."""
     text = Path(jobworker.__file__).read_text()
-    older = re.sub(r' +"SendInput": grpc.*?\n +\),\n', "", text, flags=re.DOTALL)
-    assert older != text
-    (tmp_path / "jobworker.py").write_text(older)
-    (tmp_path / "gen").symlink_to(HERE / "gen")
-    with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py"))) as served:
+    for pattern, replacement in changes:
+        text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
+        assert count == 1, pattern
+    (folder / "jobworker.py").write_text(text)
+    (folder / "gen").symlink_to(HERE / "gen")
+    with serving(state, certs, program=(sys.executable, str(folder / "jobworker.py"))) as served:
+        yield served
+
+
+def test_an_older_server_starts_no_job_that_needs_input(state, certs, tmp_path):
+    with serving_older(state, certs, tmp_path, (r' +"SendInput": grpc.*?\n +\),\n', "")) as served:
         one_sentence(served.run("run", "-i", "cat"), "`run` needs a newer server", "--input", status=255)
         one_sentence(served.run("start", "-i", "cat"), "`start` needs a newer server", "--input")
         assert listed(served) == []
 
 
 def test_an_older_server_gets_no_larger_messages_of_input_than_it_takes(state, certs, tmp_path):
-    text = Path(jobworker.__file__).read_text()
-    older = text.replace("INPUT_BYTES, OLD_INPUT_BYTES = 512 * KIB", "INPUT_BYTES, OLD_INPUT_BYTES = 256 * KIB")
-    older = re.sub(r" +context.set_trailing_metadata\(\(\(INPUT_BYTES_KEY.*\n", "", older)
-    assert older.count("\n") == text.count("\n") - 1
-    (tmp_path / "jobworker.py").write_text(older)
-    (tmp_path / "gen").symlink_to(HERE / "gen")
-    with serving(state, certs, program=(sys.executable, str(tmp_path / "jobworker.py"))) as served:
+    untold = r" +context.set_trailing_metadata\(\(\(INPUT_BYTES_KEY[^\n]*\n", ""
+    smaller = r"INPUT_BYTES, OLD_INPUT_BYTES = 512 \* KIB", "INPUT_BYTES, OLD_INPUT_BYTES = 256 * KIB"
+    with serving_older(state, certs, tmp_path, untold, smaller) as served:
         (tmp_path / "data").write_bytes(bytes(MIB))
         done = served.run("run", "--input", tmp_path / "data", "wc", "-c")
         assert (done.stdout, done.stderr, done.returncode) == (f"{MIB}\n", "", 0)
+
+
+def test_run_asks_an_older_server_how_its_job_ended(state, certs, tmp_path):
+    untold = r"context.set_trailing_metadata\(\(\(ENDING_KEY[^\n]*", "pass"
+    with serving_older(state, certs, tmp_path, untold) as served:
+        done = served.run("run", "sh", "-c", "echo hello; exit 4")
+        assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "", 4)
+
+
+def test_run_knows_the_exit_code_of_a_job_that_is_deleted_as_soon_as_it_ends(state, certs):
+    with serving(state, certs, "--keep-bytes", "1K") as served:
+        done = served.run("run", "sh", "-c", "head -c 3000000 /dev/zero; exit 4")
+        assert (len(done.stdout), done.stderr, done.returncode) == (3_000_000, "", 4)
+        until(lambda: listed(served) == [])
 
 
 # --- The .pyz -------------------------------------------------------------------------------------------

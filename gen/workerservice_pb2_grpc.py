@@ -100,7 +100,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetOutputStream(self, request, context):
-        """The job's standard output and error, raw bytes, from `offset` to the end of the job.
+        """The job's standard output and error, raw bytes, from `offset` to the end of the job. At the end, the trailing
+        metadata ending-bin tells how the job ended: a GetStatusResponse with status, exitcode, reason and signal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
