@@ -3264,6 +3264,8 @@ def confinement_failure(state: str, hidden: Sequence[str]) -> str:
     if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 8):
         # There hidepid is one setting of the whole machine, and a job's mount would change it for everybody.
         return f"this is Linux {release}, and a /proc of a job's own needs 5.8"
+    if is_below(os.path.realpath(state), os.path.realpath("/dev/shm")):  # noqa: S108
+        return f"the state folder {state} lies below /dev/shm, and each confined job has a /dev/shm of its own"
     failure = try_confinement(state, hidden)
     return f"{failure.step}: {failure.strerror}" if failure else ""
 

@@ -1670,6 +1670,20 @@ os.execvp("runc", ["runc", "--root", f"{bundle}/runc", "run", "--bundle", str(bu
 
 
 @as_root
+@in_loop
+async def test_a_state_folder_below_dev_shm_is_refused_for_confined_jobs():
+    """They would have no home: their own /dev/shm covers it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        state = Path(folder, "state")
+        os.chmod(folder, 0o711)
+        with pytest.raises(jobworker.JobWorkerError, match=f"{state} lies below /dev/shm.*--without confine"):
+            async with jobworker.Worker(jobworker.WorkerOptions(state, without=LIMITLESS)):
+                pass
+        async with worker_on(state, **UNCONFINED) as worker:
+            assert (await result(worker, shell("cd ~ && pwd")))[0].decode().startswith(f"{state}/home/")
+
+
+@as_root
 @pytest.mark.skipif(not shutil.which("runc"), reason="needs runc")
 @pytest.mark.parametrize("without", ["nothing", "confine", "auto"])
 def test_a_container_without_sys_admin_is_refused_by_name_or_serves_with_a_note(state, tmp_path, without):
