@@ -9685,13 +9685,16 @@ class Cluster:
 
     def do(self, verb, *words):
         self.keeper.stdin.write(" ".join(map(str, (HERE / ".ci/slurm", verb, self.folder, *words))) + "\n")
+        answered = select.select([self.keeper.stdout], [], [], PATIENCE)[0]
+        assert answered, f".ci/slurm {verb} does not end: see {self.folder}/log"
         assert self.keeper.stdout.readline() == "0\n", f".ci/slurm {verb}: see {self.folder}/log"
 
     def close(self):
-        self.do("down")
-        self.keeper.stdin.close()
-        self.keeper.stdout.close()
-        self.keeper.wait(PATIENCE)
+        try:
+            self.do("down")
+        finally:
+            self.keeper.kill()
+            self.keeper.communicate()
 
     def ask(self, *words):
         done = subprocess.run(
@@ -9709,6 +9712,11 @@ class Cluster:
 
     def cancel(self, job):
         self.ask("scancel", f"--name={job}")
+
+    def let_time_run_out(self, job):
+        """Slurm looks at the time limits of jobs each 30 seconds."""
+        number = self.ask("squeue", "--noheader", f"--name={job}", "--format=%A").strip()
+        assert not self.ask("scontrol", "update", f"JobId={number}", "EndTime=now+1seconds")
 
     def worker(self, state, *options, **more):
         through, end = jobworker.engine_words(("slurm", *options), ())
@@ -9749,6 +9757,17 @@ def slurm(certs, request):
     shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def another_cluster(slurm, nodes):
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-slurm-"))
+    cluster = start_cluster(folder, nodes, slurm.owner)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+        shutil.rmtree(folder)
+
+
 def for_slurm(test):
     return pytest.mark.slurm(test)
 
@@ -9779,9 +9798,7 @@ async def test_a_job_on_a_cluster_has_its_own_bytes_and_exit_code(slurm, nodes, 
         ("printf '\\0\\377\\r\\n'", b"\0\xff\r\n", 0),
         ("echo $JOBWORKER_JOB_ID $HOME $(pwd) $(id -un) $A", None, 0),
     ]
-    folder = Path(tempfile.mkdtemp(prefix="jobworker-slurm-"))
-    cluster = slurm if nodes == 2 else start_cluster(folder, nodes, slurm.owner)
-    try:
+    with contextlib.nullcontext(slurm) if nodes == 2 else another_cluster(slurm, nodes) as cluster:
         async with cluster.worker(state) as worker:
             ids = [await start_id(worker, cluster.shell(script, env=(("A", "b c"),))) for script, _, _ in cases]
             for job, (_, expected, code) in zip(ids, cases, strict=True):
@@ -9792,10 +9809,6 @@ async def test_a_job_on_a_cluster_has_its_own_bytes_and_exit_code(slurm, nodes, 
                 )
                 assert ending(worker, job) == ("FINISHED", code, "")
                 assert worker.status(worker.job(job)).node in [f"n{number + 1}" for number in range(nodes)]
-    finally:
-        if cluster is not slurm:
-            cluster.close()
-        shutil.rmtree(folder)
 
 
 @for_slurm
@@ -9922,6 +9935,20 @@ async def test_a_job_that_was_cancelled_from_outside_is_never_reported_as_0(slur
 
 @for_slurm
 @in_loop
+async def test_a_job_that_slurm_s_time_limit_ends_is_never_reported_as_0(slurm, state, mark):
+    script = f"trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done; : {mark}"
+    async with slurm.worker(state) as worker:
+        job = await start_id(worker, slurm.shell(script))
+        await wait_for_output(worker, job, b"ready")
+        slurm.let_time_run_out(job)
+        text = await output(worker, job)
+        assert b"DUE TO TIME LIMIT" in text
+        assert ending(worker, job) == ("STOPPED", 255, "TIMEOUT")
+        check_all_gone(slurm, mark)
+
+
+@for_slurm
+@in_loop
 async def test_a_preempted_job_is_never_reported_as_0(slurm, state, mark):
     async with slurm.worker(state, defaults=Limits(cpu=4), caps=Limits(cpu=4, memory=1 << 40)) as worker:
         jobs = [
@@ -9969,27 +9996,32 @@ async def test_a_job_larger_than_the_cluster_ends_with_slurm_s_own_sentence(slur
 @for_slurm
 @in_loop
 async def test_a_controller_that_is_down_when_a_job_starts_or_ends_hides_no_exit_code(slurm, state, tmp_path):
-    """A job that starts then fails with what srun says. One that ends then has what srun told of its task."""
-    gate = Path(tempfile.mkdtemp(dir="/var/lib"))
-    gate.chmod(0o755)
-    script = f"echo ready; while [ ! -e {gate}/open ]; do sleep 0.1; done; exit"
-    async with slurm.worker(state) as worker:
-        jobs = [await start_id(worker, slurm.shell(f"{script} {code}")) for code in (0, 7)]
-        for job in jobs:
-            await wait_for_output(worker, job, b"ready")
-        slurm.do("controller", "down")
-        try:
-            (gate / "open").touch()
-            late = await start_id(worker, slurm.shell("echo never"))
+    """A job that starts then fails with what srun says. One that ends then has what srun told of its task, and what srun
+    could not take out of the queue is cancelled. It is COMPLETING for up to a minute: slurmstepd sleeps that long before
+    it tells of its end again. So this test has a cluster of its own.
+    """
+    gate = tmp_path / "gate"
+    gate.touch()
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # the next one is /tmp
+        folder.chmod(0o711)
+    script = f"echo ready; while [ -e {gate} ]; do sleep 0.1; done; echo through; exit"
+    with another_cluster(slurm, 1) as cluster:
+        async with cluster.worker(state) as worker:
+            jobs = [await start_id(worker, cluster.shell(f"{script} {code}")) for code in (0, 7)]
+            for job in jobs:
+                await wait_for_output(worker, job, b"ready")
+            cluster.do("controller", "down")
+            gate.unlink()
+            for job in jobs:
+                await wait_for_output(worker, job, b"through")
+            late = await start_id(worker, cluster.shell("echo never"))
             said = b"srun: error: Unable to allocate resources: Unable to contact slurm controller"
             await wait_for_output(worker, late, said)
-        finally:
-            slurm.do("controller", "up")
-            shutil.rmtree(gate)
-        for job, code in ((late, 1), *zip(jobs, (0, 7), strict=True)):
-            await output(worker, job)
-            assert ending(worker, job) == ("FINISHED", code, "")
-    until(lambda: not slurm.queue())  # srun could not end its allocation
+            cluster.do("controller", "up")
+            for job, code in ((late, 1), *zip(jobs, (0, 7), strict=True)):
+                await output(worker, job)
+                assert ending(worker, job) == ("FINISHED", code, "")
+        assert set(cluster.queue()) <= {"COMPLETING"}
 
 
 @for_slurm
