@@ -6681,7 +6681,7 @@ SLURM = (
 SLURM_COMMAND = ("--", "sh", "-c", "exec {command}")
 # How Slurm saw a job's end. Slurm offers no event, so it is asked again while it does not answer, and while the job is
 # COMPLETING, because it then does not tell of which state. A job that still waits or runs has lost its srun, and is
-# cancelled: otherwise it would hold its resources for ever.
+# cancelled, as often as Slurm fails to: otherwise it would hold its resources for ever.
 SLURM_END = (
     "sh", "-c",
     """command -v squeue >/dev/null || exit
@@ -6693,7 +6693,7 @@ case ${{line%% *}} in
     OUT_OF_MEMORY) echo "OOM $node" ;;
     BOOT_FAIL | CANCELLED | DEADLINE | NODE_FAIL | PREEMPTED | TIMEOUT) echo "${{line%% *}} $node" ;;
     COMPLETED | FAILED) echo "- $node" ;;
-    *) scancel --quiet --me --name="$1"; echo "- $node" ;;
+    *) echo "- $node"; until scancel --quiet --me --name="$1"; do sleep 0.1; done ;;
 esac 2>/dev/null""",
     "sh", "{id}",
 )  # fmt: skip

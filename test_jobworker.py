@@ -9679,6 +9679,7 @@ class Cluster:
     def __init__(self, folder, nodes, owner):
         self.folder, self.nodes, self.owner = folder, nodes, owner
         self.conf = folder / "slurm.conf"
+        self.known = f"SLURM_CONF={self.conf}"
         self.keeper = subprocess.Popen(
             [sys.executable, "-c", KEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -9720,7 +9721,7 @@ class Cluster:
 
     def worker(self, state, *options, **more):
         through, end = jobworker.engine_words(("slurm", *options), ())
-        known = ("env", f"SLURM_CONF={self.conf}")
+        known = ("env", self.known)
         more = {"accounts": "system", "through": known + through, "through_end": known + end, **more}
         return worker_on(state, **more)
 
@@ -9900,11 +9901,25 @@ async def test_a_killed_shim_on_a_cluster_loses_its_job_and_the_step_is_gone(slu
         check_all_gone(slurm, mark)
 
 
+FAILS_ONCE = """#!/bin/sh
+mkdir "$0.failed" 2>/dev/null && echo "scancel: error: Socket timed out on send/recv operation" >&2 && exit 1
+exec /usr/bin/scancel "$@"
+"""
+
+
 @for_slurm
+@pytest.mark.parametrize("fails_once", [False, True])
 @in_loop
-async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, mark):
+async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, tmp_path, mark, fails_once):
     """SIGKILL of srun leaves the step to its node."""
-    async with slurm.worker(state) as worker:
+    tmp_path.chmod(0o777)  # for the mark that `scancel` has failed
+    for folder in tmp_path.parents[:2]:  # the next one is /tmp
+        folder.chmod(0o711)
+    if fails_once:
+        (tmp_path / "scancel").write_text(FAILS_ONCE)
+        (tmp_path / "scancel").chmod(0o755)
+    path = f"PATH={tmp_path}:{jobworker.JOB_PATH}"
+    async with slurm.worker(state, through_end=("env", slurm.known, path, *jobworker.SLURM_END)) as worker:
         job = await start_id(worker, slurm.shell(f"echo ready; sleep 1000; : {mark}"))
         await wait_for_output(worker, job, b"ready")
         for process in worker.job(job).spec.processes().members():
@@ -9912,6 +9927,7 @@ async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, mark):
                 os.kill(process, signal.SIGKILL)
         await output(worker, job)
         assert ending(worker, job) == ("FINISHED", 137, "")
+        assert worker.status(worker.job(job)).node in ("n1", "n2")
         check_all_gone(slurm, mark)
 
 
