@@ -715,15 +715,18 @@ class ProcessTree:
     def end_all(self, grace: float) -> None:
         """Send TERM, and return when each process that is found has ended, or after `grace` seconds."""
         deadline = time.monotonic() + grace
-        for process in self._find():
-            with contextlib.suppress(OSError):
-                descriptor = os.pidfd_open(process)
-                try:
-                    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-                    signal.pidfd_send_signal(descriptor, signal.SIGCONT)
-                    select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-                finally:
-                    os.close(descriptor)
+        with contextlib.ExitStack() as resources:
+            descriptors = []
+            for process in self._find():
+                with contextlib.suppress(OSError):
+                    descriptors.append(os.pidfd_open(process))
+                    resources.callback(os.close, descriptors[-1])
+                    signal.pidfd_send_signal(descriptors[-1], signal.SIGTERM)
+                    signal.pidfd_send_signal(descriptors[-1], signal.SIGCONT)
+            for descriptor in descriptors:
+                poller = select.poll()  # select(2) takes no descriptor above 1023
+                poller.register(descriptor, select.POLLIN)
+                poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
 
     def _kill_children(self) -> None:
         """Kill children until none is left.
@@ -2457,7 +2460,7 @@ class Shim:
         # is said, so that the job sees no end of input if the server dies.
         self._stdin = list(stdin)
         self._processes = spec.processes()
-        self._pidfd = -1
+        self._process = self._pidfd = -1
         self._request: StopRequest | None = None  # the first one that ends the job
         self._deadline: float | None = None  # of the timeout, and then of the grace
 
@@ -2469,7 +2472,7 @@ class Shim:
             pipes = [make_pipe(self._spec) for _ in outputs]
             if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
                 libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            process, failure = self._start(cgroup, [writer for _, writer in pipes])
+            failure = self._start(cgroup, [writer for _, writer in pipes])
         except OSError as error:
             failure = StartFailure(error.errno or errno.EINVAL)
         if failure:
@@ -2481,25 +2484,25 @@ class Shim:
         if self._stdin:
             os.close(self._stdin.pop(0))  # only the job reads, so that the server sees that the job closed its input
         if not self._spec.cgroup:
-            reap_orphans(process)
+            reap_orphans(self._process)
         if cgroup >= 0:
             os.close(cgroup)
         write_event(self._events, "started")
         pumps = make_pumps(self._spec, pipes, outputs)
         self.supervise(self._pidfd, pumps)
-        ending = self._ending(process, None if self._request else drain_all(pumps))
+        ending = self._ending(None if self._request else drain_all(pumps))
         if self._spec.through_end:
             ending = ask_engine(self._spec).correct(ending)
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pumps)
 
-    def _start(self, cgroup: int, writers: Sequence[int]) -> tuple[int, StartFailure | None]:
-        """Start the main process. Returns its pid and, if its command could not be run, why. Raises OSError."""
+    def _start(self, cgroup: int, writers: Sequence[int]) -> StartFailure | None:
+        """Start the main process. Returns why its command could not be run. Raises OSError."""
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         steps = steps_of(self._folder, self._spec)
-        process, self._pidfd, errpipe = start_process(self._spec, cgroup, self._stdin[:1], writers, steps)
+        self._process, self._pidfd, errpipe = start_process(self._spec, cgroup, self._stdin[:1], writers, steps)
         self._wait_for_exec(errpipe)
-        return process, check_exec(process, errpipe)
+        return check_exec(self._process, errpipe)
 
     def _wait_for_exec(self, errpipe: int) -> None:
         """Wait until `errpipe` reports the exec, which a lease or a slow disk can delay, or until the job is killed."""
@@ -2586,8 +2589,8 @@ class Shim:
             if first and self._spec.through:
                 self._deadline = None  # a timeout must not shorten the grace
             self._deadline = kill_at if self._deadline is None else min(self._deadline, kill_at)
-            self._processes.send(request.signal)
-            self._processes.send(signal.SIGCONT)  # a stopped process could not end
+            self._signal_all(request.signal)
+            self._signal_all(signal.SIGCONT)  # a stopped process could not end
 
     def _main_process_ended(self) -> bool:
         poller = select.poll()
@@ -2599,18 +2602,24 @@ class Shim:
         self._processes.kill()
         self._signal_main_process(signal.SIGKILL)
 
+    def _signal_all(self, number: int) -> None:
+        """Send a signal to the job, also if its main process has left its cgroup, as `systemd-run --scope` does."""
+        if self._spec.cgroup and self._process not in self._processes.members():
+            self._signal_main_process(number)
+        self._processes.send(number)
+
     def _signal_main_process(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
             signal.pidfd_send_signal(self._pidfd, number)
 
-    def _ending(self, process: int, exhausted: StopRequest | None) -> Ending:
+    def _ending(self, exhausted: StopRequest | None) -> Ending:
         """How the main process ended. `exhausted` says why its last output was not kept; None: it was.
 
         STOPPED: it ended after the signal of a request, or it died of the SIGKILL that a request or the kernel's
         out-of-memory killer sent. Any other job ended by itself and keeps its exit code, and the reason says why its
         output is incomplete.
         """
-        result = os.waitid(os.P_PID, process, os.WEXITED)
+        result = os.waitid(os.P_PID, self._process, os.WEXITED)
         assert result is not None
         exited = result.si_code == os.CLD_EXITED
         code, number = (result.si_status, 0) if exited else (128 + result.si_status, result.si_status)

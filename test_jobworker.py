@@ -2329,7 +2329,7 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
     ("pumps = make_pumps(self._spec, pipes, outputs)", "pass", LOST),
     ("reported = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
-    ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
+    ("result = os.waitid(os.P_PID, self._process, os.WEXITED)", "pass", LOST),
     ("assert result is not None", "pass", LOST),
     ('write_event(self._events, "exited", **vars(ending))', "pass", LOST),
     (
@@ -9603,6 +9603,44 @@ async def test_what_the_main_process_leaves_gets_term_and_a_grace(state, tmp_pat
         await output(worker, job)
         assert ending(worker, job) == (LOST if loses_shim else ("FINISHED", 0, ""))
         assert said.read_text() == "term\n"
+
+
+@as_root
+@in_loop
+async def test_term_reaches_a_main_process_that_left_its_cgroup(state):
+    """`systemd-run --scope` does that."""
+    async with worker_on(state, through=THROUGH, grace=PATIENCE) as worker:
+        leave = f"echo $$ > {CgroupMount.find().point}/cgroup.procs"
+        job = await start_id(worker, shell(f"{leave}; {TRAPS_TERM}", run_as="root"))
+        await wait_for_output(worker, job, b"ready")
+        await worker.stop(worker.job(job))
+        assert await output(worker, job) == b"ready\nterm\n"
+        assert ending(worker, job) == ("STOPPED", 5, "")
+
+
+@as_root
+def test_without_cgroups_all_that_the_main_process_leaves_gets_term_before_the_grace(state, mark):
+    """Also what is found after a process that ignores TERM."""
+    ignores = f'trap "" TERM; echo ignores; while :; do sleep 1; : {mark}; done'
+    obeys = f'trap "echo term; exit" TERM; echo obeys; while :; do sleep 0.01; : {mark}; done'
+    script = f"(sh -c '{ignores}' & sh -c '{obeys}' &) ; read none; exit 3"
+    body = f"""
+        async def nothing():
+            return
+            yield
+
+        job = await start_id(worker, JobRequest("sh", ("-c", {script!r}), owner="alice", input=True))
+        text = b""
+        async for chunk in worker.stream(worker.job(job)):
+            text += chunk
+            if b"ignores" in text and b"obeys" in text:
+                break
+        await worker.send_input(worker.job(job), nothing())
+        print((await output(job)).count(b"term"), worker.status(worker.job(job)).exit_code)
+    """
+    options = {"through": THROUGH, "grace": 0.5}
+    assert in_server(state, body, wrapper=NO_CGROUP, options=options) == "1 3\n"
+    assert not processes_with(mark)
 
 
 def shims_of(worker):
