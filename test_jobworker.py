@@ -9667,8 +9667,8 @@ def person(certs, tmp_path_factory):
     """An account of this machine, whose name is an identity too."""
     name, home = f"jw{os.getpid()}", Path(tempfile.mkdtemp(prefix="jobworker-person-", dir="/var/lib"))
     subprocess.run(
-        ["useradd", "--no-create-home", "--home-dir", home, "--shell", "/usr/sbin/nologin", name], check=True
-    )
+        ["useradd", "--no-create-home", "--home-dir", home, "--shell", "/bin/sh", "--password", "*", name], check=True
+    )  # "*": no password is right, but sshd lets the account in
     shutil.chown(home, name)
     authority = jobworker.load_authority(certs, "client-ca")
     jobworker.write_pair(certs, name, jobworker.issue_identity(authority, name, ["user"]))
@@ -9695,6 +9695,106 @@ async def test_an_owner_without_an_account_is_refused_in_one_sentence(state, own
             await worker.start(JobRequest("true", owner=owner))
         assert f"this machine has no account {owner!r} with a uid of 1000 or more" in str(refused.value)
         assert left_in(state) == []
+
+
+# -- ssh
+
+
+@pytest.fixture(scope="session")
+def ssh(person):
+    """The words of an ssh to a real sshd on loopback, with the account of `person` on both sides."""
+    program = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if os.geteuid() != 0 or not program or not shutil.which("ssh"):
+        pytest.skip("needs root, ssh and sshd (Debian: apt install openssh-server)")
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-ssh-"))
+    folder.chmod(0o711)
+    for name in ("host", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    shutil.chown(folder / "client", person)
+    os.makedirs("/run/sshd", exist_ok=True)
+    fixed = (f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/client.pub", f"PidFile={folder}/pid", "UsePAM=no",
+             "StrictModes=no", "ListenAddress=127.0.0.1")  # fmt: skip
+    quiet = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes")
+    with socket.socket() as reserved:  # sshd can listen beside it, since it does not listen
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = str(reserved.getsockname()[1])
+        words = [program, "-D", "-e", "-f", "/dev/null", "-p", port, *(f"-o{each}" for each in fixed)]
+        with subprocess.Popen(words, stderr=subprocess.PIPE) as server:
+            try:
+                assert b"listening" in server.stderr.readline()
+                yield ("ssh", "-p", port, "-i", f"{folder}/client", *(f"-o{each}" for each in quiet), "127.0.0.1")
+            finally:
+                server.terminate()
+    shutil.rmtree(folder)
+
+
+def over_ssh(state, ssh, **options):
+    return worker_on(state, accounts="system", through=(*ssh, "{command}"), **options)
+
+
+@in_loop
+async def test_the_words_of_a_command_arrive_over_ssh_as_they_are(state, ssh, person):
+    words = [
+        "a b",
+        "it's",
+        'say "x"',
+        ";",
+        "a; echo b",
+        "$HOME",
+        "$(id)",
+        "`id`",
+        "*",
+        "~",
+        "x\ny",
+        "\\n",
+        "",
+        "-p",
+        "é",
+    ]
+    async with over_ssh(state, ssh) as worker:
+        text, status = await result(worker, JobRequest(PYTHON, ("-c", SHOWS_WORDS, *words), owner=person))
+        assert (eval(text), status.status, status.exit_code) == (words, "FINISHED", 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "codes"),
+    [
+        ("printf 'no newline'; exit 254", b"no newline", {254}),
+        ("printf '\\0\\377\\r\\n' >&2; exit 3", b"\0\377\r\n", {3}),
+        ("exit 255", b"", {255}),
+        ("kill -9 $$", None, {137, 255}),  # 255 where the account's shell has replaced itself, else it says "Killed"
+    ],
+)
+@in_loop
+async def test_a_job_over_ssh_has_its_own_bytes_and_exit_code(state, ssh, person, script, text, codes):
+    async with over_ssh(state, ssh) as worker:
+        printed, status = await result(worker, shell(script, owner=person))
+        assert printed == text or text is None
+        assert (status.status, status.ending.reason) == ("FINISHED", "")
+        assert status.exit_code in codes
+
+
+@in_loop
+async def test_a_host_that_ssh_cannot_reach_is_never_reported_as_0(state, ssh, person):
+    async with over_ssh(state, (*ssh[:-1], "127.0.0.2")) as worker:  # nothing listens there
+        text, status = await result(worker, shell("echo never", owner=person))
+        assert b"Connection refused" in text
+        assert (status.status, status.exit_code) == ("FINISHED", 255)
+
+
+@in_loop
+async def test_a_stop_ends_ssh_and_nothing_on_its_host(state, ssh, person, mark):
+    async with over_ssh(state, ssh) as worker:
+        waits = "import time; print('ready', flush=True); time.sleep(1000)"
+        job = await start_id(worker, python(waits, mark, owner=person))
+        await wait_for_output(worker, job, b"ready")
+        await worker.stop(worker.job(job), by=person)
+        assert ending(worker, job) == ("STOPPED", 255, "")
+    left = processes_with(mark)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert left
 
 
 # -- Slurm
