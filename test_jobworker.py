@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import pty
+import pwd
 import random
 import re
 import resource
@@ -9795,6 +9796,75 @@ async def test_a_stop_ends_ssh_and_nothing_on_its_host(state, ssh, person, mark)
     for process in left:
         os.kill(process, signal.SIGKILL)
     assert left
+
+
+# -- systemd
+
+
+SCOPE = (
+    'sh -c "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemd-run --user --quiet --scope --unit={id} '
+    '-p MemoryMax={memory_mb}M -p TimeoutStopSec=1 -- {command}"'
+)
+SCOPE_END = (  # it ends what the main process has left
+    'sh -c "exec 2>&-; export XDG_RUNTIME_DIR=/run/user/$(id -u); '
+    "systemctl --user show -p Result {id}.scope | sed -n s/.*oom-kill/OOM/p; "
+    'systemctl --user stop {id}.scope; systemctl --user reset-failed {id}.scope"'
+)
+
+
+@pytest.fixture(params=["--user", ""], ids=["owner's manager", "root in the system's manager"])
+def manager(person, request):
+    """The option for one of systemd's managers. The system's manager refuses jobs of other accounts than root."""
+    unit = f"user@{pwd.getpwnam(person).pw_uid}.service"
+    systemctl("start", unit)
+    yield request.param
+    systemctl("stop", unit)
+
+
+def scope_worker(states, manager):
+    words = (jobworker.as_words(text.replace("--user", manager)) for text in (SCOPE, SCOPE_END))
+    options = dict(zip(("through", "through_end"), words, strict=True))
+    return worker_on(new_state(states, "/scratch"), accounts="system", grace=PATIENCE, **options)
+
+
+def of_scope(person, manager):
+    return {"owner": person, "memory": 64 * MIB, "run_as": "" if manager else "root"}
+
+
+@pytest.mark.systemd
+@in_loop
+async def test_a_job_in_a_scope_of_systemd_has_its_limit_and_its_code(nothing_is_left, person, manager, mark):
+    asked = of_scope(person, manager)
+    limit = "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max"
+    async with scope_worker(nothing_is_left, manager) as worker:
+        for request, expected, end_ in [
+            (shell(f"{limit}; exit 3", **asked), b"%d\n" % (64 * MIB), ("FINISHED", 3, "")),
+            (shell("kill -TERM $$", **asked), b"", ("FINISHED", 143, "")),
+            (python(FORKS_TWICE, mark, **asked), b"", ("FINISHED", 4, "")),
+            (python("bytearray(1 << 28)", **asked), b"", ("STOPPED", 255, "OOM")),
+            (JobRequest("--uid=0", ("true",), **asked), None, ("FINISHED", 1, "")),
+        ]:
+            text, status = await result(worker, request)
+            assert (status.status, status.exit_code, status.ending.reason) == end_, text
+            assert expected in (text, None)
+        assert not processes_with(mark)
+
+
+@pytest.mark.systemd
+@in_loop
+async def test_no_process_of_a_scope_of_systemd_outlives_its_job(nothing_is_left, person, manager, mark):
+    async with scope_worker(nothing_is_left, manager) as worker:
+        for expected in (("STOPPED", 143, ""), LOST):
+            job = await start_id(worker, python(HIDDEN_GRANDCHILDREN, mark, **of_scope(person, manager)))
+            await wait_for_output(worker, job, b"deep")
+            if expected == LOST:
+                for process in shims_of(worker):
+                    os.kill(process, signal.SIGKILL)
+                await output(worker, job)
+            else:
+                await worker.stop(worker.job(job), by=person)
+            assert ending(worker, job) == expected
+            assert not processes_with(mark)
 
 
 # -- Slurm
