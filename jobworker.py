@@ -2818,18 +2818,23 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
 class EngineReport:
     """What an engine says of a job's end: a reason if the job did not end by itself, and the node that ran it.
 
-    The command `through_end` prints it as one line, `REASON NODE` or `- NODE`. Anything else counts as: unknown.
+    The command `through_end` prints it as one line, `REASON NODE` or `- NODE`. A reason counts, whatever follows it in
+    its line. Anything else counts as: unknown.
     """
 
     reason: str = ""
     node: str = ""
 
-    LINE = re.compile(rb"(-|[A-Z][A-Z_]{0,31})(?: ([A-Za-z0-9_.,\[\]-]{0,100}))?\s*")
+    LINE = re.compile(rb"(-|[A-Z][A-Z0-9_]{0,31})(?:[ \t]+([^\n]*))?\s*")
+    NODE = re.compile(r"[A-Za-z0-9_.,:\[\]-]{1,100}")
 
     @classmethod
     def parse(cls, text: bytes) -> EngineReport:
         found = cls.LINE.fullmatch(text)
-        return cls(found[1].decode().strip("-"), (found[2] or b"").decode()) if found else cls()
+        if not found:
+            return cls()
+        node = (found[2] or b"").decode("ascii", "replace").strip()
+        return cls(found[1].decode().strip("-"), node if cls.NODE.fullmatch(node) else "")
 
     def correct(self, ending: Ending) -> Ending:
         """An ending with what the engine knows. A job that the engine ended is never FINISHED, and its code is 255."""
@@ -2840,15 +2845,20 @@ class EngineReport:
 
 
 def ask_engine(spec: Spec) -> EngineReport:
-    """Run `through_end` with the job's account, and none of its variables, in the job's cgroup."""
+    """Run `through_end` with the job's account, and none of its variables, in the job's cgroup.
+
+    Its standard error is discarded: a warning beside an answer does not make a bad end unknown.
+    """
     cgroup = spec.cgroup if os.path.isdir(spec.cgroup) else ""  # a reboot removed the cgroup of a lost job
     command, *args = spec.through_end
     asking = dataclasses.replace(spec, command=command, args=tuple(args), through=(), env=(), cwd="", cgroup=cgroup)
     with contextlib.ExitStack() as resources, contextlib.suppress(OSError):  # no process or descriptor can be had
+        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        resources.callback(os.close, null)
         answer, writer = os.pipe2(os.O_CLOEXEC)
         resources.callback(os.close, answer)
         try:
-            _, pidfd, errpipe = start_process(asking, -1, (), [writer], ())
+            _, pidfd, errpipe = start_process(asking, -1, (), [writer, null], ())
         finally:
             os.close(writer)
         for descriptor in (errpipe, pidfd):
@@ -3250,8 +3260,11 @@ def check_words(words: Iterable[str], fields: Sequence[str] = WORD_FIELDS) -> No
 
 
 def fill_words(words: Iterable[str], spec: Spec) -> tuple[str, ...]:
-    """The words with this job's values in their fields. A value is a part of one word, whatever it contains."""
-    fields = {
+    """The words with this job's values in their fields. A value is a part of one word, whatever it contains.
+
+    A word with the command is for a shell, so the texts in it are quoted too.
+    """
+    fields: dict[str, Any] = {
         "id": spec.id,
         "owner": spec.owner.replace("\0", ""),
         "name": spec.name,
@@ -3260,7 +3273,8 @@ def fill_words(words: Iterable[str], spec: Spec) -> tuple[str, ...]:
         "minutes": rounded_up(spec.timeout / 60),  # 0: none
         "command": COMMAND_MARK,
     }
-    return tuple(word.format_map(fields) for word in words)
+    quoted = {**fields, "owner": quote(fields["owner"]), "name": quote(fields["name"])}
+    return tuple(word.format_map(quoted if COMMAND_MARK in word.format_map(fields) else fields) for word in words)
 
 
 def rounded_up(value: float) -> int:
@@ -3305,7 +3319,8 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
 
     It repeats the command as it was typed, and tells only what the job's own uid could see.
     """
-    name, number = spec.program, failure.errno
+    number = failure.errno
+    name = f"the engine's client {spec.program!r}" if spec.through else repr(spec.program)
     reason = os.strerror(number)
     if failure.step == CWD_STEP:
         return CannotRunError(f"cannot enter the working folder {spec.cwd!r}: {reason}")
@@ -3314,28 +3329,28 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
         sentence = f"cannot confine the job: {failure.step}: {reason}"
         return ExhaustedError(sentence) if exhausted else JobWorkerError(sentence)
     if number == errno.ENOENT and not failure.found:
-        return CannotRunError(f"{name!r} is not found" + not_found_hint(name, spec.path()), 127)
+        return CannotRunError(f"{name} is not found" + not_found_hint(spec.program, spec.path()), 127)
     if number == errno.ENOENT:
         return CannotRunError(
-            f"{name!r} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
+            f"{name} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
         )
     if number == errno.EACCES and failure.found == "folder":
-        return CannotRunError(f"{name!r} is a folder, not a command")
+        return CannotRunError(f"{name} is a folder, not a command")
     if number == errno.EACCES and failure.found:
-        return CannotRunError(f"{name!r} is not executable for {spec.user}")
+        return CannotRunError(f"{name} is not executable for {spec.user}")
     if number == errno.EACCES:
-        return CannotRunError(f"{name!r} is not found, or is in a folder that is closed to {spec.user}", 127)
+        return CannotRunError(f"{name} is not found, or is in a folder that is closed to {spec.user}", 127)
     if number == errno.ENOEXEC:
-        return CannotRunError(f"{name!r} cannot run: it is not a program for this machine, and it has no `#!` line")
+        return CannotRunError(f"{name} cannot run: it is not a program for this machine, and it has no `#!` line")
     if number == errno.E2BIG:
         return CannotRunError(
-            f"{name!r} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+            f"{name} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {reason}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
-        return CannotRunError(f"{name!r} cannot run: {reason}")
-    return JobWorkerError(f"{name!r} could not be started: {reason}")
+        return CannotRunError(f"{name} cannot run: {reason}")
+    return JobWorkerError(f"{name} could not be started: {reason}")
 
 
 def not_found_hint(command: str, searched: str) -> str:
@@ -6656,8 +6671,8 @@ ENDING_OPTIONS: list[Row] = [
     ("--max-output", as_bytes, "SIZE", OUTPUT_LIMIT, "end a job that prints more (default: 1G)"),
 ]
 THROUGH_HELP = """put these words before each command. {id} {owner} {name} {cpus} {memory_mb} {minutes} (0: none) stand
-for values of the job, and {command} for the place of the command, quoted for a shell. `slurm [OPTION…]`: the words for
-Slurm's srun, with more of its options"""
+for values of the job, and {command} for the place of the command, quoted for a shell, as are {owner} and {name} in the
+same word. `slurm [OPTION…]`: the words for Slurm's srun, with more of its options"""
 THROUGH_END_HELP = """a command that tells how the engine saw a job's end. It prints `REASON NODE` if the job did not
 end by itself, else `- NODE` (default: for `slurm`, by squeue; otherwise none)"""
 ENGINE_OPTIONS: list[Row] = [

@@ -9455,6 +9455,22 @@ async def test_the_words_have_the_values_of_the_job_and_a_value_is_never_split(s
 
 
 @in_loop
+async def test_a_text_beside_the_command_is_quoted_for_its_shell(state):
+    name = "it's $(id); a  b"
+    async with worker_on(state, through=("sh", "-c", "echo {owner} {name} {cpus}; exec {command}")) as worker:
+        text, status = await result(worker, shell("exit 3", owner="al ice", name=name))
+        assert (text, status.exit_code) == (f"al ice {name} 1\n".encode(), 3)
+
+
+@in_loop
+async def test_a_client_of_an_engine_that_is_missing_is_not_taken_for_the_command(state):
+    async with worker_on(state, through=("no-such-engine", "-x")) as worker:
+        with pytest.raises(jobworker.CannotRunError) as refused:
+            await worker.start(shell("true"))
+        assert str(refused.value).startswith("the engine's client 'no-such-engine' is not found on PATH, which is /")
+
+
+@in_loop
 async def test_a_command_in_the_place_of_its_field_is_quoted_for_a_shell(state):
     async with worker_on(state, through=("sh", "-c", "exec {command}")) as worker:
         args = ("-c", SHOWS_WORDS, "a b", "it's", ":", "--uid=0", "$HOME", "x\ny", "{id}", "é", "")
@@ -9510,6 +9526,9 @@ def test_status_and_serve_say_what_runs_a_job_and_that_its_limits_are_the_engine
         ("exit 0", "echo NODE_FAIL n1; echo more", ("FINISHED", 0, ""), ""),
         ("exit 0", "while echo NODE_FAIL; do true; done", ("FINISHED", 0, ""), ""),
         ("exit 0", "printf '\\377'", ("FINISHED", 0, ""), ""),
+        ("exit 0", "echo NODE_FAIL n1; echo warning >&2", ("STOPPED", 255, "NODE_FAIL"), "n1"),
+        ("exit 0", "echo NODE_FAIL None assigned", ("STOPPED", 255, "NODE_FAIL"), ""),
+        ("exit 0", "echo EXIT_9 $(seq 99)", ("STOPPED", 255, "EXIT_9"), ""),
         ("exit 0", 'test "$0" = "$JOBWORKER_JOB_ID" -a -z "$SAID" && echo TIMEOUT', ("STOPPED", 255, "TIMEOUT"), ""),
     ],
 )  # fmt: skip
@@ -9777,6 +9796,18 @@ async def test_a_job_over_ssh_has_its_own_bytes_and_exit_code(state, ssh, person
 
 
 @in_loop
+async def test_an_input_and_its_end_pass_over_ssh(state, ssh, person):
+    async def chunks():
+        yield b"a\0b\r\n"
+        yield b"c"
+
+    async with over_ssh(state, ssh) as worker:
+        job = await start_id(worker, shell("cat; echo end", owner=person, input=True))
+        await worker.send_input(worker.job(job), chunks())
+        assert await output(worker, job) == b"a\0b\r\ncend\n"
+
+
+@in_loop
 async def test_a_host_that_ssh_cannot_reach_is_never_reported_as_0(state, ssh, person):
     async with over_ssh(state, (*ssh[:-1], "127.0.0.2")) as worker:  # nothing listens there
         text, status = await result(worker, shell("echo never", owner=person))
@@ -9806,7 +9837,7 @@ SCOPE = (
     '-p MemoryMax={memory_mb}M -p TimeoutStopSec=1 -- {command}"'
 )
 SCOPE_END = (  # it ends what the main process has left
-    'sh -c "exec 2>&-; export XDG_RUNTIME_DIR=/run/user/$(id -u); '
+    'sh -c "export XDG_RUNTIME_DIR=/run/user/$(id -u); '
     "systemctl --user show -p Result {id}.scope | sed -n s/.*oom-kill/OOM/p; "
     'systemctl --user stop {id}.scope; systemctl --user reset-failed {id}.scope"'
 )
