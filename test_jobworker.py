@@ -10252,8 +10252,8 @@ async def test_a_job_larger_than_the_cluster_ends_with_slurm_s_own_sentence(slur
 @in_loop
 async def test_a_controller_that_is_down_when_a_job_starts_or_ends_hides_no_exit_code(slurm, state, tmp_path):
     """A job that starts then fails with what srun says. One that ends then has what srun told of its task, and what srun
-    could not take out of the queue is cancelled. It is COMPLETING for up to a minute: slurmstepd sleeps that long before
-    it tells of its end again. So this test has a cluster of its own.
+    could not take out of the queue is cancelled. Then it is COMPLETING for up to a minute: slurmstepd sleeps that long
+    before it tells of its end again. So this test has a cluster of its own, whose controller comes back after the sruns.
     """
     gate = tmp_path / "gate"
     gate.touch()
@@ -10272,6 +10272,7 @@ async def test_a_controller_that_is_down_when_a_job_starts_or_ends_hides_no_exit
             late = await start_id(worker, cluster.shell("echo never"))
             said = b"srun: error: Unable to allocate resources: Unable to contact slurm controller"
             await wait_for_output(worker, late, said)
+            assert not survivors(process for job in jobs for process in processes_with(f"--job-name={job}"))  # srun
             cluster.do("controller", "up")
             for job, code in ((late, 1), *zip(jobs, (0, 7), strict=True)):
                 await output(worker, job)
