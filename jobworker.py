@@ -715,15 +715,18 @@ class ProcessTree:
     def end_all(self, grace: float) -> None:
         """Send TERM, and return when each process that is found has ended, or after `grace` seconds."""
         deadline = time.monotonic() + grace
-        for process in self._find():
-            with contextlib.suppress(OSError):
-                descriptor = os.pidfd_open(process)
-                try:
-                    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-                    signal.pidfd_send_signal(descriptor, signal.SIGCONT)
-                    select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-                finally:
-                    os.close(descriptor)
+        with contextlib.ExitStack() as resources:
+            descriptors = []
+            for process in self._find():
+                with contextlib.suppress(OSError):
+                    descriptors.append(os.pidfd_open(process))
+                    resources.callback(os.close, descriptors[-1])
+                    signal.pidfd_send_signal(descriptors[-1], signal.SIGTERM)
+                    signal.pidfd_send_signal(descriptors[-1], signal.SIGCONT)
+            for descriptor in descriptors:
+                poller = select.poll()  # select(2) takes no descriptor above 1023
+                poller.register(descriptor, select.POLLIN)
+                poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
 
     def _kill_children(self) -> None:
         """Kill children until none is left.
@@ -2457,7 +2460,7 @@ class Shim:
         # is said, so that the job sees no end of input if the server dies.
         self._stdin = list(stdin)
         self._processes = spec.processes()
-        self._pidfd = -1
+        self._process = self._pidfd = -1
         self._request: StopRequest | None = None  # the first one that ends the job
         self._deadline: float | None = None  # of the timeout, and then of the grace
 
@@ -2469,7 +2472,7 @@ class Shim:
             pipes = [make_pipe(self._spec) for _ in outputs]
             if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
                 libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            process, failure = self._start(cgroup, [writer for _, writer in pipes])
+            failure = self._start(cgroup, [writer for _, writer in pipes])
         except OSError as error:
             failure = StartFailure(error.errno or errno.EINVAL)
         if failure:
@@ -2481,25 +2484,25 @@ class Shim:
         if self._stdin:
             os.close(self._stdin.pop(0))  # only the job reads, so that the server sees that the job closed its input
         if not self._spec.cgroup:
-            reap_orphans(process)
+            reap_orphans(self._process)
         if cgroup >= 0:
             os.close(cgroup)
         write_event(self._events, "started")
         pumps = make_pumps(self._spec, pipes, outputs)
         self.supervise(self._pidfd, pumps)
-        ending = self._ending(process, None if self._request else drain_all(pumps))
+        ending = self._ending(None if self._request else drain_all(pumps))
         if self._spec.through_end:
             ending = ask_engine(self._spec).correct(ending)
         write_event(self._events, "exited", **vars(ending))
         finish_job(self._folder, self._spec, self._events, ending, pumps)
 
-    def _start(self, cgroup: int, writers: Sequence[int]) -> tuple[int, StartFailure | None]:
-        """Start the main process. Returns its pid and, if its command could not be run, why. Raises OSError."""
+    def _start(self, cgroup: int, writers: Sequence[int]) -> StartFailure | None:
+        """Start the main process. Returns why its command could not be run. Raises OSError."""
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         steps = steps_of(self._folder, self._spec)
-        process, self._pidfd, errpipe = start_process(self._spec, cgroup, self._stdin[:1], writers, steps)
+        self._process, self._pidfd, errpipe = start_process(self._spec, cgroup, self._stdin[:1], writers, steps)
         self._wait_for_exec(errpipe)
-        return process, check_exec(process, errpipe)
+        return check_exec(self._process, errpipe)
 
     def _wait_for_exec(self, errpipe: int) -> None:
         """Wait until `errpipe` reports the exec, which a lease or a slow disk can delay, or until the job is killed."""
@@ -2586,8 +2589,8 @@ class Shim:
             if first and self._spec.through:
                 self._deadline = None  # a timeout must not shorten the grace
             self._deadline = kill_at if self._deadline is None else min(self._deadline, kill_at)
-            self._processes.send(request.signal)
-            self._processes.send(signal.SIGCONT)  # a stopped process could not end
+            self._signal_all(request.signal)
+            self._signal_all(signal.SIGCONT)  # a stopped process could not end
 
     def _main_process_ended(self) -> bool:
         poller = select.poll()
@@ -2599,18 +2602,24 @@ class Shim:
         self._processes.kill()
         self._signal_main_process(signal.SIGKILL)
 
+    def _signal_all(self, number: int) -> None:
+        """Send a signal to the job, also if its main process has left its cgroup, as `systemd-run --scope` does."""
+        if self._spec.cgroup and self._process not in self._processes.members():
+            self._signal_main_process(number)
+        self._processes.send(number)
+
     def _signal_main_process(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
             signal.pidfd_send_signal(self._pidfd, number)
 
-    def _ending(self, process: int, exhausted: StopRequest | None) -> Ending:
+    def _ending(self, exhausted: StopRequest | None) -> Ending:
         """How the main process ended. `exhausted` says why its last output was not kept; None: it was.
 
         STOPPED: it ended after the signal of a request, or it died of the SIGKILL that a request or the kernel's
         out-of-memory killer sent. Any other job ended by itself and keeps its exit code, and the reason says why its
         output is incomplete.
         """
-        result = os.waitid(os.P_PID, process, os.WEXITED)
+        result = os.waitid(os.P_PID, self._process, os.WEXITED)
         assert result is not None
         exited = result.si_code == os.CLD_EXITED
         code, number = (result.si_status, 0) if exited else (128 + result.si_status, result.si_status)
@@ -2809,18 +2818,23 @@ def exec_first(programs: Sequence[str], arguments: list[str], environment: Mappi
 class EngineReport:
     """What an engine says of a job's end: a reason if the job did not end by itself, and the node that ran it.
 
-    The command `through_end` prints it as one line, `REASON NODE` or `- NODE`. Anything else counts as: unknown.
+    The command `through_end` prints it as one line, `REASON NODE` or `- NODE`. A reason counts, whatever follows it in
+    its line. Anything else counts as: unknown.
     """
 
     reason: str = ""
     node: str = ""
 
-    LINE = re.compile(rb"(-|[A-Z][A-Z_]{0,31})(?: ([A-Za-z0-9_.,\[\]-]{0,100}))?\s*")
+    LINE = re.compile(rb"(-|[A-Z][A-Z0-9_]{0,31})(?:[ \t]+([^\n]*))?\s*")
+    NODE = re.compile(r"[A-Za-z0-9_.,:\[\]-]{1,100}")
 
     @classmethod
     def parse(cls, text: bytes) -> EngineReport:
         found = cls.LINE.fullmatch(text)
-        return cls(found[1].decode().strip("-"), (found[2] or b"").decode()) if found else cls()
+        if not found:
+            return cls()
+        node = (found[2] or b"").decode("ascii", "replace").strip()
+        return cls(found[1].decode().strip("-"), node if cls.NODE.fullmatch(node) else "")
 
     def correct(self, ending: Ending) -> Ending:
         """An ending with what the engine knows. A job that the engine ended is never FINISHED, and its code is 255."""
@@ -2831,15 +2845,20 @@ class EngineReport:
 
 
 def ask_engine(spec: Spec) -> EngineReport:
-    """Run `through_end` with the job's account, and none of its variables, in the job's cgroup."""
+    """Run `through_end` with the job's account, and none of its variables, in the job's cgroup.
+
+    Its standard error is discarded: a warning beside an answer does not make a bad end unknown.
+    """
     cgroup = spec.cgroup if os.path.isdir(spec.cgroup) else ""  # a reboot removed the cgroup of a lost job
     command, *args = spec.through_end
     asking = dataclasses.replace(spec, command=command, args=tuple(args), through=(), env=(), cwd="", cgroup=cgroup)
     with contextlib.ExitStack() as resources, contextlib.suppress(OSError):  # no process or descriptor can be had
+        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        resources.callback(os.close, null)
         answer, writer = os.pipe2(os.O_CLOEXEC)
         resources.callback(os.close, answer)
         try:
-            _, pidfd, errpipe = start_process(asking, -1, (), [writer], ())
+            _, pidfd, errpipe = start_process(asking, -1, (), [writer, null], ())
         finally:
             os.close(writer)
         for descriptor in (errpipe, pidfd):
@@ -3241,8 +3260,11 @@ def check_words(words: Iterable[str], fields: Sequence[str] = WORD_FIELDS) -> No
 
 
 def fill_words(words: Iterable[str], spec: Spec) -> tuple[str, ...]:
-    """The words with this job's values in their fields. A value is a part of one word, whatever it contains."""
-    fields = {
+    """The words with this job's values in their fields. A value is a part of one word, whatever it contains.
+
+    A word with the command is for a shell, so the texts in it are quoted too.
+    """
+    fields: dict[str, Any] = {
         "id": spec.id,
         "owner": spec.owner.replace("\0", ""),
         "name": spec.name,
@@ -3251,7 +3273,8 @@ def fill_words(words: Iterable[str], spec: Spec) -> tuple[str, ...]:
         "minutes": rounded_up(spec.timeout / 60),  # 0: none
         "command": COMMAND_MARK,
     }
-    return tuple(word.format_map(fields) for word in words)
+    quoted = {**fields, "owner": quote(fields["owner"]), "name": quote(fields["name"])}
+    return tuple(word.format_map(quoted if COMMAND_MARK in word.format_map(fields) else fields) for word in words)
 
 
 def rounded_up(value: float) -> int:
@@ -3298,7 +3321,8 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
 
     It repeats the command as it was typed, and tells only what the job's own uid could see.
     """
-    name, number = spec.program, failure.errno
+    number = failure.errno
+    name = f"the engine's client {spec.program!r}" if spec.through else repr(spec.program)
     reason = os.strerror(number)
     if failure.step == CWD_STEP:
         return CannotRunError(f"cannot enter the working folder {spec.cwd!r}: {reason}")
@@ -3307,28 +3331,28 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
         sentence = f"cannot confine the job: {failure.step}: {reason}"
         return ExhaustedError(sentence) if exhausted else JobWorkerError(sentence)
     if number == errno.ENOENT and not failure.found:
-        return CannotRunError(f"{name!r} is not found" + not_found_hint(name, spec.path()), 127)
+        return CannotRunError(f"{name} is not found" + not_found_hint(spec.program, spec.path()), 127)
     if number == errno.ENOENT:
         return CannotRunError(
-            f"{name!r} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
+            f"{name} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
         )
     if number == errno.EACCES and failure.found == "folder":
-        return CannotRunError(f"{name!r} is a folder, not a command")
+        return CannotRunError(f"{name} is a folder, not a command")
     if number == errno.EACCES and failure.found:
-        return CannotRunError(f"{name!r} is not executable for {spec.user}")
+        return CannotRunError(f"{name} is not executable for {spec.user}")
     if number == errno.EACCES:
-        return CannotRunError(f"{name!r} is not found, or is in a folder that is closed to {spec.user}", 127)
+        return CannotRunError(f"{name} is not found, or is in a folder that is closed to {spec.user}", 127)
     if number == errno.ENOEXEC:
-        return CannotRunError(f"{name!r} cannot run: it is not a program for this machine, and it has no `#!` line")
+        return CannotRunError(f"{name} cannot run: it is not a program for this machine, and it has no `#!` line")
     if number == errno.E2BIG:
         return CannotRunError(
-            f"{name!r} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
+            f"{name} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {reason}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
-        return CannotRunError(f"{name!r} cannot run: {reason}")
-    return JobWorkerError(f"{name!r} could not be started: {reason}")
+        return CannotRunError(f"{name} cannot run: {reason}")
+    return JobWorkerError(f"{name} could not be started: {reason}")
 
 
 def not_found_hint(command: str, searched: str) -> str:
@@ -6671,8 +6695,8 @@ ENDING_OPTIONS: list[Row] = [
     ("--max-output", as_bytes, "SIZE", OUTPUT_LIMIT, "end a job that prints more (default: 1G)"),
 ]
 THROUGH_HELP = """put these words before each command. {id} {owner} {name} {cpus} {memory_mb} {minutes} (0: none) stand
-for values of the job, and {command} for the place of the command, quoted for a shell. `slurm [OPTION…]`: the words for
-Slurm's srun, with more of its options"""
+for values of the job, and {command} for the place of the command, quoted for a shell, as are {owner} and {name} in the
+same word. `slurm [OPTION…]`: the words for Slurm's srun, with more of its options"""
 THROUGH_END_HELP = """a command that tells how the engine saw a job's end. It prints `REASON NODE` if the job did not
 end by itself, else `- NODE` (default: for `slurm`, by squeue; otherwise none)"""
 ENGINE_OPTIONS: list[Row] = [
@@ -6705,7 +6729,7 @@ SLURM = (
 SLURM_COMMAND = ("--", "sh", "-c", "exec {command}")
 # How Slurm saw a job's end. Slurm offers no event, so it is asked again while it does not answer, and while the job is
 # COMPLETING, because it then does not tell of which state. A job that still waits or runs has lost its srun, and is
-# cancelled: otherwise it would hold its resources for ever.
+# cancelled, as often as Slurm fails to: otherwise it would hold its resources for ever.
 SLURM_END = (
     "sh", "-c",
     """command -v squeue >/dev/null || exit
@@ -6717,7 +6741,7 @@ case ${{line%% *}} in
     OUT_OF_MEMORY) echo "OOM $node" ;;
     BOOT_FAIL | CANCELLED | DEADLINE | NODE_FAIL | PREEMPTED | TIMEOUT) echo "${{line%% *}} $node" ;;
     COMPLETED | FAILED) echo "- $node" ;;
-    *) scancel --quiet --me --name="$1"; echo "- $node" ;;
+    *) echo "- $node"; until scancel --quiet --me --name="$1"; do sleep 0.1; done ;;
 esac 2>/dev/null""",
     "sh", "{id}",
 )  # fmt: skip

@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import pty
+import pwd
 import random
 import re
 import resource
@@ -2343,7 +2344,7 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
     ("pumps = make_pumps(self._spec, pipes, outputs)", "pass", LOST),
     ("reported = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
-    ("result = os.waitid(os.P_PID, process, os.WEXITED)", "pass", LOST),
+    ("result = os.waitid(os.P_PID, self._process, os.WEXITED)", "pass", LOST),
     ("assert result is not None", "pass", LOST),
     ('write_event(self._events, "exited", **vars(ending))', "pass", LOST),
     (
@@ -9486,6 +9487,22 @@ async def test_the_words_have_the_values_of_the_job_and_a_value_is_never_split(s
 
 
 @in_loop
+async def test_a_text_beside_the_command_is_quoted_for_its_shell(state):
+    name = "it's $(id); a  b"
+    async with worker_on(state, through=("sh", "-c", "echo {owner} {name} {cpus}; exec {command}")) as worker:
+        text, status = await result(worker, shell("exit 3", owner="al ice", name=name))
+        assert (text, status.exit_code) == (f"al ice {name} 1\n".encode(), 3)
+
+
+@in_loop
+async def test_a_client_of_an_engine_that_is_missing_is_not_taken_for_the_command(state):
+    async with worker_on(state, through=("no-such-engine", "-x")) as worker:
+        with pytest.raises(jobworker.CannotRunError) as refused:
+            await worker.start(shell("true"))
+        assert str(refused.value).startswith("the engine's client 'no-such-engine' is not found on PATH, which is /")
+
+
+@in_loop
 async def test_a_command_in_the_place_of_its_field_is_quoted_for_a_shell(state):
     async with worker_on(state, through=("sh", "-c", "exec {command}")) as worker:
         args = ("-c", SHOWS_WORDS, "a b", "it's", ":", "--uid=0", "$HOME", "x\ny", "{id}", "é", "")
@@ -9541,6 +9558,9 @@ def test_status_and_serve_say_what_runs_a_job_and_that_its_limits_are_the_engine
         ("exit 0", "echo NODE_FAIL n1; echo more", ("FINISHED", 0, ""), ""),
         ("exit 0", "while echo NODE_FAIL; do true; done", ("FINISHED", 0, ""), ""),
         ("exit 0", "printf '\\377'", ("FINISHED", 0, ""), ""),
+        ("exit 0", "echo NODE_FAIL n1; echo warning >&2", ("STOPPED", 255, "NODE_FAIL"), "n1"),
+        ("exit 0", "echo NODE_FAIL None assigned", ("STOPPED", 255, "NODE_FAIL"), ""),
+        ("exit 0", "echo EXIT_9 $(seq 99)", ("STOPPED", 255, "EXIT_9"), ""),
         ("exit 0", 'test "$0" = "$JOBWORKER_JOB_ID" -a -z "$SAID" && echo TIMEOUT', ("STOPPED", 255, "TIMEOUT"), ""),
     ],
 )  # fmt: skip
@@ -9637,6 +9657,44 @@ async def test_what_the_main_process_leaves_gets_term_and_a_grace(state, tmp_pat
         assert said.read_text() == "term\n"
 
 
+@as_root
+@in_loop
+async def test_term_reaches_a_main_process_that_left_its_cgroup(state):
+    """`systemd-run --scope` does that."""
+    async with worker_on(state, through=THROUGH, grace=PATIENCE) as worker:
+        leave = f"echo $$ > {CgroupMount.find().point}/cgroup.procs"
+        job = await start_id(worker, shell(f"{leave}; {TRAPS_TERM}", run_as="root"))
+        await wait_for_output(worker, job, b"ready")
+        await worker.stop(worker.job(job))
+        assert await output(worker, job) == b"ready\nterm\n"
+        assert ending(worker, job) == ("STOPPED", 5, "")
+
+
+@as_root
+def test_without_cgroups_all_that_the_main_process_leaves_gets_term_before_the_grace(state, mark):
+    """Also what is found after a process that ignores TERM."""
+    ignores = f'trap "" TERM; echo ignores; while :; do sleep 1; : {mark}; done'
+    obeys = f'trap "echo term; exit" TERM; echo obeys; while :; do sleep 0.01; : {mark}; done'
+    script = f"(sh -c '{ignores}' & sh -c '{obeys}' &) ; read none; exit 3"
+    body = f"""
+        async def nothing():
+            return
+            yield
+
+        job = await start_id(worker, JobRequest("sh", ("-c", {script!r}), owner="alice", input=True))
+        text = b""
+        async for chunk in worker.stream(worker.job(job)):
+            text += chunk
+            if b"ignores" in text and b"obeys" in text:
+                break
+        await worker.send_input(worker.job(job), nothing())
+        print((await output(job)).count(b"term"), worker.status(worker.job(job)).exit_code)
+    """
+    options = {"through": THROUGH, "grace": 0.5}
+    assert in_server(state, body, wrapper=NO_CGROUP, options=options) == "1 3\n"
+    assert not processes_with(mark)
+
+
 def shims_of(worker):
     return children(worker._launcher.process)
 
@@ -9661,8 +9719,8 @@ def person(certs, tmp_path_factory):
     """An account of this machine, whose name is an identity too."""
     name, home = f"jw{os.getpid()}", Path(tempfile.mkdtemp(prefix="jobworker-person-", dir="/var/lib"))
     subprocess.run(
-        ["useradd", "--no-create-home", "--home-dir", home, "--shell", "/usr/sbin/nologin", name], check=True
-    )
+        ["useradd", "--no-create-home", "--home-dir", home, "--shell", "/bin/sh", "--password", "*", name], check=True
+    )  # "*": no password is right, but sshd lets the account in
     shutil.chown(home, name)
     authority = jobworker.load_authority(certs, "client-ca")
     jobworker.write_pair(certs, name, jobworker.issue_identity(authority, name, ["user"]))
@@ -9691,6 +9749,187 @@ async def test_an_owner_without_an_account_is_refused_in_one_sentence(state, own
         assert left_in(state) == []
 
 
+# -- ssh
+
+
+@pytest.fixture(scope="session")
+def ssh(person):
+    """The words of an ssh to a real sshd on loopback, with the account of `person` on both sides."""
+    program = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+    if os.geteuid() != 0 or not program or not shutil.which("ssh"):
+        pytest.skip("needs root, ssh and sshd (Debian: apt install openssh-server)")
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-ssh-"))
+    folder.chmod(0o711)
+    for name in ("host", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    shutil.chown(folder / "client", person)
+    os.makedirs("/run/sshd", exist_ok=True)
+    fixed = (f"HostKey={folder}/host", f"AuthorizedKeysFile={folder}/client.pub", f"PidFile={folder}/pid", "UsePAM=no",
+             "StrictModes=no", "ListenAddress=127.0.0.1")  # fmt: skip
+    quiet = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes")
+    with socket.socket() as reserved:  # sshd can listen beside it, since it does not listen
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = str(reserved.getsockname()[1])
+        words = [program, "-D", "-e", "-f", "/dev/null", "-p", port, *(f"-o{each}" for each in fixed)]
+        with subprocess.Popen(words, stderr=subprocess.PIPE) as server:
+            try:
+                assert b"listening" in server.stderr.readline()
+                yield ("ssh", "-p", port, "-i", f"{folder}/client", *(f"-o{each}" for each in quiet), "127.0.0.1")
+            finally:
+                server.terminate()
+    shutil.rmtree(folder)
+
+
+def over_ssh(state, ssh, **options):
+    return worker_on(state, accounts="system", through=(*ssh, "{command}"), **options)
+
+
+@in_loop
+async def test_the_words_of_a_command_arrive_over_ssh_as_they_are(state, ssh, person):
+    words = [
+        "a b",
+        "it's",
+        'say "x"',
+        ";",
+        "a; echo b",
+        "$HOME",
+        "$(id)",
+        "`id`",
+        "*",
+        "~",
+        "x\ny",
+        "\\n",
+        "",
+        "-p",
+        "é",
+    ]
+    async with over_ssh(state, ssh) as worker:
+        text, status = await result(worker, JobRequest(PYTHON, ("-c", SHOWS_WORDS, *words), owner=person))
+        assert (eval(text), status.status, status.exit_code) == (words, "FINISHED", 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "text", "codes"),
+    [
+        ("printf 'no newline'; exit 254", b"no newline", {254}),
+        ("printf '\\0\\377\\r\\n' >&2; exit 3", b"\0\377\r\n", {3}),
+        ("exit 255", b"", {255}),
+        ("kill -9 $$", None, {137, 255}),  # 255 where the account's shell has replaced itself, else it says "Killed"
+    ],
+)
+@in_loop
+async def test_a_job_over_ssh_has_its_own_bytes_and_exit_code(state, ssh, person, script, text, codes):
+    async with over_ssh(state, ssh) as worker:
+        printed, status = await result(worker, shell(script, owner=person))
+        assert printed == text or text is None
+        assert (status.status, status.ending.reason) == ("FINISHED", "")
+        assert status.exit_code in codes
+
+
+@in_loop
+async def test_an_input_and_its_end_pass_over_ssh(state, ssh, person):
+    async def chunks():
+        yield b"a\0b\r\n"
+        yield b"c"
+
+    async with over_ssh(state, ssh) as worker:
+        job = await start_id(worker, shell("cat; echo end", owner=person, input=True))
+        await worker.send_input(worker.job(job), chunks())
+        assert await output(worker, job) == b"a\0b\r\ncend\n"
+
+
+@in_loop
+async def test_a_host_that_ssh_cannot_reach_is_never_reported_as_0(state, ssh, person):
+    async with over_ssh(state, (*ssh[:-1], "127.0.0.2")) as worker:  # nothing listens there
+        text, status = await result(worker, shell("echo never", owner=person))
+        assert b"Connection refused" in text
+        assert (status.status, status.exit_code) == ("FINISHED", 255)
+
+
+@in_loop
+async def test_a_stop_ends_ssh_and_nothing_on_its_host(state, ssh, person, mark):
+    async with over_ssh(state, ssh) as worker:
+        waits = "import time; print('ready', flush=True); time.sleep(1000)"
+        job = await start_id(worker, python(waits, mark, owner=person))
+        await wait_for_output(worker, job, b"ready")
+        await worker.stop(worker.job(job), by=person)
+        assert ending(worker, job) == ("STOPPED", 255, "")
+    left = processes_with(mark)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert left
+
+
+# -- systemd
+
+
+SCOPE = (
+    'sh -c "XDG_RUNTIME_DIR=/run/user/$(id -u) exec systemd-run --user --quiet --scope --unit={id} '
+    '-p MemoryMax={memory_mb}M -p TimeoutStopSec=1 -- {command}"'
+)
+SCOPE_END = (  # it ends what the main process has left
+    'sh -c "export XDG_RUNTIME_DIR=/run/user/$(id -u); '
+    "systemctl --user show -p Result {id}.scope | sed -n s/.*oom-kill/OOM/p; "
+    'systemctl --user stop {id}.scope; systemctl --user reset-failed {id}.scope"'
+)
+
+
+@pytest.fixture(params=["--user", ""], ids=["owner's manager", "root in the system's manager"])
+def manager(person, request):
+    """The option for one of systemd's managers. The system's manager refuses jobs of other accounts than root."""
+    unit = f"user@{pwd.getpwnam(person).pw_uid}.service"
+    systemctl("start", unit)
+    yield request.param
+    systemctl("stop", unit)
+
+
+def scope_worker(states, manager):
+    words = (jobworker.as_words(text.replace("--user", manager)) for text in (SCOPE, SCOPE_END))
+    options = dict(zip(("through", "through_end"), words, strict=True))
+    return worker_on(new_state(states, "/scratch"), accounts="system", grace=PATIENCE, **options)
+
+
+def of_scope(person, manager):
+    return {"owner": person, "memory": 64 * MIB, "run_as": "" if manager else "root"}
+
+
+@pytest.mark.systemd
+@in_loop
+async def test_a_job_in_a_scope_of_systemd_has_its_limit_and_its_code(nothing_is_left, person, manager, mark):
+    asked = of_scope(person, manager)
+    limit = "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max"
+    async with scope_worker(nothing_is_left, manager) as worker:
+        for request, expected, end_ in [
+            (shell(f"{limit}; exit 3", **asked), b"%d\n" % (64 * MIB), ("FINISHED", 3, "")),
+            (shell("kill -TERM $$", **asked), b"", ("FINISHED", 143, "")),
+            (python(FORKS_TWICE, mark, **asked), b"", ("FINISHED", 4, "")),
+            (python("bytearray(1 << 28)", **asked), b"", ("STOPPED", 255, "OOM")),
+            (JobRequest("--uid=0", ("true",), **asked), None, ("FINISHED", 1, "")),
+        ]:
+            text, status = await result(worker, request)
+            assert (status.status, status.exit_code, status.ending.reason) == end_, text
+            assert expected in (text, None)
+        assert not processes_with(mark)
+
+
+@pytest.mark.systemd
+@in_loop
+async def test_no_process_of_a_scope_of_systemd_outlives_its_job(nothing_is_left, person, manager, mark):
+    async with scope_worker(nothing_is_left, manager) as worker:
+        for expected in (("STOPPED", 143, ""), LOST):
+            job = await start_id(worker, python(HIDDEN_GRANDCHILDREN, mark, **of_scope(person, manager)))
+            await wait_for_output(worker, job, b"deep")
+            if expected == LOST:
+                for process in shims_of(worker):
+                    os.kill(process, signal.SIGKILL)
+                await output(worker, job)
+            else:
+                await worker.stop(worker.job(job), by=person)
+            assert ending(worker, job) == expected
+            assert not processes_with(mark)
+
+
 # -- Slurm
 
 KEEPER = """
@@ -9711,19 +9950,23 @@ class Cluster:
     def __init__(self, folder, nodes, owner):
         self.folder, self.nodes, self.owner = folder, nodes, owner
         self.conf = folder / "slurm.conf"
+        self.known = f"SLURM_CONF={self.conf}"
         self.keeper = subprocess.Popen(
             [sys.executable, "-c", KEEPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
 
     def do(self, verb, *words):
         self.keeper.stdin.write(" ".join(map(str, (HERE / ".ci/slurm", verb, self.folder, *words))) + "\n")
+        answered = select.select([self.keeper.stdout], [], [], PATIENCE)[0]
+        assert answered, f".ci/slurm {verb} does not end: see {self.folder}/log"
         assert self.keeper.stdout.readline() == "0\n", f".ci/slurm {verb}: see {self.folder}/log"
 
     def close(self):
-        self.do("down")
-        self.keeper.stdin.close()
-        self.keeper.stdout.close()
-        self.keeper.wait(PATIENCE)
+        try:
+            self.do("down")
+        finally:
+            self.keeper.kill()
+            self.keeper.communicate()
 
     def ask(self, *words):
         done = subprocess.run(
@@ -9742,9 +9985,14 @@ class Cluster:
     def cancel(self, job):
         self.ask("scancel", f"--name={job}")
 
+    def let_time_run_out(self, job):
+        """Slurm looks at the time limits of jobs each 30 seconds."""
+        number = self.ask("squeue", "--noheader", f"--name={job}", "--format=%A").strip()
+        assert not self.ask("scontrol", "update", f"JobId={number}", "EndTime=now+1seconds")
+
     def worker(self, state, *options, **more):
         through, end = jobworker.engine_words(("slurm", *options), ())
-        known = ("env", f"SLURM_CONF={self.conf}")
+        known = ("env", self.known)
         more = {"accounts": "system", "through": known + through, "through_end": known + end, **more}
         return worker_on(state, **more)
 
@@ -9781,6 +10029,17 @@ def slurm(certs, request):
     shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def another_cluster(slurm, nodes):
+    folder = Path(tempfile.mkdtemp(prefix="jobworker-slurm-"))
+    cluster = start_cluster(folder, nodes, slurm.owner)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+        shutil.rmtree(folder)
+
+
 def for_slurm(test):
     return pytest.mark.slurm(test)
 
@@ -9811,9 +10070,7 @@ async def test_a_job_on_a_cluster_has_its_own_bytes_and_exit_code(slurm, nodes, 
         ("printf '\\0\\377\\r\\n'", b"\0\xff\r\n", 0),
         ("echo $JOBWORKER_JOB_ID $HOME $(pwd) $(id -un) $A", None, 0),
     ]
-    folder = Path(tempfile.mkdtemp(prefix="jobworker-slurm-"))
-    cluster = slurm if nodes == 2 else start_cluster(folder, nodes, slurm.owner)
-    try:
+    with contextlib.nullcontext(slurm) if nodes == 2 else another_cluster(slurm, nodes) as cluster:
         async with cluster.worker(state) as worker:
             ids = [await start_id(worker, cluster.shell(script, env=(("A", "b c"),))) for script, _, _ in cases]
             for job, (_, expected, code) in zip(ids, cases, strict=True):
@@ -9824,10 +10081,6 @@ async def test_a_job_on_a_cluster_has_its_own_bytes_and_exit_code(slurm, nodes, 
                 )
                 assert ending(worker, job) == ("FINISHED", code, "")
                 assert worker.status(worker.job(job)).node in [f"n{number + 1}" for number in range(nodes)]
-    finally:
-        if cluster is not slurm:
-            cluster.close()
-        shutil.rmtree(folder)
 
 
 @for_slurm
@@ -9919,11 +10172,25 @@ async def test_a_killed_shim_on_a_cluster_loses_its_job_and_the_step_is_gone(slu
         check_all_gone(slurm, mark)
 
 
+FAILS_ONCE = """#!/bin/sh
+mkdir "$0.failed" 2>/dev/null && echo "scancel: error: Socket timed out on send/recv operation" >&2 && exit 1
+exec /usr/bin/scancel "$@"
+"""
+
+
 @for_slurm
+@pytest.mark.parametrize("fails_once", [False, True])
 @in_loop
-async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, mark):
+async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, tmp_path, mark, fails_once):
     """SIGKILL of srun leaves the step to its node."""
-    async with slurm.worker(state) as worker:
+    tmp_path.chmod(0o777)  # for the mark that `scancel` has failed
+    for folder in tmp_path.parents[:2]:  # the next one is /tmp
+        folder.chmod(0o711)
+    if fails_once:
+        (tmp_path / "scancel").write_text(FAILS_ONCE)
+        (tmp_path / "scancel").chmod(0o755)
+    path = f"PATH={tmp_path}:{jobworker.JOB_PATH}"
+    async with slurm.worker(state, through_end=("env", slurm.known, path, *jobworker.SLURM_END)) as worker:
         job = await start_id(worker, slurm.shell(f"echo ready; sleep 1000; : {mark}"))
         await wait_for_output(worker, job, b"ready")
         for process in worker.job(job).spec.processes().members():
@@ -9931,6 +10198,7 @@ async def test_a_step_that_lost_its_srun_is_cancelled(slurm, state, mark):
                 os.kill(process, signal.SIGKILL)
         await output(worker, job)
         assert ending(worker, job) == ("FINISHED", 137, "")
+        assert worker.status(worker.job(job)).node in ("n1", "n2")
         check_all_gone(slurm, mark)
 
 
@@ -9950,6 +10218,20 @@ async def test_a_job_that_was_cancelled_from_outside_is_never_reported_as_0(slur
             (slurm.folder / "slow").unlink(missing_ok=True)
         await output(worker, job)
         assert ending(worker, job) == ("STOPPED", 255, "CANCELLED")
+
+
+@for_slurm
+@in_loop
+async def test_a_job_that_slurm_s_time_limit_ends_is_never_reported_as_0(slurm, state, mark):
+    script = f"trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done; : {mark}"
+    async with slurm.worker(state) as worker:
+        job = await start_id(worker, slurm.shell(script))
+        await wait_for_output(worker, job, b"ready")
+        slurm.let_time_run_out(job)
+        text = await output(worker, job)
+        assert b"DUE TO TIME LIMIT" in text
+        assert ending(worker, job) == ("STOPPED", 255, "TIMEOUT")
+        check_all_gone(slurm, mark)
 
 
 @for_slurm
@@ -10001,27 +10283,33 @@ async def test_a_job_larger_than_the_cluster_ends_with_slurm_s_own_sentence(slur
 @for_slurm
 @in_loop
 async def test_a_controller_that_is_down_when_a_job_starts_or_ends_hides_no_exit_code(slurm, state, tmp_path):
-    """A job that starts then fails with what srun says. One that ends then has what srun told of its task."""
-    gate = Path(tempfile.mkdtemp(dir="/var/lib"))
-    gate.chmod(0o755)
-    script = f"echo ready; while [ ! -e {gate}/open ]; do sleep 0.1; done; exit"
-    async with slurm.worker(state) as worker:
-        jobs = [await start_id(worker, slurm.shell(f"{script} {code}")) for code in (0, 7)]
-        for job in jobs:
-            await wait_for_output(worker, job, b"ready")
-        slurm.do("controller", "down")
-        try:
-            (gate / "open").touch()
-            late = await start_id(worker, slurm.shell("echo never"))
+    """A job that starts then fails with what srun says. One that ends then has what srun told of its task, and what srun
+    could not take out of the queue is cancelled. Then it is COMPLETING for up to a minute: slurmstepd sleeps that long
+    before it tells of its end again. So this test has a cluster of its own, whose controller comes back after the sruns.
+    """
+    gate = tmp_path / "gate"
+    gate.touch()
+    for folder in (tmp_path, *tmp_path.parents[:2]):  # the next one is /tmp
+        folder.chmod(0o711)
+    script = f"echo ready; while [ -e {gate} ]; do sleep 0.1; done; echo through; exit"
+    with another_cluster(slurm, 1) as cluster:
+        async with cluster.worker(state) as worker:
+            jobs = [await start_id(worker, cluster.shell(f"{script} {code}")) for code in (0, 7)]
+            for job in jobs:
+                await wait_for_output(worker, job, b"ready")
+            cluster.do("controller", "down")
+            gate.unlink()
+            for job in jobs:
+                await wait_for_output(worker, job, b"through")
+            late = await start_id(worker, cluster.shell("echo never"))
             said = b"srun: error: Unable to allocate resources: Unable to contact slurm controller"
             await wait_for_output(worker, late, said)
-        finally:
-            slurm.do("controller", "up")
-            shutil.rmtree(gate)
-        for job, code in ((late, 1), *zip(jobs, (0, 7), strict=True)):
-            await output(worker, job)
-            assert ending(worker, job) == ("FINISHED", code, "")
-    until(lambda: not slurm.queue())  # srun could not end its allocation
+            assert not survivors(process for job in jobs for process in processes_with(f"--job-name={job}"))  # srun
+            cluster.do("controller", "up")
+            for job, code in ((late, 1), *zip(jobs, (0, 7), strict=True)):
+                await output(worker, job)
+                assert ending(worker, job) == ("FINISHED", code, "")
+        assert set(cluster.queue()) <= {"COMPLETING"}
 
 
 @for_slurm
