@@ -24,22 +24,23 @@ Contents (each section uses only the sections above it)
      1. Names and limits                    every name, number and default
      2. Errors                              one base class; the door to libc
      3. Cgroup                              the cgroup tree: limits, kill, removal
-     4. Output and inotify                  one inotify descriptor; following a file; feeding a pipe
+     4. Output and inotify                  one inotify descriptor; following a file
      5. Job folder                          every file of the state folder: spec, events, control, output
      6. Launcher and shim                   the launcher of the server; the shim and the child of each job
      7. Accounts                            the uid and the home that a job runs with
      8. Requests                            what a caller may ask for, and why a command could not be started
      9. Disk and ports                      what is free, who uses it, and who holds a port
-    10. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
-    11. Certificates                        authorities, what they issue, and what a server's folder holds
-    12. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
-    13. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
-    14. Server                              port, signals, reload, systemd
-    15. Client                              connecting, retrying, explaining failures, resuming a stream
-    16. Options and printed lines           what several verbs share
-    17. Verbs of the server's machine       serve, identity, revoke, unit
-    18. Verbs of a client                   run, start, stop, status, stream, list, wait, signal, rm
-    19. Main                                one table of verbs; `main`
+    10. Input                               a job's standard input: its pipe, its one sender, its end
+    11. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
+    12. Certificates                        authorities, what they issue, and what a server's folder holds
+    13. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
+    14. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
+    15. Server                              port, signals, reload, systemd
+    16. Client                              connecting, retrying, explaining failures, resuming a stream
+    17. Options and printed lines           what several verbs share
+    18. Verbs of the server's machine       serve, identity, revoke, unit
+    19. Verbs of a client                   run, start, stop, status, stream, list, wait, signal, rm
+    20. Main                                one table of verbs; `main`
 
 As a library, `Worker` and the names in `__all__` are stable within a major version. Everything else may change.
 """
@@ -928,11 +929,10 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 
 
 # --- 4. Output and inotify ------------------------------------------------------------------------------
-# Owns the class of inotify descriptors, the reading of outputs that clients follow, and the writing of inputs. It
-# never writes an output. It never polls: at the end of a file a follower sleeps until the kernel reports that the file
-# grew, or until `Worker` wakes it. The source is inotify(7).
+# Owns the class of inotify descriptors, and the reading of outputs that clients follow. It never writes an output. It
+# never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until `Worker`
+# wakes it. The source is inotify(7).
 
-SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full pipe a feed pauses
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
 IN_FOLDER = 0x2CC  # IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE: a file in a folder has changed
@@ -979,52 +979,6 @@ class Bell:
         if self._next is None:
             self._next = asyncio.Event()
         await self._next.wait()
-
-
-class Feed:
-    """The server's end of the pipe that is a job's standard input. It never blocks, and it holds no bytes."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.size = 0  # bytes that the pipe has taken
-        self.taken = False  # a caller sends the input, or has sent it
-        self.ended = False  # the job's shim was told the end of input
-
-    @property
-    def is_open(self) -> bool:
-        return self._descriptor >= 0
-
-    async def write(self, chunk: bytes) -> bool:
-        """Return when the pipe has taken all bytes. False: no process of the job reads it any more."""
-        rest, count = memoryview(chunk), len(chunk)
-        while rest and self.is_open:
-            try:
-                count = os.write(self._descriptor, rest)
-            except BlockingIOError:
-                await self._until_writable()
-                if count < SMALL_WRITE_BYTES:  # the job reads little at a time, and the next write shall be larger
-                    await asyncio.sleep(FEED_SECONDS)
-            except BrokenPipeError:
-                return False
-            else:
-                self.size += count
-                rest = rest[count:]
-        return not rest
-
-    async def _until_writable(self) -> None:
-        loop, writable = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_writer(self._descriptor, writable.set)
-        try:
-            await writable.wait()
-        finally:
-            if self.is_open:
-                loop.remove_writer(self._descriptor)
-
-    def close(self) -> None:
-        if self.is_open:
-            asyncio.get_running_loop().remove_writer(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 class Inotify:
@@ -2653,26 +2607,6 @@ def make_pipe(spec: Spec) -> tuple[int, int]:
     return pipe, writer
 
 
-def make_input_pipe(spec: Spec) -> tuple[int, int]:
-    """The pipe of the job's standard input. The server makes it and writes to it, and the job's uid owns it.
-
-    It is no FIFO in the job's folder: an open of /dev/stdin would wait for a writer if the end of input was said
-    before (fifo(7)), and a script of one line ends before an interpreter opens it.
-    """
-    stdin, feed = os.pipe2(os.O_CLOEXEC)
-    try:
-        os.set_blocking(feed, False)
-        with contextlib.suppress(OSError):  # as in `make_pipe`
-            fcntl.fcntl(feed, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        if spec.uid != os.geteuid():
-            os.fchown(stdin, spec.uid, spec.gid)
-    except OSError:
-        os.close(stdin)
-        os.close(feed)
-        raise
-    return stdin, feed
-
-
 def reap_orphans(main_process: int) -> None:
     """Reap the job's orphans, which become children of the shim, but not the main process: `_ending` reaps that one."""
 
@@ -3456,7 +3390,132 @@ def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
     return reserve // 2
 
 
-# --- 10. Job and job table -----------------------------------------------------------------------------
+# --- 10. Input ------------------------------------------------------------------------------------------
+# Owns a job's standard input in the server that started the job: the pipe, its one sender and its end. A part of an
+# input never passes for the whole: the shim holds the pipe open too, until this section tells it the end of input, or
+# that the input is cut and the job is to be stopped.
+
+SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full pipe a feed pauses
+
+
+class Feed:
+    """The server's end of the pipe that is a job's standard input. It never blocks, and it holds no bytes."""
+
+    def __init__(self, job_id: str, folder: JobFolder) -> None:
+        self._job_id = job_id
+        self._folder = folder
+        self._descriptor = -1
+        self._sender: asyncio.Task[None] | None = None  # of the one caller who sends the input
+        self.told = ""  # what the shim was told of the input: "end" or "cut"
+        self.size = 0  # bytes that the pipe has taken
+
+    def open(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
+        """Make the pipe, which the job's uid owns. Returns both ends for the shim; `handed_over` closes the job's end.
+
+        It is no FIFO in the job's folder: an open of /dev/stdin would wait for a writer if the end of input was said
+        before (fifo(7)), and a script of one line ends before an interpreter opens it. Raises JobWorkerError.
+        """
+        try:
+            stdin, self._descriptor = os.pipe2(os.O_CLOEXEC)
+            handed_over.callback(os.close, stdin)
+            os.set_blocking(self._descriptor, False)
+            with contextlib.suppress(OSError):  # as in `make_pipe`
+                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            if spec.uid != os.geteuid():
+                os.fchown(stdin, spec.uid, spec.gid)
+        except OSError as error:
+            raise disk_error("cannot make a pipe for the job's input", error) from error
+        asyncio.get_running_loop().call_later(INPUT_SECONDS, self.cut_unsent)
+        return [stdin, self._descriptor]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the pipe is open: until the shim has recorded the end of input, the job has ended, or the input is
+        cut.
+        """
+        return self._descriptor >= 0
+
+    async def send(self, chunks: AsyncIterable[bytes]) -> None:
+        """Pass on all chunks, and tell the shim the end of input. It returns early if the pipe is closed.
+
+        If `chunks` raises, or if this task is cancelled, the input is cut. Raises InputError if the input has ended or
+        has another sender, and UnavailableError if the server stops and cuts it.
+        """
+        if not self.is_open:
+            raise InputError(f"the input of job {self._job_id} has ended")
+        if self._sender is not None:
+            raise InputError(f"another caller sends the input of job {self._job_id}")
+        self._sender = sender = asyncio.ensure_future(self._pass_on(chunks))
+        try:
+            await asyncio.wait((sender,))
+            if not sender.cancelled():
+                sender.result()
+        finally:
+            self.cut()
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+        if self.told == "cut":
+            raise UnavailableError(
+                f"the server is stopping, and the job is stopped, because its input was cut after {self.size} bytes"
+            )
+
+    async def _pass_on(self, chunks: AsyncIterable[bytes]) -> None:
+        async for chunk in chunks:
+            if not await self._write(chunk):
+                break  # the job has closed its standard input, or has ended; as with ssh, that is no error
+        if self._folder.send_request(InputEnd(self.size)):
+            self.told = "end"
+
+    async def _write(self, chunk: bytes) -> bool:
+        """Return when the pipe has taken all bytes. False: no process of the job reads it any more."""
+        rest, count = memoryview(chunk), len(chunk)
+        while rest:
+            try:
+                count = os.write(self._descriptor, rest)
+            except BlockingIOError:
+                await self._until_writable()
+                if count < SMALL_WRITE_BYTES:  # the job reads little at a time, and the next write shall be larger
+                    await asyncio.sleep(FEED_SECONDS)
+            except BrokenPipeError:
+                return False
+            else:
+                self.size += count
+                rest = rest[count:]
+        return True
+
+    async def _until_writable(self) -> None:
+        loop, writable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_writer(self._descriptor, writable.set)
+        try:
+            await writable.wait()
+        finally:
+            if self.is_open:
+                loop.remove_writer(self._descriptor)
+
+    def cut_unsent(self) -> None:
+        """Cut the input if its caller was lost between the start and the input. The job would wait for ever."""
+        if self._sender is None:
+            self.cut()
+
+    def cut(self) -> None:
+        """Stop the job, unless the shim was told the end of input. If the shim is gone, the pipe stays open until the
+        job is dead, which then sees no end of input.
+        """
+        if self.is_open and not self.told and self._folder.send_request(StopRequest("INPUT_CUT")):
+            self.told = "cut"
+            self.close()
+
+    def close(self) -> None:
+        """Close the pipe, and end its sender."""
+        if self.is_open:
+            asyncio.get_running_loop().remove_writer(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if self._sender is not None:
+                self._sender.cancel()
+
+
+# --- 11. Job and job table -----------------------------------------------------------------------------
 # Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
 # jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
 
@@ -3569,20 +3628,13 @@ class Job:
         recorded = self.events.input_bytes
         return recorded if recorded is not None else self.feed.size if self.feed else 0
 
+    @property
+    def takes_input(self) -> bool:
+        return self.feed is not None and self.feed.is_open
+
     def close_feed(self) -> None:
         if self.feed is not None:
             self.feed.close()
-
-    def cut_untaken_input(self) -> None:
-        """Stop the job if its caller was lost between the start and the input. It would wait for ever."""
-        if self.feed is not None and self.feed.is_open and not self.feed.taken:
-            self.cut_input()
-
-    def cut_input(self) -> None:
-        """Stop the job if the end of its input was not said: a part of an input must never pass for the whole."""
-        if not self.ended and self.events.input_bytes is None and not (self.feed and self.feed.ended):
-            self.folder.send_request(StopRequest("INPUT_CUT"))
-        self.close_feed()
 
 
 class Retention:
@@ -3745,7 +3797,8 @@ class Worker:
         self._inotify.close()
         for job in self._table.values():
             if job.feed is not None:
-                job.cut_input()
+                job.feed.cut()
+                job.feed.close()
             job.ring()
 
     @property
@@ -3756,7 +3809,7 @@ class Worker:
     @property
     def feeds(self) -> int:
         """How many jobs have input whose end was not said. A server that stops cuts it."""
-        return sum(1 for job in self._table.values() if job.feed and job.feed.is_open)
+        return sum(job.takes_input for job in self._table.values())
 
     def notes(self) -> tuple[str, ...]:
         """What this machine, or a server without root, cannot give to a job; one sentence each."""
@@ -3843,7 +3896,7 @@ class Worker:
                 f"{own} jobs of {request.owner!r} are running, and `serve --owner-jobs` allows no more"
             )
         if request.input:
-            feeds = sum(1 for job in self._running.get(request.owner, ()) if job.feed and job.feed.is_open)
+            feeds = sum(job.takes_input for job in self._running.get(request.owner, ()))
             if feeds >= OWNER_INPUTS:
                 raise ExhaustedError(f"{feeds} jobs of {request.owner!r} wait for input, and no more may")
 
@@ -3887,27 +3940,16 @@ class Worker:
                     job.folder.create_tmp(self._tmp_points)
                 text = spec.to_json()
                 job.folder.write_spec(text)
+                if spec.input:
+                    job.feed = Feed(job.id, job.folder)
+                    descriptors += job.feed.open(spec, handed_over)
                 self._watch(job)
-                descriptors += self._make_feed(job, spec, handed_over)
                 descriptors += self._make_cgroup(spec, handed_over)
                 self._launcher.send("start", job.folder, text, descriptors)
             if len(text) > SPEC_HEAD_BYTES:
                 job.keep_spec(Spec.from_head(text) or spec)  # None: the command itself is that long
             undo.pop_all()
         return job
-
-    def _make_feed(self, job: Job, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
-        """Both ends of the pipe of the job's input, for the shim; none if it has no input."""
-        if not spec.input:
-            return []
-        try:
-            stdin, feed = make_input_pipe(spec)
-        except OSError as error:
-            raise disk_error("cannot make a pipe for the job's input", error) from error
-        handed_over.callback(os.close, stdin)
-        job.feed = Feed(feed)
-        asyncio.get_running_loop().call_later(INPUT_SECONDS, job.cut_untaken_input)
-        return [stdin, feed]
 
     def _make_cgroup(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
         if not spec.cgroup:
@@ -3972,46 +4014,15 @@ class Worker:
         task is cancelled, stops the job with the reason INPUT_CUT. Raises InputError, UnavailableError.
         """
         await self._until(job, lambda: not self._in_table(job) or job.events.phase not in ("", "born"))
-        feed = self._free_feed(job)
-        if feed is None:
-            return job.input_bytes
-        feed.taken = True
-        sending = asyncio.ensure_future(self._send(job, feed, chunks))
-        end = asyncio.ensure_future(self.wait(job))
-        try:
-            await asyncio.wait((sending, end), return_when=asyncio.FIRST_COMPLETED)
-            await (sending if sending.done() else end)
-        except UnavailableError:
-            if feed.ended:
-                raise
-            raise UnavailableError(
-                f"the server is stopping, and the job is stopped, because its input was cut after {feed.size} bytes"
-            ) from None
-        finally:
-            job.cut_input()
-            for task in (sending, end):
-                task.cancel()
-            await asyncio.gather(sending, end, return_exceptions=True)
-        return job.input_bytes
-
-    def _free_feed(self, job: Job) -> Feed | None:
-        """The feed of a job whose input nobody sends yet; None: the job has ended. Raises InputError."""
         if not job.spec.input:
             raise InputError(f"job {job.id} was started without input: start it with `run -i` or `start --input`")
         if job.ended:
-            return None
-        if job.feed is None or not job.feed.is_open:
+            return job.input_bytes
+        if job.feed is None:
             raise InputError(f"the input of job {job.id} has ended")
-        if job.feed.taken:
-            raise InputError(f"another caller sends the input of job {job.id}")
-        return job.feed
-
-    async def _send(self, job: Job, feed: Feed, chunks: AsyncIterable[bytes]) -> None:
-        async for chunk in chunks:
-            if not await feed.write(chunk):
-                break  # the job has closed its standard input, or has ended; as with ssh, that is no error
-        feed.ended = job.folder.send_request(InputEnd(feed.size))
+        await job.feed.send(chunks)
         await self._until(job, lambda: job.events.input_bytes is not None or job.ended or not self._in_table(job))
+        return job.input_bytes
 
     async def stop(self, job: Job, by: str = "", signal_number: int = 0, grace: float = 0.0, reason: str = "") -> None:
         """End the whole job, and return when it is dead. An ended job does not change.
@@ -4298,8 +4309,8 @@ class Worker:
         if spec is not None:
             self._count_running(job)
         self._settle(job, alive=alive)
-        if spec is not None and spec.input and alive:
-            job.cut_input()  # nobody can send the rest: only the earlier server had the pipe
+        if alive and spec is not None and spec.input and not job.ended and job.events.input_bytes is None:
+            job.folder.send_request(StopRequest("INPUT_CUT"))  # only the earlier server had the pipe
 
     async def _retain(self) -> None:
         """Delete ended jobs after their time, or when their outputs exceed the bound. Other tasks run in between."""
@@ -4356,7 +4367,7 @@ class Worker:
         return used
 
 
-# --- 11. Certificates ----------------------------------------------------------------------------------
+# --- 12. Certificates ----------------------------------------------------------------------------------
 # Owns the making of authorities, server certificates and identities, the reading of a server's folder, and the rules
 # for what such a folder holds. Authorities are valid for ten years and leaves for one. All are backdated by a day,
 # since clocks differ. Source: RFC 5280.
@@ -5006,7 +5017,7 @@ def valid_authorities_first(authorities: Iterable[x509.Certificate]) -> bytes:
     return to_pem(*sorted(authorities, key=order))
 
 
-# --- 12. Identity and authorization --------------------------------------------------------------------
+# --- 13. Identity and authorization --------------------------------------------------------------------
 # Owns the questions who the caller is and which jobs the caller may see. It makes no certificate. Of gRPC it knows only
 # the dictionary that holds the results of the TLS handshake.
 
@@ -5212,7 +5223,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
     return job
 
 
-# --- 13. gRPC service ----------------------------------------------------------------------------------
+# --- 14. gRPC service ----------------------------------------------------------------------------------
 # Owns the translation between `Worker` and the wire. It is the only section that makes gRPC statuses. Every call passes
 # through `Service._checked`, which identifies the caller before anything else happens.
 
@@ -5594,7 +5605,7 @@ def left_out_note(spec: Spec) -> list[str]:
     ]
 
 
-# --- 14. Server ----------------------------------------------------------------------------------------
+# --- 15. Server ----------------------------------------------------------------------------------------
 # Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. It makes no
 # certificate: the folder that it is given is complete.
 
@@ -5950,7 +5961,7 @@ def notify(state: str) -> None:
             channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-# --- 15. Client ----------------------------------------------------------------------------------------
+# --- 16. Client ----------------------------------------------------------------------------------------
 # Owns the connection to a server: the channel, the retries that are safe, and the reason why a server is not reached.
 # It knows nothing of this machine's jobs.
 
@@ -6421,7 +6432,7 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         return f"{options.address} does not speak TLS 1.3 with {own.file}: {reason}"
 
 
-# --- 16. Options and printed lines ---------------------------------------------------------------------
+# --- 17. Options and printed lines ---------------------------------------------------------------------
 # Owns how a person types a size, a duration or a job, the options that several verbs have, and how lines are printed.
 
 SIZES = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
@@ -6656,9 +6667,9 @@ def client_of(options: argparse.Namespace) -> Client:
     return Client(ClientOptions(host or "localhost", port, credentials, options.retry_for))
 
 
-# --- 17. Verbs of the server's machine -----------------------------------------------------------------
+# --- 18. Verbs of the server's machine -----------------------------------------------------------------
 # Owns `serve`, `identity`, `revoke` and `unit`. A verb is a function `add_X_arguments` beside a function `run_X`, and
-# one row of VERBS (section 19).
+# one row of VERBS (section 20).
 
 PLACE_OPTIONS: list[Row] = [
     (
@@ -7092,7 +7103,7 @@ def run_unit(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- 18. Verbs of a client -----------------------------------------------------------------------------
+# --- 19. Verbs of a client -----------------------------------------------------------------------------
 # Owns `run`, `start`, `stop`, `status`, `stream`, `list`, `wait`, `signal` and `rm`: what they print, and their exit
 # codes. Scripts rely on the lines of `start`, `stop` and `status`.
 
@@ -7789,7 +7800,7 @@ def run_rm(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- 19. Main ------------------------------------------------------------------------------------------
+# --- 20. Main ------------------------------------------------------------------------------------------
 # Owns the table of verbs and the parser. Only `main` turns an error into an exit code.
 
 

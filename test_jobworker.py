@@ -7523,7 +7523,7 @@ async def test_a_sender_that_is_lost_after_the_end_of_its_input_cuts_nothing(sta
     async with worker_on(state) as worker:
         job = await worker.start(shell(SAYS_END, input=True))
         sending = asyncio.ensure_future(worker.send_input(job, chunks_of(b"hello\n")))
-        while not job.feed.ended:
+        while job.feed.told != "end":
             await asyncio.sleep(0)
         sending.cancel()
         assert (await output(worker, job.id)).endswith(b"hello\nend\n")
@@ -7543,7 +7543,7 @@ async def test_a_job_whose_input_nobody_begins_to_send_is_stopped(state, monkeyp
         assert b"end" not in await output(worker, forgotten.id)
         assert ending(worker, forgotten.id) == ("STOPPED", 137, "INPUT_CUT")
         for job in (taken, whole):
-            job.cut_untaken_input()
+            job.feed.cut_unsent()
         await worker.stop_all(by="alice")
         assert [ending(worker, job.id)[2] for job in (taken, whole)] == ["", ""]  # the first request is recorded
         await sending
@@ -7566,7 +7566,7 @@ async def test_an_owner_s_jobs_that_wait_for_input_are_bounded(state, monkeypatc
 INPUT_DEATHS = [  # the process; the statement before which it dies; the job's ending; whether it may see the end
     ("shim", 'write_event(self._events, "input-ended"', LOST, False),
     ("shim", "os.close(self._stdin.pop())\n", LOST, True),
-    ("server", "feed.ended = job.folder.send_request(InputEnd(feed.size))", ("STOPPED", 137, "INPUT_CUT"), False),
+    ("server", "if self._folder.send_request(InputEnd(self.size))", ("STOPPED", 137, "INPUT_CUT"), False),
     ("server", "await self._until(job, lambda: job.events.input_bytes is not None", ("FINISHED", 0, ""), True),
 ]
 
