@@ -116,6 +116,7 @@ __all__ = [
     "Ending",
     "ExhaustedError",
     "IdTakenError",
+    "InputCutError",
     "InputError",
     "Job",
     "JobRequest",
@@ -335,6 +336,7 @@ class OldServerError(JobWorkerError):
 class InputCutError(JobWorkerError):
     """A job did not get all of its input, and was stopped."""
 
+    status = "ABORTED"
     exit_code = 255
 
 
@@ -4011,11 +4013,14 @@ class Worker:
 
         The next chunk is asked for when the job's pipe has taken all of this one, so nothing is stored. It returns
         early if the job ends, or closes its standard input. Input that is cut, because `chunks` raises or because this
-        task is cancelled, stops the job with the reason INPUT_CUT. Raises InputError, UnavailableError.
+        task is cancelled, stops the job with the reason INPUT_CUT. Raises InputError, InputCutError if it was cut
+        before, UnavailableError.
         """
         await self._until(job, lambda: not self._in_table(job) or job.events.phase not in ("", "born"))
         if not job.spec.input:
             raise InputError(f"job {job.id} was started without input: start it with `run -i` or `start --input`")
+        if job.events.ending is not None and job.events.ending.reason == "INPUT_CUT":
+            raise InputCutError(f"job {job.id} is stopped, because its input was cut before")
         if job.ended:
             return job.input_bytes
         if job.feed is None:
@@ -6127,13 +6132,18 @@ class Sending:
         self._message_bytes = message_bytes
         self._failure = ""  # why the file could not be read
         self._made = threading.Event()
+        self._begun = threading.Event()  # the first message was sent, or the call has ended
+        self._turn = threading.Lock()  # taken once: by the reader of the file, or by a caller who makes another call
         call = channel.stream_unary(SEND_INPUT, pb.SendInputRequest.SerializeToString, pb.SendInputResponse.FromString)
-        # It waits for the connection: no byte was sent that could be lost.
-        self._call = call.future(self._messages(), wait_for_ready=True)
+        self._call = call.future(self._messages())
         self._made.set()
+        self._call.add_done_callback(lambda _: self._begun.set())
 
     def _messages(self) -> Iterator[pb.SendInputRequest]:
         yield pb.SendInputRequest(id=self.job_id)
+        if not self._turn.acquire(blocking=False):
+            return
+        self._begun.set()
         try:
             while chunk := self._read():
                 yield pb.SendInputRequest(data=chunk)
@@ -6147,6 +6157,16 @@ class Sending:
         while (chunk := self._file.read(self._message_bytes)) is None:  # it does not block, and has nothing now
             select.select([self._file], [], [])
         return chunk
+
+    def begin(self) -> Self:
+        """Wait until the file is read. Raises grpc.RpcError if the server was lost before. Then the file will not be
+        read, and another call can send it.
+        """
+        self._begun.wait()
+        lost: Any = self._call
+        if lost.done() and is_loss(lost.code().name, lost.details() or "") and self._turn.acquire(blocking=False):
+            raise lost
+        return self
 
     @property
     def is_under_way(self) -> bool:
@@ -6195,7 +6215,8 @@ class Client:
     def __init__(self, options: ClientOptions) -> None:
         self._options = options
         self._credentials: Any = None
-        self._reached = False
+        self._reached = False  # by the last try
+        self._known = False  # an earlier call has reached the server
         self._input_bytes = OLD_INPUT_BYTES
 
     def __enter__(self) -> Self:
@@ -6246,9 +6267,21 @@ class Client:
 
     @contextlib.contextmanager
     def sending(self, job_id: str, file: io.FileIO) -> Iterator[Sending]:
-        """Send a file as the input of a job while the block runs. The end of the block cuts what is under way."""
-        with grpc.secure_channel(self._options.address, self._credentials, CLIENT_OPTIONS) as channel:
-            yield Sending(channel, job_id, file, self._input_bytes)
+        """Send a file as the input of a job while the block runs. The end of the block cuts what is under way.
+
+        Raises InputCutError if the server was lost before the first byte, and does not come back.
+        """
+
+        def attempt(channel: grpc.Channel) -> Sending:
+            return Sending(channel, job_id, file, self._input_bytes).begin()
+
+        with contextlib.ExitStack() as connection:
+            try:
+                sending = self._with_retries(attempt, connection=connection)
+            except UnavailableError as error:
+                sentence = f"the input of job {job_id} was cut after 0 bytes, and its server stops it: {error}"
+                raise InputCutError(sentence) from None
+            yield sending
 
     def list(self, request: pb.ListJobsRequest) -> list[pb.GetStatusResponse]:
         """The jobs that the request asks for, oldest first."""
@@ -6306,14 +6339,22 @@ class Client:
         *,
         repeat: bool = True,
         options: Sequence[tuple[str, Any]] = CLIENT_OPTIONS,
+        connection: contextlib.ExitStack | None = None,
     ) -> Any:
-        """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost."""
+        """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost. `connection`
+        gets the channel of the try that worked; otherwise it is closed.
+        """
         lost_at, pause = 0.0, FIRST_PAUSE
         while True:
             self._reached, began = False, time.monotonic()
             try:
-                with grpc.secure_channel(self._options.address, self._credentials, options) as channel:
-                    return attempt(channel)
+                with contextlib.ExitStack() as resources:
+                    address, credentials = self._options.address, self._credentials
+                    result = attempt(resources.enter_context(grpc.secure_channel(address, credentials, options)))
+                    self._known = True
+                    if connection is not None:
+                        connection.enter_context(resources.pop_all())
+                    return result
             except grpc.RpcError as error:
                 failure = self._explained(error, retried=lost_at > 0)
             except UnavailableError as error:
@@ -6330,7 +6371,7 @@ class Client:
 
     def _explained(self, error: Any, *, retried: bool) -> JobWorkerError:
         """The error for gRPC's. A server that was never reached is reported at once: a retry helps only if a server
-        was reached and then lost.
+        was reached and then lost, by this call (`retried`) or by an earlier one.
         """
         details = error.details() or ""
         status = error.code().name
@@ -6340,7 +6381,7 @@ class Client:
             and re.match(r"failed to connect|DNS|errors? resolving", details)
         ):
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
-            failure: JobWorkerError = UnavailableError(sentence) if retried else JobWorkerError(sentence)
+            failure: JobWorkerError = (UnavailableError if retried or self._known else JobWorkerError)(sentence)
             return failure
         if is_loss(status, details):
             return UnavailableError(details or status)

@@ -7671,6 +7671,45 @@ def test_start_says_where_its_input_was_cut(state, certs, port, tmp_path, how):
         assert status_at_end(served, job).reason == "INPUT_CUT"
 
 
+def has_socket(process):
+    with contextlib.suppress(FileNotFoundError):  # a descriptor that was closed meanwhile
+        links = [os.readlink(entry) for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
+        return any(link.startswith("socket:") for link in links)
+    return True
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["the server stays away", "the server comes back"])
+def test_start_says_what_is_known_if_its_server_is_lost_before_the_input(state, certs, port, back):
+    """It stands between both, because its standard output is a pipe that is full."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(4096)):
+            pass
+    os.set_blocking(writer, True)
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(killed_at_end(spawn(state, certs, port), certs, port))
+        words = ("start", "--retry-for", "10s" if back else "0.3s", "--input", "/dev/null", "sleep", "1000")
+        client = stack.enter_context(served.popen(*words, stdout=writer, stderr=subprocess.PIPE))
+        os.close(writer)
+        until(lambda: listed(served))
+        until(lambda: not has_socket(client))  # it has the answer
+        job = listed(served)[0].id
+        end(served.process)
+        if back:
+            served = stack.enter_context(killed_at_end(spawn(state, certs, port), certs, port))
+            assert status_at_end(served, job).reason == "INPUT_CUT"
+        with open(reader, "rb") as printed:
+            assert printed.readline().strip(b"\0").decode() == f"started JobID: {job}\n"
+        assert client.wait(PATIENCE) == 255
+        said = client.stderr.read().decode()
+        last = said.splitlines()[-1]
+        assert last.startswith(f"jobworker: the input of job {job} was cut after 0 bytes")
+        assert ("gave up after 0.3 s" in last) == (not back)
+    with killed_at_end(spawn(state, certs, port), certs, port) as served:
+        assert status_at_end(served, job).reason == "INPUT_CUT"
+
+
 def test_input_comes_from_standard_input_or_a_file_and_ends_exactly(shared, tmp_path):
     data = random.Random(7).randbytes(9 * MIB + 1)
     (tmp_path / "file").write_bytes(data)
