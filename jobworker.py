@@ -1443,8 +1443,9 @@ class Events:
 
     @property
     def input_bytes(self) -> int | None:
-        """How much input the job was given; None: the end of its input was not said."""
-        return int(self.facts["input-ended.bytes"]) if "input-ended.bytes" in self.facts else None
+        """How much input the job was given; None: neither the end of its input nor a cut is recorded."""
+        size = self.facts.get("input-ended.bytes", self.facts.get("exited.input_bytes"))
+        return None if size is None else int(size)
 
     @property
     def usage(self) -> Usage:
@@ -1529,7 +1530,19 @@ class InputEnd:
         return f"end-input {self.size}\n".encode()
 
 
-Request: TypeAlias = "StopRequest | SignalRequest | InputEnd"
+@dataclasses.dataclass(frozen=True)
+class InputCut:
+    """A request to stop the job, because its input was cut after `size` bytes."""
+
+    size: int
+    kills = True
+
+    def to_line(self) -> bytes:
+        """Two lines, of which a shim of an earlier version ignores the first."""
+        return f"cut-input {self.size}\n".encode() + StopRequest("INPUT_CUT").to_line()
+
+
+Request: TypeAlias = "StopRequest | SignalRequest | InputEnd | InputCut"
 
 
 def parse_request_line(line: bytes) -> Request | None:
@@ -1545,6 +1558,8 @@ def parse_request_line(line: bytes) -> Request | None:
             return SignalRequest(int(words[1]))
         if words[0] == "end-input" and len(words) == 2:
             return InputEnd(int(words[1]))
+        if words[0] == "cut-input" and len(words) == 2:
+            return InputCut(int(words[1]))  # the next line is the request to stop
     return None
 
 
@@ -2415,6 +2430,7 @@ class Shim:
         # Both ends of the pipe of the job's input, if it has one. The shim holds the write end until the end of input
         # is said, so that the job sees no end of input if the server dies.
         self._stdin = list(stdin)
+        self._cut: dict[str, int] = {}  # after how many bytes the input was cut, for `events`
         self._processes = spec.processes()
         self._process = self._pidfd = -1
         self._request: StopRequest | None = None  # the first one that ends the job
@@ -2449,7 +2465,7 @@ class Shim:
         ending = self._ending(None if self._request else drain_all(pumps))
         if self._spec.through_end:
             ending = ask_engine(self._spec).correct(ending)
-        write_event(self._events, "exited", **vars(ending))
+        write_event(self._events, "exited", **vars(ending), **self._cut)
         finish_job(self._folder, self._spec, self._events, ending, pumps)
 
     def _start(self, cgroup: int, writers: Sequence[int]) -> StartFailure | None:
@@ -2510,6 +2526,8 @@ class Shim:
                 self._signal_main_process(request.number)
             elif isinstance(request, InputEnd):
                 self._end_input(request.size)
+            elif isinstance(request, InputCut):
+                self._cut = {"input_bytes": request.size}
             else:
                 self._stop(request)
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -3503,7 +3521,7 @@ class Feed:
         """Stop the job, unless the shim was told the end of input. If the shim is gone, the pipe stays open until the
         job is dead, which then sees no end of input.
         """
-        if self.is_open and not self.told and self._folder.send_request(StopRequest("INPUT_CUT")):
+        if self.is_open and not self.told and self._folder.send_request(InputCut(self.size)):
             self.told = "cut"
             self.close()
 
@@ -3626,7 +3644,9 @@ class Job:
 
     @property
     def input_bytes(self) -> int:
-        """How much input the job was given. A job that ended before the end of its input has no record of it."""
+        """How much input the job was given. A job that ended by itself before the end of its input has no record of it,
+        because its shim sees no byte of the input.
+        """
         recorded = self.events.input_bytes
         return recorded if recorded is not None else self.feed.size if self.feed else 0
 

@@ -2346,9 +2346,9 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
     ("result = os.waitid(os.P_PID, self._process, os.WEXITED)", "pass", LOST),
     ("assert result is not None", "pass", LOST),
-    ('write_event(self._events, "exited", **vars(ending))', "pass", LOST),
+    ('write_event(self._events, "exited", **vars(ending), **self._cut)', "pass", LOST),
     (
-        'write_event(self._events, "exited", **vars(ending))',
+        'write_event(self._events, "exited", **vars(ending), **self._cut)',
         "os.write(self._events, b'exited at=1.0 status=FIN')",
         LOST,
     ),
@@ -7516,6 +7516,7 @@ async def test_an_input_that_is_cut_stops_its_job_which_sees_no_end_of_input(sta
     async with worker_on(state) as worker:
         assert b"end" not in await output(worker, job.id)
         assert ending(worker, job.id) == ("STOPPED", 137, "INPUT_CUT")
+        assert worker.status(worker.job(job.id)).input_bytes == 6
 
 
 @in_loop
