@@ -7171,6 +7171,7 @@ def run_unit(options: argparse.Namespace) -> int:
 INTERRUPT_GRACE = 10.0  # seconds from a first Ctrl-C, or the signal of a stop, to the kill
 STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the answer to a stop, and then writes output again
 WATCH_SECONDS = 2.0
+TIOCGDEV = 0x80045432  # asm-generic/ioctls.h
 LINE_BYTES = 64 * KIB  # of a line of several streams, before it is broken
 
 
@@ -7389,7 +7390,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def run_run(options: argparse.Namespace) -> int:
     """Start a job, write its output, and return its exit code."""
     if options.split is None:
-        options.split = not os.path.sameopenfile(1, 2)
+        options.split = not is_same_place(1, 2)
     request = start_request(options)
     try:
         with contextlib.ExitStack() as resources:
@@ -7408,6 +7409,19 @@ def run_run(options: argparse.Namespace) -> int:
     except JobWorkerError as error:
         say(str(error))
         return 255
+
+
+def is_same_place(first: int, second: int) -> bool:
+    """Whether two descriptors lead to one file or terminal. /dev/tty is a file of its own beside its terminal."""
+    terminal = terminal_of(first)
+    return os.path.sameopenfile(first, second) or (terminal > 0 and terminal == terminal_of(second))
+
+
+def terminal_of(descriptor: int) -> int:
+    """The device number of the terminal that a descriptor leads to; 0: it is none, or the kernel does not tell."""
+    with contextlib.suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(descriptor, TIOCGDEV, bytes(4)), sys.byteorder)
+    return 0
 
 
 class ForegroundJob:

@@ -7307,6 +7307,22 @@ def test_run_on_a_terminal_keeps_the_order_unless_standard_error_goes_elsewhere(
         assert [status.split for status in listed(served)] == [apart]
 
 
+def test_run_keeps_the_order_if_standard_error_is_its_terminal_by_another_name(state, certs):
+    def take():
+        fcntl.ioctl(1, jobworker.termios.TIOCSCTTY, 0)
+        os.dup2(os.open("/dev/tty", os.O_WRONLY), 2)
+
+    with serving(state, certs) as served:
+        master, terminal = pty.openpty()
+        words = ("run", "sh", "-c", IN_TURN)
+        with served.popen(*words, stdout=terminal, start_new_session=True, preexec_fn=take) as run:
+            assert run.wait(PATIENCE) == 0
+        assert os.read(master, 4096).decode().replace("\r\n", "\n") == BOTH_IN_ORDER
+        os.close(master)
+        os.close(terminal)
+        assert [status.split for status in listed(served)] == [False]
+
+
 @pytest.mark.parametrize("script", ["yes", "yes >&2"])
 def test_a_closed_pipe_on_either_output_ends_run_and_its_job(state, certs, script):
     with serving(state, certs) as served:
