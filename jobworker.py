@@ -3196,6 +3196,20 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
     )
 
 
+def is_same_request(request: JobRequest, spec: Spec) -> bool:
+    """Whether a job can be this request's. What the request leaves to the server, as a limit, counts for nothing: the
+    server may have other defaults now. Nor does `split`, which `run` chooses by where its outputs go.
+    """
+    asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name, request.input)
+    limits = {**vars(spec.limits), "timeout": spec.timeout, "max_output": spec.max_output}
+    return (
+        (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name, spec.input) == asked
+        and request.run_as in ("", spec.user)
+        and spec.confine >= request.confine
+        and all(getattr(request, name) in (None, limit) for name, limit in limits.items())
+    )
+
+
 WORD_FIELDS = ("id", "owner", "name", "cpus", "memory_mb", "minutes", "command")
 
 
@@ -3877,9 +3891,8 @@ class Worker:
         spec = job.spec
         if spec.owner == request.owner and spec.args_left_out:
             spec = job.folder.read_spec() or spec
-        asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name, request.input)
-        if (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name, spec.input) != asked:
-            raise IdTakenError(f"the job id {request.id} is taken by another owner or command")
+        if not is_same_request(request, spec):
+            raise IdTakenError(f"the job id {request.id} is taken by another owner or request")
         return job
 
     def _make_spec(self, request: JobRequest) -> Spec:

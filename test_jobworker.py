@@ -1913,6 +1913,26 @@ async def test_starts_with_the_same_id_start_one_job(state):
         assert await start_id(worker, shell("true", id=ID2)) == ID2  # the refused command does not use up the id
 
 
+OTHER_REQUESTS = [{"cpu": 0.75}, {"memory": 65 << 20}, {"pids": 9}, {"timeout": 500.0}, {"max_output": 2000}, {"cwd": "/"},
+                  {"env": (("A", "2"),)}, {"name": "other"}, {"input": True}, {"run_as": "daemon"}, {"confine": True}]  # fmt: skip
+
+
+@in_loop
+async def test_a_second_start_with_the_same_id_and_another_request_is_refused(state):
+    asked = {"cpu": 0.5, "memory": 64 << 20, "pids": 8, "timeout": 400.0, "max_output": 1000, "env": (("A", "1"),)}
+    async with worker_on(state, without=frozenset({"auto", "confine"})) as worker:
+        for request in (shell("true", id=ID, **asked), shell("true", id=ID2)):
+            await start_id(worker, request)
+            assert await start_id(worker, request) == request.id
+        for other in OTHER_REQUESTS:
+            with pytest.raises(IdTakenError, match="another owner or request"):
+                await start_id(worker, shell("true", id=ID, **{**asked, **other}))
+    changed = {"defaults": jobworker.Limits(cpu=0.25, pids=7), "timeout": 9.0, "max_output": 500}
+    async with worker_on(state, without=frozenset({"auto", "confine"}), **changed) as worker:
+        assert await start_id(worker, shell("true", id=ID, **asked)) == ID
+        assert await start_id(worker, shell("true", id=ID2)) == ID2  # the server chose its limits
+
+
 @in_loop
 async def test_the_id_of_a_removed_job_is_free_for_another_owner_and_command(state):
     async with worker_on(state) as worker:
