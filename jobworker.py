@@ -3535,9 +3535,15 @@ class Feed:
         """Stop the job, unless the shim was told the end of input. If the shim is gone, the pipe stays open until the
         job is dead, which then sees no end of input.
         """
-        if self.is_open and not self.told and self._folder.send_request(InputCut(self.size)):
-            self.told = "cut"
-            self.close()
+        if not self.is_open or self.told:
+            return
+        try:
+            if self._folder.send_request(InputCut(self.size)):
+                self.told = "cut"
+                self.close()
+        except JobWorkerError as error:  # no descriptor is free
+            say(f"the input of job {self._job_id} was cut, but the job is not stopped yet: {error}")
+            asyncio.get_running_loop().call_later(LONGEST_RETRY_SECONDS, self.cut)
 
     def close(self) -> None:
         """Close the pipe, and end its sender."""

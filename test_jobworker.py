@@ -7556,6 +7556,23 @@ async def test_an_input_that_is_cut_stops_its_job_which_sees_no_end_of_input(sta
 
 
 @in_loop
+async def test_an_input_that_is_cut_without_a_free_descriptor_stops_its_job_when_one_is_free(state, capfd):
+    log = [""]
+    async with worker_on(state) as worker:
+        job = await worker.start(shell(SAYS_END, input=True))
+        sending = asyncio.ensure_future(worker.send_input(job, without_end(b"hello\n")))
+        await wait_for_output(worker, job.id, b"hello\n")
+        with no_descriptors():
+            sending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            await line_in_log(capfd, "was cut", log)
+        assert b"end" not in await output(worker, job.id)
+        assert ending(worker, job.id) == ("STOPPED", 137, "INPUT_CUT")
+    assert "Traceback" not in log[0] + capfd.readouterr().err
+
+
+@in_loop
 async def test_a_sender_that_is_lost_after_the_end_of_its_input_cuts_nothing(state):
     async with worker_on(state) as worker:
         job = await worker.start(shell(SAYS_END, input=True))
