@@ -3181,7 +3181,7 @@ def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
         raise BadRequestError(
             f"{name} {asked:,.15g} is not allowed here: more than 0 and at most {cap:,.15g} (`serve --{option}`)"
         )
-    return type(cap)(asked)
+    return asked
 
 
 def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
@@ -3189,10 +3189,10 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
         raise BadRequestError(f"io {request.io} is not allowed: at least {IO_FLOOR} (1M), or a stop would take minutes")
     asked, default, cap = request, options.defaults, options.caps
     return Limits(
-        cpu=capped("cpu", asked.cpu, default.cpu, cap.cpu),
-        memory=capped("memory", asked.memory, default.memory, cap.memory),
-        pids=capped("pids", asked.pids, default.pids, cap.pids),
-        io=capped("io", asked.io, default.io, cap.io),
+        cpu=float(capped("cpu", asked.cpu, default.cpu, cap.cpu)),
+        memory=int(capped("memory", asked.memory, default.memory, cap.memory)),
+        pids=int(capped("pids", asked.pids, default.pids, cap.pids)),
+        io=int(capped("io", asked.io, default.io, cap.io)),
     )
 
 
@@ -3917,7 +3917,7 @@ class Worker:
             cgroup=self._tree.job_path(account.uid, job_id), controllers=tuple(sorted(self._tree.controllers)),
             limits=limits_of(request, options),
             timeout=options.timeout if request.timeout is None else request.timeout,
-            max_output=capped("max-output", request.max_output, options.max_output, options.max_output),
+            max_output=int(capped("max-output", request.max_output, options.max_output, options.max_output)),
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
             env=request.env, cwd=request.cwd, name=request.name, split=request.split,
             confine=confine, hidden=self._hidden if confine else (), input=request.input,

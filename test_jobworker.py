@@ -842,6 +842,11 @@ def test_a_request_may_lower_a_limit_or_raise_it_up_to_the_cap(tmp_path, request
         assert jobworker.limits_of(JobRequest("true", **request_), options).memory == memory
 
 
+def test_half_a_cpu_may_be_asked_for_where_a_program_gave_the_cap_as_a_whole_number(tmp_path):
+    options = WorkerOptions(tmp_path, caps=Limits(cpu=4))
+    assert jobworker.limits_of(JobRequest("true", cpu=0.5), options).cpu == 0.5
+
+
 # --- Output and inotify -------------------------------------------------------------------------------
 # Every follower receives every byte. No follower disturbs another one.
 
