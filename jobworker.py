@@ -26,21 +26,22 @@ Contents (each section uses only the sections above it)
      3. Cgroup                              the cgroup tree: limits, kill, removal
      4. Output and inotify                  one inotify descriptor; following a file
      5. Job folder                          every file of the state folder: spec, events, control, output
-     6. Launcher and shim                   the launcher of the server; the shim and the child of each job
-     7. Accounts                            the uid and the home that a job runs with
-     8. Requests                            what a caller may ask for, and why a command could not be started
-     9. Disk and ports                      what is free, who uses it, and who holds a port
-    10. Input                               a job's standard input: its pipe, its one sender, its end
-    11. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
-    12. Certificates                        authorities, what they issue, and what a server's folder holds
-    13. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
-    14. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
-    15. Server                              port, signals, reload, systemd
-    16. Client                              connecting, retrying, explaining failures, resuming a stream
-    17. Options and printed lines           what several verbs share
-    18. Verbs of the server's machine       serve, identity, revoke, unit
-    19. Verbs of a client                   run, start, stop, status, stream, list, wait, signal, rm
-    20. Main                                one table of verbs; `main`
+     6. Confinement                         namespaces, mounts and privileges of a confined job
+     7. Launcher and shim                   the launcher of the server; the shim and the child of each job
+     8. Accounts                            the uid and the home that a job runs with
+     9. Requests                            what a caller may ask for, and why a command could not be started
+    10. Disk and ports                      what is free, who uses it, and who holds a port
+    11. Input                               a job's standard input: its pipe, its one sender, its end
+    12. Job and job table                   `Worker`: start, stop, status, stream, recovery, retention
+    13. Certificates                        authorities, what they issue, and what a server's folder holds
+    14. Identity and authorization          the caller, the caller's role, and the jobs that the caller may see
+    15. gRPC service                        a thin layer over `Worker`; the only place that makes gRPC statuses
+    16. Server                              port, signals, reload, systemd
+    17. Client                              connecting, retrying, explaining failures, resuming a stream
+    18. Options and printed lines           what several verbs share
+    19. Verbs of the server's machine       serve, identity, revoke, unit
+    20. Verbs of a client                   run, start, stop, status, stream, list, wait, signal, rm
+    21. Main                                one table of verbs; `main`
 
 As a library, `Worker` and the names in `__all__` are stable within a major version. Everything else may change.
 """
@@ -1218,7 +1219,7 @@ class LineSearch:
 
 
 # --- 5. Job folder --------------------------------------------------------------------------------------
-# Owns every file of the state folder, except those of the accounts (section 7). It alone creates, reads, writes, syncs
+# Owns every file of the state folder, except those of the accounts (section 8). It alone creates, reads, writes, syncs
 # and deletes them, and each encoder stands beside its decoder. It starts no process and knows no table of jobs.
 #
 #     <state>/lock                 locked by the one server of this state folder (flock(2)); holds its pid
@@ -1229,9 +1230,9 @@ class LineSearch:
 #     <state>/jobs/<id>/control    a FIFO that the shim reads: requests; it has a reader while the shim lives
 #     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
 #     <state>/jobs/<id>/var-tmp    /var/tmp of a confined job, until the job ends
-#     <state>/owners/UID           the name of the owner who has this uid (section 7)
-#     <state>/owners/token         a random word that names this state folder where it claims uids (section 7)
-#     <state>/home/UID             the home of that owner's jobs (section 7)
+#     <state>/owners/UID           the name of the owner who has this uid (section 8)
+#     <state>/owners/token         a random word that names this state folder where it claims uids (section 8)
+#     <state>/home/UID             the home of that owner's jobs (section 8)
 #     <state>/view/UID             the state folder as that owner's confined jobs see it (section 6)
 #     <state>/quarantine/          folders that could not be read as a job, for a person to look at
 #
@@ -1959,23 +1960,9 @@ def quarantine(folder: str, state: pathlib.Path) -> None:
         say(f"{folder} cannot be read as a job, and cannot be moved to {place}: {error.strerror}")
 
 
-# --- 6. Launcher and shim -------------------------------------------------------------------------------
-# Owns everything between a request of the server and the job's main process: the launcher, the shim and the child. Of
-# this section only class `Launcher` runs in the server. The rest runs in the small processes, imports nothing
-# third-party, and imports nothing at all after the launcher has started, because an upgrade of Python may
-# replace the files of a module that is not imported yet.
-
-MODULE = "jobworker"  # the launcher imports this module; Python would compile a `__main__` anew at each start
-FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
-CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
-PR_SET_CHILD_SUBREAPER = 36
-PIPE_BYTES = MIB  # of each pipe of a job, if fs.pipe-max-size and the user's quota (fs.pipe-user-pages-soft) allow it
-PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
-MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
-STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the others are unlimited
-
-
-# -- Confinement: what a job of root's server is born with. The child makes it from a list that its shim prepared
+# --- 6. Confinement -------------------------------------------------------------------------------------
+# Owns what a job of root's server is born with beside its uid: namespaces, mounts, a keyring and no way to more
+# privileges. The shim prepares a list of steps, and the child carries it out. It starts no process.
 
 CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
@@ -2105,6 +2092,22 @@ def try_confinement(state: str, hidden: Sequence[str]) -> ConfinementError | Non
     thread.start()
     thread.join()
     return failures[0] if failures else None
+
+
+# --- 7. Launcher and shim -------------------------------------------------------------------------------
+# Owns everything between a request of the server and the job's main process: the launcher, the shim and the child. Of
+# this section only class `Launcher` runs in the server. The rest runs in the small processes, imports nothing
+# third-party, and imports nothing at all after the launcher has started, because an upgrade of Python may
+# replace the files of a module that is not imported yet.
+
+MODULE = "jobworker"  # the launcher imports this module; Python would compile a `__main__` anew at each start
+FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
+CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
+PR_SET_CHILD_SUBREAPER = 36
+PIPE_BYTES = MIB  # of each pipe of a job, if fs.pipe-max-size and the user's quota (fs.pipe-user-pages-soft) allow it
+PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
+MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
+STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the others are unlimited
 
 
 class Launcher:
@@ -2867,7 +2870,7 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
     finish_job(folder, spec, events, ending, ())
 
 
-# --- 7. Accounts ----------------------------------------------------------------------------------------
+# --- 8. Accounts ----------------------------------------------------------------------------------------
 # Owns the uids: which account a job runs with, and the private home of each owner. It writes only `<state>/owners` and
 # `<state>/home`. It knows nothing of jobs or of who may do what.
 
@@ -3062,7 +3065,7 @@ def make_token(owners: pathlib.Path) -> str:
     return read_token(owners)
 
 
-# --- 8. Requests ---------------------------------------------------------------------------------------
+# --- 9. Requests ---------------------------------------------------------------------------------------
 # Owns what a caller may ask for, what this machine can give, and the sentence for a command that cannot be started. It
 # starts nothing and knows no job.
 
@@ -3329,7 +3332,7 @@ def not_found_hint(command: str, searched: str) -> str:
     return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", command) else "")
 
 
-# --- 9. Disk and ports ---------------------------------------------------------------------------------
+# --- 10. Disk and ports --------------------------------------------------------------------------------
 # Owns the questions about the machine that the job table acts on: how much of the disk is free, who uses it, and which
 # process holds a port. It changes nothing.
 
@@ -3424,7 +3427,7 @@ def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
     return reserve // 2
 
 
-# --- 10. Input ------------------------------------------------------------------------------------------
+# --- 11. Input ------------------------------------------------------------------------------------------
 # Owns a job's standard input in the server that started the job: the pipe, its one sender and its end. A part of an
 # input never passes for the whole: the shim holds the pipe open too, until this section tells it the end of input, or
 # that the input is cut and the job is to be stopped.
@@ -3555,9 +3558,9 @@ class Feed:
                 self._sender.cancel()
 
 
-# --- 11. Job and job table -----------------------------------------------------------------------------
+# --- 12. Job and job table -----------------------------------------------------------------------------
 # Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
-# jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 7.
+# jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 8.
 
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
 
@@ -4411,7 +4414,7 @@ class Worker:
         return used
 
 
-# --- 12. Certificates ----------------------------------------------------------------------------------
+# --- 13. Certificates ----------------------------------------------------------------------------------
 # Owns the making of authorities, server certificates and identities, the reading of a server's folder, and the rules
 # for what such a folder holds. Authorities are valid for ten years and leaves for one. All are backdated by a day,
 # since clocks differ. Source: RFC 5280.
@@ -5061,7 +5064,7 @@ def valid_authorities_first(authorities: Iterable[x509.Certificate]) -> bytes:
     return to_pem(*sorted(authorities, key=order))
 
 
-# --- 13. Identity and authorization --------------------------------------------------------------------
+# --- 14. Identity and authorization --------------------------------------------------------------------
 # Owns the questions who the caller is and which jobs the caller may see. It makes no certificate. Of gRPC it knows only
 # the dictionary that holds the results of the TLS handshake.
 
@@ -5267,7 +5270,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
     return job
 
 
-# --- 14. gRPC service ----------------------------------------------------------------------------------
+# --- 15. gRPC service ----------------------------------------------------------------------------------
 # Owns the translation between `Worker` and the wire. It is the only section that makes gRPC statuses. Every call passes
 # through `Service._checked`, which identifies the caller before anything else happens.
 
@@ -5649,7 +5652,7 @@ def left_out_note(spec: Spec) -> list[str]:
     ]
 
 
-# --- 15. Server ----------------------------------------------------------------------------------------
+# --- 16. Server ----------------------------------------------------------------------------------------
 # Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. It makes no
 # certificate: the folder that it is given is complete.
 
@@ -6005,7 +6008,7 @@ def notify(state: str) -> None:
             channel.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-# --- 16. Client ----------------------------------------------------------------------------------------
+# --- 17. Client ----------------------------------------------------------------------------------------
 # Owns the connection to a server: the channel, the retries that are safe, and the reason why a server is not reached.
 # It knows nothing of this machine's jobs.
 
@@ -6512,7 +6515,7 @@ def why_no_handshake(options: ClientOptions, raw: socket.socket) -> str:
         return f"{options.address} does not speak TLS 1.3 with {own.file}: {reason}"
 
 
-# --- 17. Options and printed lines ---------------------------------------------------------------------
+# --- 18. Options and printed lines ---------------------------------------------------------------------
 # Owns how a person types a size, a duration or a job, the options that several verbs have, and how lines are printed.
 
 SIZES = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
@@ -6747,9 +6750,9 @@ def client_of(options: argparse.Namespace) -> Client:
     return Client(ClientOptions(host or "localhost", port, credentials, options.retry_for))
 
 
-# --- 18. Verbs of the server's machine -----------------------------------------------------------------
+# --- 19. Verbs of the server's machine -----------------------------------------------------------------
 # Owns `serve`, `identity`, `revoke` and `unit`. A verb is a function `add_X_arguments` beside a function `run_X`, and
-# one row of VERBS (section 20).
+# one row of VERBS (section 21).
 
 PLACE_OPTIONS: list[Row] = [
     (
@@ -7183,7 +7186,7 @@ def run_unit(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- 19. Verbs of a client -----------------------------------------------------------------------------
+# --- 20. Verbs of a client -----------------------------------------------------------------------------
 # Owns `run`, `start`, `stop`, `status`, `stream`, `list`, `wait`, `signal` and `rm`: what they print, and their exit
 # codes. Scripts rely on the lines of `start`, `stop` and `status`.
 
@@ -7894,7 +7897,7 @@ def run_rm(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- 20. Main ------------------------------------------------------------------------------------------
+# --- 21. Main ------------------------------------------------------------------------------------------
 # Owns the table of verbs and the parser. Only `main` turns an error into an exit code.
 
 
