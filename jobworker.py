@@ -208,7 +208,7 @@ IO_FLOOR = MIB  # bytes a second; below it a kill waits for minutes until writte
 NO_BOUND = (1 << 63) - 1
 OWNER_MEMORY, OWNER_PIDS = 0.75, 0.25  # shares of the machine's memory and of its process numbers, for one owner
 OWNER_CALLS, OWNER_STREAMS = 64, 512  # calls and streams that one owner has open at the same time
-OWNER_INPUTS = 128  # jobs of one owner whose input has not ended; each holds a message, a pipe and a descriptor
+OWNER_INPUTS = 64  # jobs of one owner whose input has not ended; each holds messages, a pipe and a process
 SHIMS_IO_LIMIT = 512 * MIB  # bytes a second that all shims together may write
 
 CONTROLLERS = ("cpu", "memory", "pids", "io")
@@ -2425,14 +2425,13 @@ def drain_all(pumps: Sequence[Pump]) -> StopRequest | None:
 class Shim:
     """The parent of one job's main process: it moves the output, carries out requests and limits, records the end."""
 
-    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int, stdin: Sequence[int] = ()) -> None:
+    def __init__(self, folder: JobFolder, spec: Spec, control: int, events: int, channels: Sequence[int] = ()) -> None:
         self._folder = folder
         self._spec = spec
         self._control = control
         self._events = events
-        # Both ends of the pipe of the job's input, if it has one. The shim holds the write end until the end of input
-        # is said, so that the job sees no end of input if the server dies.
-        self._stdin = list(stdin)
+        self._channels = list(channels)  # a socket from the server, if the job has input
+        self._input: InputPipe | None = None
         self._cut: dict[str, int] = {}  # after how many bytes the input was cut, for `events`
         self._processes = spec.processes()
         self._process = self._pidfd = -1
@@ -2445,6 +2444,8 @@ class Shim:
         try:
             outputs = self._folder.open_outputs()
             pipes = [make_pipe(self._spec) for _ in outputs]
+            for channel in self._channels:
+                self._input = InputPipe(self._spec, channel)
             if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
                 libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             failure = self._start(cgroup, [writer for _, writer in pipes])
@@ -2456,8 +2457,8 @@ class Shim:
             return
         for _, writer in pipes:
             os.close(writer)
-        if self._stdin:
-            os.close(self._stdin.pop(0))  # only the job reads, so that the server sees that the job closed its input
+        if self._input:
+            os.close(self._input.stdin)  # only the job reads, so that the mover sees that the job closed its input
         if not self._spec.cgroup:
             reap_orphans(self._process)
         if cgroup >= 0:
@@ -2475,7 +2476,8 @@ class Shim:
         """Start the main process. Returns why its command could not be run. Raises OSError."""
         self._deadline = time.monotonic() + self._spec.timeout if self._spec.timeout else None
         steps = steps_of(self._folder, self._spec)
-        self._process, self._pidfd, errpipe = start_process(self._spec, cgroup, self._stdin[:1], writers, steps)
+        stdin = [self._input.stdin] if self._input else []
+        self._process, self._pidfd, errpipe = start_process(self._spec, cgroup, stdin, writers, steps)
         self._wait_for_exec(errpipe)
         return check_exec(self._process, errpipe)
 
@@ -2495,6 +2497,8 @@ class Shim:
         poller = select.poll()
         for descriptor in (pidfd, *(pump.pipe for pump in pumps), self._control):
             poller.register(descriptor, select.POLLIN)
+        if self._input:
+            poller.register(self._input.report, select.POLLIN)
         batch = select.poll()  # waits for all but output, so that short lines that come fast share a move
         for descriptor in (pidfd, self._control):
             batch.register(descriptor, select.POLLIN)
@@ -2502,6 +2506,9 @@ class Shim:
             ready = {descriptor for descriptor, _ in poller.poll(milliseconds_until(self._deadline))}
             # Requests are carried out before the end is handled: if both are in one poll, a kill counts as the first.
             self._carry_out(ready)
+            if self._input and self._input.report in ready:
+                poller.unregister(self._input.report)
+                self._input_moved(self._input)
             small_batch = False
             for pump in pumps:
                 if pump.pipe in ready:
@@ -2528,7 +2535,9 @@ class Shim:
             if isinstance(request, SignalRequest):
                 self._signal_main_process(request.number)
             elif isinstance(request, InputEnd):
-                self._end_input(request.size)
+                if self._input:
+                    self._input.size = request.size
+                    self._end_input(self._input)
             elif isinstance(request, InputCut):
                 self._cut = {"input_bytes": request.size}
             else:
@@ -2540,11 +2549,19 @@ class Shim:
             else:
                 self._stop(StopRequest("TIMEOUT"))
 
-    def _end_input(self, size: int) -> None:
-        """Record the end of input, and close the pipe. The server closes its own end when it has read the record."""
-        if self._stdin:
-            write_event(self._events, "input-ended", bytes=size)
-            os.close(self._stdin.pop())
+    def _input_moved(self, pipe: InputPipe) -> None:
+        """The mover has ended. Unless it was killed, the pipe has all that the server sent."""
+        pipe.moved = os.read(pipe.report, 1) != b""
+        if not pipe.moved:
+            self._stop(StopRequest("INPUT_CUT"))
+        self._end_input(pipe)
+
+    def _end_input(self, pipe: InputPipe) -> None:
+        """Record the end of input and close the pipe, if the server has said the end and the pipe has all bytes."""
+        if pipe.moved and pipe.size is not None:
+            write_event(self._events, "input-ended", bytes=pipe.size)
+            os.close(pipe.feed)
+            pipe.size = None
 
     def _stop(self, request: StopRequest) -> None:
         """End the job as requested. The first request is recorded; a later one can only end the job sooner.
@@ -2628,6 +2645,66 @@ def make_pipe(spec: Spec) -> tuple[int, int]:
     if spec.uid != os.geteuid():
         os.fchown(writer, spec.uid, spec.gid)
     return pipe, writer
+
+
+class InputPipe:
+    """The pipe of a job's input, and the process that fills it with what the server sends, the mover.
+
+    A job can hold the lock of its pipe for as long as it likes, for example by a splice(2) to a socket that nobody
+    reads. A writer then sleeps, with O_NONBLOCK too. So neither the server nor the shim writes to the pipe: one such
+    job kept every caller of the server waiting. The shim holds the pipe open until the end of input was said, so that
+    the job sees no end of input if the server or the mover dies.
+
+    It is no FIFO in the job's folder: an open of /dev/stdin would wait for a writer if the end of input was said before
+    (fifo(7)), and a script of one line ends before an interpreter opens it.
+    """
+
+    def __init__(self, spec: Spec, channel: int) -> None:
+        """Make the pipe, which the job's uid owns, and start the mover. Raises OSError."""
+        self.stdin, self.feed = os.pipe2(os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # as in `make_pipe`
+            fcntl.fcntl(self.feed, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        if spec.uid != os.geteuid():
+            os.fchown(self.stdin, spec.uid, spec.gid)
+        self.report, report = os.pipe2(os.O_CLOEXEC)  # gets a byte when the mover has moved all, and then it closes
+        self.moved = False
+        self.size: int | None = None  # of the whole input, when the server has said its end
+        parent = os.fork()
+        if parent == 0:
+            start_mover(channel, self.feed, report)
+        os.waitpid(parent, 0)
+        os.close(channel)
+        os.close(report)
+
+
+def start_mover(channel: int, feed: int, report: int) -> NoReturn:
+    """The mover's parent, which ends at once: the mover is no child of the shim, which can look for its descendants to
+    find the processes of the job.
+    """
+    try:
+        if os.fork() == 0:
+            move_input(channel, feed, report)
+    finally:
+        os._exit(0)
+
+
+def move_input(channel: int, feed: int, report: int) -> NoReturn:
+    """The mover: moves bytes from the server's socket to the job's pipe until the server closes it."""
+    try:
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2 and descriptor not in (channel, feed, report):
+                with contextlib.suppress(OSError):  # that of the list itself
+                    os.close(descriptor)  # also `control` and `events`: who holds these is a shim
+        buffer = bytearray(PIPE_BYTES // 4)
+        with contextlib.suppress(BrokenPipeError):  # the job reads no more
+            while count := os.readv(channel, [buffer]):
+                rest = memoryview(buffer)[:count]
+                while rest:
+                    rest = rest[os.write(feed, rest) :]
+        os.write(report, b".")
+    finally:
+        os._exit(0)
 
 
 def reap_orphans(main_process: int) -> None:
@@ -3428,52 +3505,46 @@ def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
 
 
 # --- 11. Input ------------------------------------------------------------------------------------------
-# Owns a job's standard input in the server that started the job: the pipe, its one sender and its end. A part of an
-# input never passes for the whole: the shim holds the pipe open too, until this section tells it the end of input, or
-# that the input is cut and the job is to be stopped.
+# Owns a job's standard input in the server that started the job: the way to the job's pipe, its one sender and its end.
+# A part of an input never passes for the whole: the shim holds the pipe open until this section tells it the end of
+# input, or that the input is cut and the job is to be stopped.
 
-SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full pipe a feed pauses
+SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full socket a feed pauses
 
 
 class Feed:
-    """The server's end of the pipe that is a job's standard input. It never blocks, and it holds no bytes."""
+    """The server's end of a socket to the process that fills the pipe of a job's input (`move_input`). It never blocks,
+    and it holds no bytes.
+    """
 
     def __init__(self, job_id: str, folder: JobFolder) -> None:
         self._job_id = job_id
         self._folder = folder
-        self._descriptor = -1
+        self._socket: socket.socket | None = None
         self._sender: asyncio.Task[None] | None = None  # of the one caller who sends the input
         self.told = ""  # what the shim was told of the input: "end" or "cut"
-        self.size = 0  # bytes that the pipe has taken
+        self.size = 0  # bytes that the socket has taken
 
-    def open(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
-        """Make the pipe, which the job's uid owns. Returns both ends for the shim; `handed_over` closes the job's end.
-
-        It is no FIFO in the job's folder: an open of /dev/stdin would wait for a writer if the end of input was said
-        before (fifo(7)), and a script of one line ends before an interpreter opens it. Raises JobWorkerError.
-        """
+    def open(self, handed_over: contextlib.ExitStack) -> int:
+        """Make the socket. Returns the shim's end, which `handed_over` closes. Raises JobWorkerError."""
         try:
-            stdin, self._descriptor = os.pipe2(os.O_CLOEXEC)
-            handed_over.callback(os.close, stdin)
-            os.set_blocking(self._descriptor, False)
-            with contextlib.suppress(OSError):  # as in `make_pipe`
-                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            if spec.uid != os.geteuid():
-                os.fchown(stdin, spec.uid, spec.gid)
+            self._socket, theirs = socket.socketpair()
         except OSError as error:
-            raise disk_error("cannot make a pipe for the job's input", error) from error
+            raise disk_error("cannot make a socket for the job's input", error) from error
+        handed_over.enter_context(theirs)
+        self._socket.setblocking(False)
         asyncio.get_running_loop().call_later(INPUT_SECONDS, self.cut_unsent)
-        return [stdin, self._descriptor]
+        return theirs.fileno()
 
     @property
     def is_open(self) -> bool:
-        """Whether the pipe is open: until the shim has recorded the end of input, the job has ended, or the input is
+        """Whether the socket is open: until the shim has recorded the end of input, the job has ended, or the input is
         cut.
         """
-        return self._descriptor >= 0
+        return self._socket is not None
 
     async def send(self, chunks: AsyncIterable[bytes]) -> None:
-        """Pass on all chunks, and tell the shim the end of input. It returns early if the pipe is closed.
+        """Pass on all chunks, and tell the shim the end of input. It returns early if the job reads no more.
 
         If `chunks` raises, or if this task is cancelled, the input is cut. Raises InputError if the input has ended or
         has another sender, and UnavailableError if the server stops and cuts it.
@@ -3497,37 +3568,40 @@ class Feed:
             )
 
     async def _pass_on(self, chunks: AsyncIterable[bytes]) -> None:
+        assert self._socket is not None
         async for chunk in chunks:
-            if not await self._write(chunk):
+            if not await self._write(self._socket, chunk):
                 break  # the job has closed its standard input, or has ended; as with ssh, that is no error
+        with contextlib.suppress(OSError):  # ENOTCONN: the other end is closed
+            self._socket.shutdown(socket.SHUT_WR)
         if self._folder.send_request(InputEnd(self.size)):
             self.told = "end"
 
-    async def _write(self, chunk: bytes) -> bool:
-        """Return when the pipe has taken all bytes. False: no process of the job reads it any more."""
+    async def _write(self, channel: socket.socket, chunk: bytes) -> bool:
+        """Return when the socket has taken all bytes. False: no process of the job reads the input any more."""
         rest, count = memoryview(chunk), len(chunk)
         while rest:
             try:
-                count = os.write(self._descriptor, rest)
+                count = channel.send(rest)
             except BlockingIOError:
-                await self._until_writable()
+                await self._until_writable(channel)
                 if count < SMALL_WRITE_BYTES:  # the job reads little at a time, and the next write shall be larger
                     await asyncio.sleep(FEED_SECONDS)
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 return False
             else:
                 self.size += count
                 rest = rest[count:]
         return True
 
-    async def _until_writable(self) -> None:
+    async def _until_writable(self, channel: socket.socket) -> None:
         loop, writable = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_writer(self._descriptor, writable.set)
+        loop.add_writer(channel, writable.set)
         try:
             await writable.wait()
         finally:
             if self.is_open:
-                loop.remove_writer(self._descriptor)
+                loop.remove_writer(channel)
 
     def cut_unsent(self) -> None:
         """Cut the input if its caller was lost between the start and the input. The job would wait for ever."""
@@ -3535,7 +3609,7 @@ class Feed:
             self.cut()
 
     def cut(self) -> None:
-        """Stop the job, unless the shim was told the end of input. If the shim is gone, the pipe stays open until the
+        """Stop the job, unless the shim was told the end of input. If the shim is gone, the socket stays open until the
         job is dead, which then sees no end of input.
         """
         if not self.is_open or self.told:
@@ -3549,11 +3623,11 @@ class Feed:
             asyncio.get_running_loop().call_later(LONGEST_RETRY_SECONDS, self.cut)
 
     def close(self) -> None:
-        """Close the pipe, and end its sender."""
-        if self.is_open:
-            asyncio.get_running_loop().remove_writer(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the socket, and end its sender."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_writer(self._socket)
+            self._socket.close()
+            self._socket = None
             if self._sender is not None:
                 self._sender.cancel()
 
@@ -3986,7 +4060,7 @@ class Worker:
                 job.folder.write_spec(text)
                 if spec.input:
                     job.feed = Feed(job.id, job.folder)
-                    descriptors += job.feed.open(spec, handed_over)
+                    descriptors.append(job.feed.open(handed_over))
                 self._watch(job)
                 descriptors += self._make_cgroup(spec, handed_over)
                 self._launcher.send("start", job.folder, text, descriptors)
