@@ -6850,6 +6850,27 @@ def test_the_last_lines_are_found_in_blocks_of_any_size(parts, lines, size):
     assert text[offset:] == b"".join(text.splitlines(keepends=True)[-lines:])
 
 
+@in_loop
+async def test_many_searches_for_last_lines_read_one_block_before_another_call_has_its_turn(state):
+    def bytes_read():
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    async with worker_on(state) as worker:
+        long, short = [(await result(worker, shell("echo hello")))[1].spec.id for _ in range(2)]
+        os.truncate(state / "jobs" / long / "output", 16 * jobworker.READ_BYTES)  # it grows, and has no further newline
+        searches = [asyncio.create_task(worker.tail_offset(worker.job(long), 2)) for _ in range(20)]
+        last = asyncio.create_task(worker.tail_offset(worker.job(short), 1))
+        most, before = 0, bytes_read()
+        while not all(search.done() for search in searches):
+            await asyncio.sleep(0)
+            now = bytes_read()
+            most, before = max(most, now - before), now
+            assert last.done() or not any(search.done() for search in searches)  # they take turns
+        assert [await search for search in searches] == [0] * len(searches)
+        assert await last == 0
+        assert jobworker.READ_BYTES <= most < 2 * jobworker.READ_BYTES
+
+
 def test_stream_can_begin_with_the_last_lines_and_end_without_waiting(state, certs):
     with serving(state, certs) as served:
         job = served.start("sh", "-c", "seq 100000; exec sleep 1000")
