@@ -4464,21 +4464,30 @@ class Worker:
             try:
                 disk = os.statvfs(self.options.state)
                 if is_short(disk, self.options.reserve):
-                    await self._free_disk(files=is_short_of_files(disk, self.options.reserve))
+                    await self._free_disk(disk)
                 else:
                     self._refused.clear()
             except (JobWorkerError, OSError) as error:
                 say(f"the disk cannot be looked at: {error}")
 
-    async def _free_disk(self, *, files: bool) -> None:
-        used = await self._disk_use(files=files)
-        running = [owner for owner in used if self._running.get(owner)]
-        if not running:
+    async def _free_disk(self, disk: os.statvfs_result) -> None:
+        """Refuse the main user of the disk, and end its jobs. Others' jobs end only if it has none and half of the
+        reserve is used.
+        """
+        used = await self._disk_use(files=is_short_of_files(disk, self.options.reserve))
+        if not used:
             return
-        owner = max(running, key=lambda name: used[name])
+        owner, among = max(used, key=lambda name: used[name]), ""
+        if owner not in self._refused and not self._running.get(owner):
+            say(f"the disk is nearly full, and {owner!r}, who has no running job, uses most of it: its starts are refused")
         self._refused.add(owner)
-        jobs = list(self._running[owner])
-        say(f"the disk is nearly full, and {owner!r} uses most of it: ending {count_of(len(jobs), 'job', 'jobs')}")
+        if not self._running.get(owner) and is_short(disk, self.options.reserve / 2):
+            running = [name for name in used if self._running.get(name)]
+            owner, among = max(running, key=lambda name: used[name], default=owner), " among the owners of running jobs"
+        jobs = list(self._running.get(owner, ()))
+        if jobs:
+            count = count_of(len(jobs), "job", "jobs")
+            say(f"the disk is nearly full, and {owner!r} uses most of it{among}: ending {count}")
         await asyncio.gather(*(self.stop(job, reason="DISK_FULL") for job in jobs), return_exceptions=True)
 
     async def _disk_use(self, *, files: bool) -> dict[str, float]:

@@ -4130,6 +4130,30 @@ async def test_the_main_user_of_a_full_disk_is_stopped_and_refused_and_others_go
         await worker.stop(worker.job(other))
 
 
+@in_loop
+async def test_a_main_user_of_the_disk_without_jobs_is_refused_and_others_end_below_half_of_the_reserve(
+    small_disk, capsys
+):
+    disk = os.statvfs(small_disk)
+    share = (free_bytes(small_disk) - 5 * MIB) / (disk.f_blocks * disk.f_frsize)
+    half = share * disk.f_blocks * disk.f_frsize / 2
+    async with worker_on(small_disk, reserve=share) as worker:
+        other = worker.job(await start_id(worker, shell("echo >file; exec sleep 1000", owner="bob")))
+        _, glutton = await result(worker, shell("head -c 6000000 /dev/zero >file"))
+        await worker._free_disk(os.statvfs(small_disk))
+        assert not other.ended
+        with pytest.raises(ExhaustedError, match="most of it is used by this owner"):
+            await start_id(worker, shell("true"))
+        assert (await result(worker, shell("exit 3", owner="bob")))[1].exit_code == 3
+        assert "'bob'" not in capsys.readouterr().err
+        with open(f"{glutton.spec.home}/more", "wb") as file:
+            file.write(bytes(int(free_bytes(small_disk) - half) + MIB))
+        await worker._free_disk(os.statvfs(small_disk))
+        assert ending(worker, other.id) == ("STOPPED", 137, "DISK_FULL")
+        log = capsys.readouterr().err
+        assert "'bob' uses most of it among the owners of running jobs: ending 1 job\n" in log
+
+
 @as_root
 @in_loop
 async def test_the_owner_of_most_files_is_stopped_and_refused_when_the_inodes_run_out_and_others_go_on(nothing_is_left):
