@@ -2011,6 +2011,9 @@ def fixed_steps() -> tuple[list[Step], list[Step]]:
     last += [
         mount_step("tmpfs", "/dev/shm", "tmpfs", "mode=1777", harmless=(errno.ENOENT,)),  # noqa: S108
         mount_step("proc", "/proc", "proc", "hidepid=invisible"),
+        # A job could mount a FUSE that never answers in a user namespace of its own. Whoever then reads its pipes cannot
+        # be killed.
+        mount_step("/dev/null", "/dev/fuse", harmless=(errno.ENOENT,)),
         ("no_new_privs", "prctl", ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),), ()),
     ]
     if os.path.exists("/dev/mqueue"):  # a kernel without mqueue would run modprobe at each try, which took 0.25 ms
@@ -4479,7 +4482,7 @@ class Worker:
             return
         owner, among = max(used, key=lambda name: used[name]), ""
         if owner not in self._refused and not self._running.get(owner):
-            say(f"the disk is nearly full, and {owner!r}, who has no running job, uses most of it: its starts are refused")
+            say(f"the disk is nearly full, and {owner!r}, who has no running job, uses most of it: it can start none")
         self._refused.add(owner)
         if not self._running.get(owner) and is_short(disk, self.options.reserve / 2):
             running = [name for name in used if self._running.get(name)]

@@ -1619,6 +1619,16 @@ async def test_a_confined_job_cannot_gain_a_privilege_and_sees_only_its_own_proc
 
 @as_root
 @in_loop
+async def test_a_confined_job_has_no_fuse(state):
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("needs /dev/fuse")
+    async with worker_on(state) as worker:
+        text, _ = await result(worker, shell("stat -c %t:%T /dev/fuse; cat /dev/fuse"))
+        assert text == b"1:3\n"
+
+
+@as_root
+@in_loop
 async def test_a_job_with_run_as_is_confined_only_if_its_request_says_so(state):
     script = "grep NoNewPrivs /proc/self/status"
     async with worker_on(state) as worker:
