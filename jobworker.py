@@ -5512,7 +5512,7 @@ class Service:
             await context.abort(grpc.StatusCode[error.status], shortened(str(error)), metadata)
         except JobWorkerError as error:
             await context.abort(grpc.StatusCode[error.status], shortened(str(error)))
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, grpc.aio.InternalError):  # InternalError: the client is lost, and gRPC ignores it
             raise
         except Exception as error:  # noqa: BLE001  a mistake in this module: one line in the log, no traceback sent
             frame = traceback.extract_tb(error.__traceback__)[-1]

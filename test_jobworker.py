@@ -4565,6 +4565,23 @@ def test_vanished_clients_leave_no_watch_and_no_descriptor_in_the_server(state, 
         until(lambda: (watches_of(served), len(fds_of(served))) == before)
 
 
+def test_clients_that_vanish_in_mid_stream_are_no_line_in_the_log(state, certs, tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as errors, serving(state, certs, stderr=errors) as served:
+        job = served.start("--", PYTHON, "-c", "import sys\nwhile True: sys.stdout.write('x' * 65536)")
+        before = watches_of(served)
+        for number in range(40):
+            with channel_to(served) as channel:
+                chunks = channel.unary_stream("/proto.WorkerService/GetOutputStream")(
+                    pb.GetStreamRequest(id=job).SerializeToString()
+                )
+                for _ in range(number % 20):
+                    next(chunks)
+        until(lambda: watches_of(served) <= before)
+        served.run("stop", job)
+    assert "rror" not in log.read_text()
+
+
 def test_clients_that_do_not_read_cost_bounded_memory_and_later_receive_every_byte(state, certs):
     def memory():
         return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{served.process.pid}/status").read_text())[1]) << 10
