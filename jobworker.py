@@ -1443,6 +1443,12 @@ class Events:
         return Ending(status, int(code), int(number), reason, by.strip("-"), node)
 
     @property
+    def deadline(self) -> float | None:
+        """When the job's timeout ends, on the machine's monotonic clock; None: it has none, or has not started."""
+        text = self.facts.get("started.deadline")
+        return None if text is None else float(text)
+
+    @property
     def input_bytes(self) -> int | None:
         """How much input the job was given; None: neither the end of its input nor a cut is recorded."""
         size = self.facts.get("input-ended.bytes", self.facts.get("exited.input_bytes"))
@@ -2011,8 +2017,8 @@ def fixed_steps() -> tuple[list[Step], list[Step]]:
     last += [
         mount_step("tmpfs", "/dev/shm", "tmpfs", "mode=1777", harmless=(errno.ENOENT,)),  # noqa: S108
         mount_step("proc", "/proc", "proc", "hidepid=invisible"),
-        # A job could mount a FUSE that never answers in a user namespace of its own. Whoever then reads its pipes cannot
-        # be killed.
+        # In a user namespace of its own a job could mount a FUSE that never answers. Whoever then reads the job's pipes
+        # cannot be killed.
         mount_step("/dev/null", "/dev/fuse", harmless=(errno.ENOENT,)),
         ("no_new_privs", "prctl", ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),), ()),
     ]
@@ -2466,7 +2472,7 @@ class Shim:
             reap_orphans(self._process)
         if cgroup >= 0:
             os.close(cgroup)
-        write_event(self._events, "started")
+        write_event(self._events, "started", **({"deadline": self._deadline} if self._deadline else {}))
         pumps = make_pumps(self._spec, pipes, outputs)
         self.supervise(self._pidfd, pumps)
         ending = self._ending(None if self._request else drain_all(pumps))
@@ -2625,6 +2631,8 @@ class Shim:
             return Ending("STOPPED", code, number, request.reason, request.by)
         if number == signal.SIGKILL and self._processes.out_of_memory_kills():
             return Ending("STOPPED", code, number, "OOM")
+        if number == signal.SIGKILL and milliseconds_until(self._deadline) == 0:
+            return Ending("STOPPED", code, number, "TIMEOUT")  # the server killed it, see `Worker._kill_late`
         incomplete = request or exhausted
         reason = incomplete.reason if incomplete and incomplete.reason not in ("TIMEOUT", "INPUT_CUT") else ""
         return Ending("FINISHED", code, number, reason)
@@ -3640,6 +3648,7 @@ class Feed:
 # jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 8.
 
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
+LATE_SECONDS = 5.0  # from the end of a job's timeout until the server itself kills the job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3687,6 +3696,7 @@ class Job:
         "finishers",
         "folder",
         "id",
+        "late",
         "name",
         "owner",
         "tail",
@@ -3701,6 +3711,7 @@ class Job:
         self.tail: Tail | None = None  # while a client follows the output
         self.feed: Feed | None = None  # of a job with input, in the server that started it
         self.watch: int | None = None  # on `events`, until the shim is gone
+        self.late: asyncio.TimerHandle | None = None  # while a job with a timeout runs
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
         self._spec = spec
@@ -3799,9 +3810,13 @@ def stop_seconds(job: Job, grace: float) -> float:
     for what that leaves behind.
     """
     with contextlib.suppress(NoSuchJobError):
-        if job.spec.through:
-            return grace + 2 * job.spec.grace + END_SECONDS + STOP_SECONDS
+        return grace + end_seconds(job.spec) + STOP_SECONDS
     return grace + STOP_SECONDS
+
+
+def end_seconds(spec: Spec) -> float:
+    """How long the end of a job may take that is not killed at once: one that runs through an engine."""
+    return 2 * spec.grace + END_SECONDS if spec.through else 0.0
 
 
 class TaskSet:
@@ -3922,6 +3937,7 @@ class Worker:
             if job.feed is not None:
                 job.feed.cut()
                 job.feed.close()
+            self._cancel_late(job)
             job.ring()
 
     @property
@@ -4160,6 +4176,8 @@ class Worker:
         if not job.folder.send_request(StopRequest(reason, by, signal_number, grace)):
             job.refresh(closed=True)
             self._settle(job, alive=False)
+        if job.late is not None and job.spec.through:  # the end of its timeout does not shorten its grace
+            self._set_late(job, max(job.late.when(), asyncio.get_running_loop().time() + stop_seconds(job, grace)))
         try:
             await asyncio.wait_for(self.wait(job), stop_seconds(job, grace if signal_number else 0))
         except asyncio.TimeoutError:
@@ -4176,6 +4194,32 @@ class Worker:
         with contextlib.suppress(JobWorkerError):  # the job has ended meanwhile
             if job.spec.cgroup:
                 Cgroup(job.spec.cgroup).kill()
+
+    def _await_deadline(self, job: Job) -> None:
+        """Have a job killed some seconds after the end of its timeout. A job can block its shim: a process in splice(2)
+        holds the pipe's mutex while it waits for a silent socket, and so the shim's own splice waits as long.
+        """
+        deadline = job.events.deadline
+        if job.late is not None or deadline is None or job.ended or not self._inotify.is_open:
+            return
+        with contextlib.suppress(NoSuchJobError):
+            if job.spec.cgroup:
+                left = deadline - time.monotonic() + end_seconds(job.spec) + LATE_SECONDS
+                self._set_late(job, asyncio.get_running_loop().time() + left)
+
+    def _set_late(self, job: Job, when: float) -> None:
+        self._cancel_late(job)
+        job.late = asyncio.get_running_loop().call_at(when, self._kill_late, job)
+
+    def _cancel_late(self, job: Job) -> None:
+        if job.late is not None:
+            job.late.cancel()
+            job.late = None
+
+    def _kill_late(self, job: Job) -> None:
+        if job.events.ending is None:
+            say(f"job {job.id} is still running after its timeout: killing it without its shim")
+            self._kill_without_shim(job)
 
     async def stop_all(self, by: str = "") -> None:
         """Stop every running job at once, and those that are started meanwhile."""
@@ -4291,12 +4335,14 @@ class Worker:
         def changed(mask: int) -> None:
             closed = bool(mask & IN_CLOSE_WRITE)
             job.refresh(closed=closed)
+            self._await_deadline(job)
             if closed:  # this was the shim's last write, even if the kernel closes its other descriptors later
                 self._settle(job, alive=False)
 
         job.watch = self._inotify.watch(f"{job.folder.path}/events", IN_MODIFY | IN_CLOSE_WRITE, changed)
 
     def _unwatch(self, job: Job) -> None:
+        self._cancel_late(job)
         if job.watch is not None:
             self._inotify.unwatch(job.watch)
             job.watch = None
@@ -4306,6 +4352,7 @@ class Worker:
         for job in [job for job in self._table.values() if not job.ended]:
             alive = job.folder.shim_lives()
             job.refresh(closed=not alive)
+            self._await_deadline(job)
             self._settle(job, alive=alive)
         for job in self._table.values():
             job.ring()
@@ -4435,6 +4482,7 @@ class Worker:
         job.keep_spec(spec)
         if spec is not None:
             self._count_running(job)
+        self._await_deadline(job)
         self._settle(job, alive=alive)
         if alive and spec is not None and spec.input and not job.ended and job.events.input_bytes is None:
             job.folder.send_request(StopRequest("INPUT_CUT"))  # only the earlier server had the pipe

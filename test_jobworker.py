@@ -4037,6 +4037,73 @@ async def test_a_job_whose_shim_is_stopped_is_killed_when_its_stop_gives_up(stat
         assert (ending(worker, job.id)[0], worker.status(job).stopped_by) == ("STOPPED", "alice")
 
 
+@pytest.mark.tree
+@pytest.mark.parametrize("options", [{}, {"through": ("env",), "grace": 0.1}], ids=["", "through"])
+@pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
+@in_loop
+async def test_a_job_whose_shim_is_stopped_is_killed_after_its_timeout(state, monkeypatch, options, restart):
+    if CgroupMount.find() is None:
+        pytest.skip("needs a cgroup2 mount")
+    monkeypatch.setattr(jobworker, "LATE_SECONDS", 0.1)
+    monkeypatch.setattr(jobworker, "END_SECONDS", 0.1)
+    async with contextlib.AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(worker_on(state, **options))
+        job = await start_id(worker, shell("echo $PPID $$; exec sleep 1000", timeout=0.5))
+        shim, process = map(int, (await wait_for_output(worker, job, b"\n")).split())
+        os.kill(shim, signal.SIGSTOP)
+        try:
+            if restart:
+                await stack.aclose()
+                worker = await stack.enter_async_context(worker_on(state, **options))
+            assert not await asyncio.to_thread(survivors, [process])
+        finally:
+            os.kill(shim, signal.SIGCONT)
+        await worker.wait(worker.job(job))
+        assert ending(worker, job) == ("STOPPED", 137, "TIMEOUT")
+
+
+BLOCKS_ITS_SHIM = """
+import ctypes, os, socket, threading, time
+print(os.getppid(), os.getpid(), flush=True)
+open("gate").read()
+silent, other = socket.socketpair()
+words = (ctypes.c_int(silent.fileno()), None, ctypes.c_int(1), None, ctypes.c_size_t(4096), ctypes.c_uint(0))
+os.write(1, b"x")
+threading.Thread(target=ctypes.CDLL(None).splice, args=words).start()
+while True:
+    os.write(1, b"x")
+    time.sleep(0.001)
+"""
+
+
+@pytest.mark.tree
+@in_loop
+async def test_a_job_that_blocks_its_shim_in_the_kernel_is_killed_after_its_timeout(state, monkeypatch):
+    def waits_in_kernel(process):
+        return "State:\tD" in Path(f"/proc/{process}/status").read_text()
+
+    if CgroupMount.find() is None:
+        pytest.skip("needs a cgroup2 mount")
+    monkeypatch.setattr(jobworker, "LATE_SECONDS", 0.1)
+    async with worker_on(state) as worker:
+        job = await start_id(worker, python("import os; os.mkfifo('gate')\n" + BLOCKS_ITS_SHIM, timeout=2.0))
+        shim, process = map(int, (await wait_for_output(worker, job, b"\n")).split())
+        os.kill(shim, signal.SIGSTOP)  # so that the pipe has output when the job takes its mutex
+        try:
+            Path(worker.status(worker.job(job)).spec.home, "gate").write_text("go\n")
+            until(lambda: waits_in_kernel(process))
+        finally:
+            os.kill(shim, signal.SIGCONT)
+        until(lambda: waits_in_kernel(shim))
+        try:
+            assert not await asyncio.to_thread(survivors, [process])
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        await worker.wait(worker.job(job))
+        assert ending(worker, job) == ("STOPPED", 137, "TIMEOUT")
+
+
 def test_silent_connections_prevent_no_job_s_end_and_no_stream(state, certs, tmp_path):
     files = 128
 
