@@ -18,8 +18,8 @@ The processes, and the way of a byte from a job to a client::
 
 The server holds nothing in memory that it cannot read back from the job folders. The launcher is this module again,
 started without third-party imports, so that its forks are cheap. Each job has one shim: the shim is the parent of the
-job's main process and writes the job's end to disk, whether or not a server runs. A job with input has one process more,
-the mover: server ══ socket ══> mover ── pipe ──> job. Neither server nor shim waits for a pipe that a job reads.
+job's main process and writes the job's end to disk, whether or not a server runs. A job with input has one more
+process, the mover: server ══ socket ══> mover ── pipe ──> job. Only the mover waits for a pipe that a job reads.
 
 Contents (each section uses only the sections above it)
      1. Names and limits                    every name, number and default
