@@ -5418,12 +5418,14 @@ OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with 
 ENDING_KEY = "ending-bin"  # metadata at the end of a stream: how its job ended, as a GetStatusResponse
 INPUT_BYTES_KEY = "input-bytes"  # metadata of an answer to SendInput: how many bytes one message may have
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
+REQUEST_SECONDS = 10.0  # from a call's headers until its first message is here
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
 LIST_STEP = 10  # jobs of a list after which other calls are served; a running job takes 0.1 ms
 BATCH_JOBS, BATCH_BYTES = 100, 64 * KIB  # of one message of a list
 MORE_FIELD = 34  # GetStatusResponse.more
 STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def wire_field(number: int, content: bytes) -> bytes:
@@ -5479,29 +5481,57 @@ def optional(message: Any, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
 
 
+async def first_message(messages: AsyncIterator[bytes]) -> bytes:
+    """The first message of a call. Raises BadRequestError if there is none, or NoAnswerError if it does not arrive.
+
+    It is not `asyncio.wait_for`: before Python 3.12 that can lose the cancellation with which the gate ends a call.
+    """
+    task, late = asyncio.current_task(), False
+
+    def give_up() -> None:
+        nonlocal late
+        late = True
+        task.cancel()  # type: ignore[union-attr]  # gRPC runs each call in a task
+
+    timer = asyncio.get_running_loop().call_later(REQUEST_SECONDS, give_up)
+    try:
+        return await anext(messages)
+    except StopAsyncIteration:
+        raise BadRequestError("the call has no request") from None
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        raise NoAnswerError(f"the request did not arrive within {REQUEST_SECONDS:g} seconds") from None
+    finally:
+        timer.cancel()
+
+
 class OpenCalls:
-    """The open calls of each owner, and how many one owner may have. A call is open until its answer was sent."""
+    """The open calls of each owner, and how many one owner may have. A call is open until its answer was sent, unless
+    it leaves before.
+    """
 
     def __init__(self, most: int, kind: str) -> None:
         self._most = most
         self._kind = kind  # "calls" or "streams"
-        self._open: dict[str, int] = {}
+        self._open: dict[str, set[Context]] = {}
 
-    def enter(self, owner: str, context: grpc.aio.ServicerContext[Any, Any]) -> int:
+    def enter(self, owner: str, context: Context) -> int:
         """Count a call until gRPC is done with it. Returns how many are open. Raises ExhaustedError."""
-        count = self._open.get(owner, 0)
+        count = len(self._open.get(owner, ()))
         if count >= self._most:
             raise ExhaustedError(
                 f"{owner!r} has {count} {self._kind} open, and `serve --owner-{self._kind}` allows no more"
             )
-        self._open[owner] = count + 1
-        context.add_done_callback(lambda _: self._leave(owner))  # type: ignore[arg-type]
+        self._open.setdefault(owner, set()).add(context)
+        context.add_done_callback(lambda _: self.leave(owner, context))  # type: ignore[arg-type]
         return count + 1
 
-    def _leave(self, owner: str) -> None:
-        self._open[owner] -= 1
-        if not self._open[owner]:
-            del self._open[owner]
+    def leave(self, owner: str, context: Context) -> None:
+        if calls := self._open.get(owner):
+            calls.discard(context)
+            if not calls:
+                del self._open[owner]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5523,16 +5553,15 @@ class Service:
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        def unary(answer: Callable[[Caller, Any], Awaitable[Any]], request: Any) -> grpc.RpcMethodHandler[Any, Any]:
-            async def handle(message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        def unary(answer: Callable[[Caller, Any], Awaitable[Any]], kind: Any) -> grpc.RpcMethodHandler[Any, Any]:
+            async def handle(messages: AsyncIterator[bytes], context: Context) -> Any:
                 async with self._checked(context) as caller:
-                    parsed = parse_request(request, message)
-                    # A call that waits for a job's end is open as long as a stream.
-                    counter = self._streams if getattr(parsed, "wait", False) else self._calls
-                    counter.enter(caller.name, context)
-                    return await answer(caller, parsed)
+                    request = await self._request(kind, messages, caller, context)
+                    if getattr(request, "wait", False):
+                        self._become_stream(caller, context)  # it is open until its job ends
+                    return await answer(caller, request)
 
-            return grpc.unary_unary_rpc_method_handler(
+            return grpc.stream_unary_rpc_method_handler(
                 handle, response_serializer=lambda reply: reply.SerializeToString()
             )
 
@@ -5542,8 +5571,8 @@ class Service:
             "GetJobStatus": unary(self._status, pb.GetStatusRequest),
             "RemoveJob": unary(self._remove, pb.RemoveJobRequest),
             "SignalJob": unary(self._signal, pb.SignalJobRequest),
-            "ListJobs": grpc.unary_stream_rpc_method_handler(self._list),
-            "GetOutputStream": grpc.unary_stream_rpc_method_handler(self._stream, response_serializer=frame_piece),
+            "ListJobs": grpc.stream_stream_rpc_method_handler(self._list),
+            "GetOutputStream": grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=frame_piece),
             "SendInput": grpc.stream_unary_rpc_method_handler(
                 self._input, response_serializer=pb.SendInputResponse.SerializeToString
             ),
@@ -5551,7 +5580,7 @@ class Service:
         return grpc.method_handlers_generic_handler(SERVICE_NAME, calls)
 
     @contextlib.asynccontextmanager
-    async def _checked(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Caller]:
+    async def _checked(self, context: Context) -> AsyncIterator[Caller]:
         """Identify the caller, run the call, and turn every error into a status with one sentence."""
         try:
             with self._gate.admitted(context.auth_context()) as caller:
@@ -5569,6 +5598,18 @@ class Service:
             await context.abort(
                 grpc.StatusCode.INTERNAL, "the server met an error that it did not expect; its log says more"
             )
+
+    async def _request(self, kind: Any, messages: AsyncIterator[bytes], caller: Caller, context: Context) -> Any:
+        """The first message of a call, which is counted before any byte of it is asked for. Until it is here, a stream
+        counts as a call, so that what the messages under way hold is bounded by `--owner-calls`.
+        """
+        self._calls.enter(caller.name, context)
+        return parse_request(kind, await first_message(messages))
+
+    def _become_stream(self, caller: Caller, context: Context) -> int:
+        """Count a call as a stream from now on. Returns how many its owner has open. Raises ExhaustedError."""
+        self._calls.leave(caller.name, context)
+        return self._streams.enter(caller.name, context)
 
     async def _start(self, caller: Caller, message: pb.StartJobRequest) -> pb.StartJobResponse:
         check_size(message)
@@ -5605,10 +5646,10 @@ class Service:
             await self._worker.wait(job)
         return status_message(self._worker.status(job))
 
-    async def _list(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _list(self, messages: AsyncIterator[bytes], context: Context) -> None:
         async with self._checked(context) as caller:
-            self._streams.enter(caller.name, context)
-            request = parse_request(pb.ListJobsRequest, message)
+            request = await self._request(pb.ListJobsRequest, messages, caller, context)
+            self._become_stream(caller, context)
             if not caller.admin and (request.everyone or request.owner not in ("", caller.name)):
                 raise DeniedError("only an admin may list the jobs of other owners")
             most = BATCH_JOBS if request.batches else 1
@@ -5651,10 +5692,10 @@ class Service:
         self._worker.remove(allowed_job(self._worker, caller, message.id))
         return pb.RemoveJobResponse()
 
-    async def _stream(self, message: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def _stream(self, messages: AsyncIterator[bytes], context: Context) -> None:
         async with self._checked(context) as caller:
-            size = read_size(self._streams.enter(caller.name, context))
-            request = parse_request(pb.GetStreamRequest, message)
+            request = await self._request(pb.GetStreamRequest, messages, caller, context)
+            size = read_size(self._become_stream(caller, context))
             job = allowed_job(self._worker, caller, request.id)
             # 2^62 is larger than any file, and still an offset for the kernel.
             offset, error_offset = (min(each, 1 << 62) for each in (request.offset, request.error_offset))
@@ -5671,18 +5712,18 @@ class Service:
                 ending = ending_message(job.events.ending).SerializeToString()
                 context.set_trailing_metadata(((ENDING_KEY, ending),))
 
-    async def _input(self, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def _input(self, messages: AsyncIterator[bytes], context: Context) -> Any:
         async with self._checked(context) as caller:
-            self._streams.enter(caller.name, context)
             context.set_trailing_metadata(((INPUT_BYTES_KEY, str(INPUT_BYTES)),))
-            first = parse_request(pb.SendInputRequest, await anext(messages, b""))
+            first = await self._request(pb.SendInputRequest, messages, caller, context)
+            self._become_stream(caller, context)
             job = allowed_job(self._worker, caller, first.id)
             async with contextlib.aclosing(input_chunks(first.data, messages, context)) as chunks:
                 return pb.SendInputResponse(bytes=await self._worker.send_input(job, chunks))
 
 
 async def input_chunks(
-    chunk: bytes, messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    chunk: bytes, messages: AsyncIterator[bytes], context: Context
 ) -> AsyncGenerator[bytes, None]:
     """The bytes of an input: the first chunk, and those of the further messages.
 

@@ -3925,6 +3925,118 @@ def test_unread_answers_cost_bounded_memory(state, certs, method, most):
             assert anonymous_memory(served) - before < most
 
 
+# A caller need not send its whole request. What it costs meanwhile is bounded.
+
+
+HALF_SENT_BYTES = 2_000_000
+
+
+@contextlib.contextmanager
+def half_sent(served, method, count):
+    """A connection with so many calls, each with the length of its request and none of its bytes."""
+    with tls_to(served) as connection:
+        connection.sendall(PREFACE)
+        for stream in range(1, 2 * count, 2):
+            connection.sendall(frame(1, 4, stream, headers(f"/proto.WorkerService/{method}")))
+            connection.sendall(frame(0, 0, stream, b"\0" + HALF_SENT_BYTES.to_bytes(4, "big")))
+        yield connection
+
+
+def frames_from(connection):
+    """The frames that arrive: the kind, the flags, the stream and the content of each."""
+    with connection.makefile("rb") as file:
+        while head := file.read(9):
+            content = file.read(int.from_bytes(head[:3], "big"))
+            if head[3] in (4, 6) and not head[4] & 1:  # SETTINGS and PING want an answer
+                connection.sendall(frame(head[3], 1, 0, content if head[3] == 6 else b""))
+            yield head[3], head[4], struct.unpack(">I", head[5:])[0], content
+
+
+def ended_calls(connection, count):
+    """The trailing headers of the first so many calls that end."""
+    ends = ((stream, content) for kind, flags, stream, content in frames_from(connection) if kind == 1 and flags & 1)
+    return dict(itertools.islice(ends, count))
+
+
+def send_what_is_taken(connection, count):
+    """Send all but the last byte of each request, as far as the server takes them (RFC 9113, 5.2)."""
+    windows = {0: 65535, **dict.fromkeys(range(1, 2 * count, 2), 65530)}
+    left = dict.fromkeys(windows, HALF_SENT_BYTES - 1)
+    initial, arrived, in_vain = 65535, frames_from(connection), 0
+    while in_vain < 5:
+        connection.sendall(frame(4, 0, 0, b""))  # its answer comes after what the server has said before
+        for kind, flags, stream, content in arrived:
+            if kind == 4 and flags & 1:
+                break
+            if kind == 4:
+                pairs = dict(struct.iter_unpack(">HI", content))
+                for each in set(windows) - {0}:
+                    windows[each] += pairs.get(4, initial) - initial
+                initial = pairs.get(4, initial)
+            elif kind == 8 and stream in windows:
+                windows[stream] += struct.unpack(">I", content)[0]
+            elif kind == 3 or (kind == 1 and flags & 1):
+                windows.pop(stream, None)
+        in_vain += 1
+        for stream in set(windows) - {0}:
+            while (size := min(16384, windows[0], windows[stream], left[stream])) > 0:
+                connection.sendall(frame(0, 0, stream, bytes(size)))
+                windows[0], windows[stream], left[stream] = windows[0] - size, windows[stream] - size, left[stream] - size
+                in_vain = 0
+
+
+METHODS = [
+    "StartJob", "StopJob", "GetJobStatus", "RemoveJob", "SignalJob", "ListJobs", "GetOutputStream", "SendInput",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_of_one_owner_are_refused_at_their_headers_and_others_are_served(state, certs, method):
+    with serving(state, certs, "--owner-calls", "2") as served, half_sent(served, method, 5) as connection:
+        ends = ended_calls(connection, 3)
+        assert [b"--owner-calls" in trailers for trailers in ends.values()] == [True] * 3
+        assert status_code(served, ID) == "RESOURCE_EXHAUSTED"
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=ID), role="admin")[0] == "NOT_FOUND"
+
+
+def test_the_half_sent_requests_of_a_lost_client_do_not_count(state, certs):
+    with serving(state, certs, "--owner-calls", "2") as served:
+        with half_sent(served, "GetJobStatus", 3) as connection:
+            ended_calls(connection, 1)
+        until(lambda: status_code(served, ID) == "NOT_FOUND")
+
+
+def test_a_revoked_caller_is_refused_at_the_headers(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    run_in_folder(folder, "revoke", "user")
+    with serving(state, folder) as served, half_sent(served, "StartJob", 5) as connection:
+        assert all(b"is revoked" in trailers for trailers in ended_calls(connection, 5).values())
+
+
+@pytest.mark.parametrize("method", ["StartJob", "GetOutputStream", "SendInput"])
+def test_half_sent_requests_cost_bounded_memory(state, certs, method):
+    with serving(state, certs, "--owner-calls", "8") as served, half_sent(served, method, 100) as connection:
+        before = anonymous_memory(served)
+        send_what_is_taken(connection, 100)
+        assert anonymous_memory(served) - before < 64 * MIB
+
+
+@pytest.mark.parametrize("method", ["StartJob", "ListJobs", "SendInput"])
+def test_a_half_sent_request_ends_with_one_sentence(state, certs, tmp_path, method):
+    with (
+        serving_older(state, certs, tmp_path, (r"REQUEST_SECONDS = 10.0", "REQUEST_SECONDS = 0.3")) as served,
+        half_sent(served, method, 1) as connection,
+    ):
+        assert b"the request did not arrive within 0.3 seconds" in ended_calls(connection, 1)[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_without_a_request_is_refused(shared, method):
+    with channel_to(shared) as channel, pytest.raises(grpc.RpcError) as refused:
+        list(channel.stream_stream(f"/proto.WorkerService/{method}")(iter(()), timeout=PATIENCE))
+    assert (refused.value.code().name, refused.value.details()) == ("INVALID_ARGUMENT", "the call has no request")
+
+
 @contextlib.contextmanager
 def no_descriptors():
     """No new descriptor while the block runs."""
