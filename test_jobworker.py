@@ -3981,7 +3981,8 @@ def send_what_is_taken(connection, count):
         for stream in set(windows) - {0}:
             while (size := min(16384, windows[0], windows[stream], left[stream])) > 0:
                 connection.sendall(frame(0, 0, stream, bytes(size)))
-                windows[0], windows[stream], left[stream] = windows[0] - size, windows[stream] - size, left[stream] - size
+                for budget, key in ((windows, 0), (windows, stream), (left, stream)):
+                    budget[key] -= size
                 in_vain = 0
 
 
