@@ -3649,6 +3649,7 @@ class Feed:
 # jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 8.
 
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
+FRESH_SECONDS = 10.0  # an ended job is not deleted to save space before this age: `run` may not have begun to read it
 LATE_SECONDS = 5.0  # from the end of a job's timeout until the server itself kills the job
 
 
@@ -3798,9 +3799,10 @@ class Retention:
         oldest = next(iter(self._sizes), None)
         if oldest is None:
             return None
+        age = time.time() - oldest.events.seconds("done")
         if self._keep_bytes and self._total > self._keep_bytes:
-            return 0.0
-        return max(0.0, oldest.events.seconds("done") + self._keep - time.time()) if self._keep else None
+            return max(0.0, FRESH_SECONDS - age)
+        return max(0.0, self._keep - age) if self._keep else None
 
     def oldest(self) -> Job:
         return next(iter(self._sizes))

@@ -2067,7 +2067,8 @@ async def test_an_ended_job_can_be_removed_and_a_running_job_cannot(state):
 
 
 @in_loop
-async def test_the_oldest_jobs_are_forgotten_beyond_keep_bytes_and_an_open_stream_still_completes(state):
+async def test_the_oldest_jobs_are_forgotten_beyond_keep_bytes_and_an_open_stream_still_completes(state, monkeypatch):
+    monkeypatch.setattr(jobworker, "FRESH_SECONDS", 0.0)
     async with worker_on(state, keep_bytes=2 * MIB) as worker:
         jobs = []
         for number in range(3):
@@ -2375,7 +2376,7 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
     ('write_event(self._events, "born")', "os.write(self._events, b'bor')", EXITED_7),
     ("outputs = self._folder.open_outputs()", "pass", LOST),
     ("for _, writer in pipes:\n            os.close", "pass", LOST),  # the job's command runs
-    ('write_event(self._events, "started")', "pass", LOST),
+    ('write_event(self._events, "started"', "pass", LOST),
     ("pumps = make_pumps(self._spec, pipes, outputs)", "pass", LOST),
     ("reported = {descriptor for descriptor, _ in", "pass", LOST),
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
@@ -7473,7 +7474,8 @@ def test_the_last_lines_of_each_output_of_a_split_job_can_be_read_without_waitin
 
 
 @in_loop
-async def test_both_files_count_in_keep_bytes_and_are_removed_with_their_job(state):
+async def test_both_files_count_in_keep_bytes_and_are_removed_with_their_job(state, monkeypatch):
+    monkeypatch.setattr(jobworker, "FRESH_SECONDS", 0.0)
     async with worker_on(state, keep_bytes=2 * MIB) as worker:
         jobs = []
         for redirection in (">&2", ">&2", ""):
@@ -8192,11 +8194,21 @@ def test_run_asks_an_older_server_how_its_job_ended(state, certs, tmp_path):
         assert (done.stdout, done.stderr, done.returncode) == ("hello\n", "", 4)
 
 
-def test_run_knows_the_exit_code_of_a_job_that_is_deleted_as_soon_as_it_ends(state, certs):
+def test_run_gets_the_output_and_the_exit_code_of_a_job_that_is_larger_than_keep_bytes(state, certs):
     with serving(state, certs, "--keep-bytes", "1K") as served:
         done = served.run("run", "sh", "-c", "head -c 3000000 /dev/zero; exit 4")
         assert (len(done.stdout), done.stderr, done.returncode) == (3_000_000, "", 4)
-        until(lambda: listed(served) == [])
+
+
+def test_a_stream_tells_how_its_job_ended_if_the_job_was_deleted_meanwhile(shared):
+    job = shared.start("--", "sh", "-c", "head -c 30000000 /dev/zero; exit 4")
+    with open_streams(shared, job, 1) as (stream,):
+        next(stream)
+        until(lambda: call(shared, "GetJobStatus", pb.GetStatusRequest(id=job)).status == pb.FINISHED)
+        call(shared, "RemoveJob", pb.RemoveJobRequest(id=job))
+        assert len(list(stream)) > 1
+        told = pb.GetStatusResponse.FromString(dict(stream.trailing_metadata())[jobworker.ENDING_KEY])
+        assert (told.status, told.exitcode) == (pb.FINISHED, 4)
 
 
 # --- The .pyz -------------------------------------------------------------------------------------------
