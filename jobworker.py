@@ -3521,6 +3521,7 @@ def checked_reserve(state: pathlib.Path, share: float, *, refused: bool) -> int:
 # A part of an input never passes for the whole: the shim holds the pipe open until this section tells it the end of
 # input, or that the input is cut and the job is to be stopped.
 
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; with the usual 208 KiB, `run -i cat` of 1 GiB took 6.9 s instead of 5.7
 SMALL_WRITE_BYTES, FEED_SECONDS = 64 * KIB, 0.001  # after a smaller write into a full socket a feed pauses
 
 
@@ -3545,6 +3546,8 @@ class Feed:
             raise disk_error("cannot make a socket for the job's input", error) from error
         handed_over.enter_context(theirs)
         self._socket.setblocking(False)
+        with contextlib.suppress(OSError):  # EPERM: only root may have more than net.core.wmem_max
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MIB)
         asyncio.get_running_loop().call_later(INPUT_SECONDS, self.cut_unsent)
         return theirs.fileno()
 
