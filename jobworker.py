@@ -2353,6 +2353,7 @@ class Pump:
     """Moves what a job prints from a pipe to a file, up to the job's cap and the disk's reserve."""
 
     def __init__(self, pipe: int, output: int, room: Room, *, splices: bool) -> None:
+        os.set_blocking(pipe, False)
         self.pipe = pipe
         self.output = output
         self.open = True  # until every writer has closed the pipe
@@ -2571,7 +2572,7 @@ class Shim:
         if pipe.moved and pipe.size is not None:
             write_event(self._events, "input-ended", bytes=pipe.size)
             os.close(pipe.feed)
-            pipe.size = None
+            self._input = None
 
     def _stop(self, request: StopRequest) -> None:
         """End the job as requested. The first request is recorded; a later one can only end the job sooner.
@@ -2647,16 +2648,16 @@ def milliseconds_until(deadline: float | None) -> int | None:
 
 
 def make_pipe(spec: Spec) -> tuple[int, int]:
-    """A pipe for stdout, stderr or both of the job. The job's uid owns it: an open of /dev/stderr opens the pipe anew
-    and checks the permission.
+    """A pipe for the input or an output of the job: the end to read from, and the end to write to.
+
+    The job's uid owns it: an open of /dev/stdin or /dev/stderr opens the pipe anew and checks the permission.
     """
-    pipe, writer = os.pipe2(os.O_CLOEXEC)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # EPERM: the user's quota of pipe memory is used up, and the default size works
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    os.set_blocking(pipe, False)
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     if spec.uid != os.geteuid():
-        os.fchown(writer, spec.uid, spec.gid)
-    return pipe, writer
+        os.fchown(reader, spec.uid, spec.gid)
+    return reader, writer
 
 
 class InputPipe:
@@ -2672,12 +2673,8 @@ class InputPipe:
     """
 
     def __init__(self, spec: Spec, channel: int) -> None:
-        """Make the pipe, which the job's uid owns, and start the mover. Raises OSError."""
-        self.stdin, self.feed = os.pipe2(os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # as in `make_pipe`
-            fcntl.fcntl(self.feed, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        if spec.uid != os.geteuid():
-            os.fchown(self.stdin, spec.uid, spec.gid)
+        """Make the pipe, and start the mover. Raises OSError."""
+        self.stdin, self.feed = make_pipe(spec)
         self.report, report = os.pipe2(os.O_CLOEXEC)  # gets a byte when the mover has moved all, and then it closes
         self.moved = False
         self.size: int | None = None  # of the whole input, when the server has said its end
@@ -2704,10 +2701,7 @@ def move_input(channel: int, feed: int, report: int) -> NoReturn:
     """The mover: moves bytes from the server's socket to the job's pipe until the server closes it."""
     try:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        for descriptor in map(int, os.listdir("/proc/self/fd")):
-            if descriptor > 2 and descriptor not in (channel, feed, report):
-                with contextlib.suppress(OSError):  # that of the list itself
-                    os.close(descriptor)  # also `control` and `events`: who holds these is a shim
+        close_all_but(channel, feed, report)  # also `control` and `events`: who holds these is a shim
         buffer = bytearray(PIPE_BYTES // 4)
         with contextlib.suppress(BrokenPipeError):  # the job reads no more
             while count := os.readv(channel, [buffer]):
@@ -2717,6 +2711,13 @@ def move_input(channel: int, feed: int, report: int) -> NoReturn:
         os.write(report, b".")
     finally:
         os._exit(0)
+
+
+def close_all_but(*kept: int) -> None:
+    """Close all descriptors but these and 0 to 2."""
+    for descriptor in {int(name) for name in os.listdir("/proc/self/fd")}.difference(range(3), kept):
+        with contextlib.suppress(OSError):  # EBADF: the one that listed them
+            os.close(descriptor)
 
 
 def reap_orphans(main_process: int) -> None:
@@ -5897,6 +5898,7 @@ def prepare_grpc() -> None:
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
     os.environ["GRPC_VERBOSITY"] = "NONE"
     keep_freed_memory()
+    skip_pure_python_protobuf()
 
 
 def keep_freed_memory() -> None:
@@ -5908,7 +5910,6 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError):  # musl has no such function, and keeps freed memory for less time
         for option, size in ((M_MMAP_THRESHOLD, 8 * MIB), (M_TRIM_THRESHOLD, 16 * MIB), (M_TOP_PAD, MIB)):
             libc_call("mallopt", option, size)
-    skip_pure_python_protobuf()
 
 
 def skip_pure_python_protobuf() -> None:
@@ -6575,13 +6576,7 @@ class Client:
         while True:
             self._reached, began = False, time.monotonic()
             try:
-                with contextlib.ExitStack() as resources:
-                    address, credentials = self._options.address, self._credentials
-                    result = attempt(resources.enter_context(grpc.secure_channel(address, credentials, options)))
-                    self._known = True
-                    if connection is not None:
-                        connection.enter_context(resources.pop_all())
-                    return result
+                return self._try(attempt, options, connection)
             except grpc.RpcError as error:
                 failure = self._explained(error, retried=lost_at > 0)
             except UnavailableError as error:
@@ -6595,6 +6590,21 @@ class Client:
                 raise UnavailableError(f"gave up after {self._options.retry_for:g} s: {failure}")
             time.sleep(max(0.0, pause - (time.monotonic() - began)))
             pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _try(
+        self,
+        attempt: Callable[[grpc.Channel], Any],
+        options: Sequence[tuple[str, Any]],
+        connection: contextlib.ExitStack | None,
+    ) -> Any:
+        """One try of `_with_retries`, with a connection of its own."""
+        with contextlib.ExitStack() as resources:
+            channel = resources.enter_context(grpc.secure_channel(self._options.address, self._credentials, options))
+            result = attempt(channel)
+            self._known = True
+            if connection is not None:
+                connection.enter_context(resources.pop_all())
+            return result
 
     def _explained(self, error: Any, *, retried: bool) -> JobWorkerError:
         """The error for gRPC's. A server that was never reached is reported at once: a retry helps only if a server
