@@ -2669,7 +2669,9 @@ async def test_jobs_do_not_use_the_reserve_of_the_disk(small_disk):
     async with worker_on(small_disk, reserve=share) as worker:
         text, status = await result(worker, JobRequest("yes", owner="alice"))
         assert (status.status, status.ending.reason) == ("STOPPED", "DISK_FULL")
-        assert MIB < len(text) < 14 * MIB  # up to half of the reserve
+        # The output may use half of the reserve: 16 - 4 MiB. The shim looks at the disk after less than 2 MiB, and then
+        # keeps what is in the pipe, at most 1 MiB.
+        assert MIB < len(text) < 15 * MIB
         with pytest.raises(ExhaustedError, match="nearly full"):
             await start_id(worker, shell("true"))
         worker.remove(worker.job(status.spec.id))
