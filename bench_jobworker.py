@@ -412,7 +412,9 @@ async def start(channel: grpc.aio.Channel, *words: str) -> str:
     return str((await call(channel, "StartJob", request, pb.StartJobResponse)).ID)
 
 
-def stream(channel: grpc.aio.Channel, job: str, offset: int = 0, service: str = JOB_WORKER) -> AsyncIterable[bytes]:
+def stream(
+    channel: grpc.aio.Channel, job: str, offset: int = 0, service: str = JOB_WORKER
+) -> AsyncIterable[jobworker.Content]:
     path = f"/{service}/GetOutputStream"
     decode = lambda message: jobworker.pieces_of(message)[0]  # noqa: E731
     method = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, decode)
@@ -514,12 +516,12 @@ class Ticks:
     messages: int = 0
     delays: list[float] = dataclasses.field(default_factory=list)  # ms
 
-    async def follow(self, chunks: AsyncIterable[bytes]) -> None:
+    async def follow(self, chunks: AsyncIterable[jobworker.Content]) -> None:
         first = True
         async for chunk in chunks:
             now = time.monotonic_ns()
             self.followers, first = self.followers + first, False
-            ticks = [int(line) for line in chunk.split()]
+            ticks = [int(line) for line in bytes(chunk).split()]
             self.delays.extend((now - tick) / 1e6 for tick in ticks if tick > self.settled)
             self.messages += ticks[-1] > self.settled
 

@@ -218,6 +218,7 @@ JOB_ID_VARIABLE = "JOBWORKER_JOB_ID"
 JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 ROLES = ("admin", "user")
 
+Content: TypeAlias = "bytes | memoryview"  # a view is a part of a message that is not copied
 READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
 INPUT_BYTES, OLD_INPUT_BYTES = 512 * KIB, 256 * KIB  # of one message of an input; and what an older server takes
 INPUT_SECONDS = 60.0  # from a job's start until somebody begins to send its input; later it is stopped
@@ -3559,7 +3560,7 @@ class Feed:
         """
         return self._socket is not None
 
-    async def send(self, chunks: AsyncIterable[bytes]) -> None:
+    async def send(self, chunks: AsyncIterable[Content]) -> None:
         """Pass on all chunks, and tell the shim the end of input. It returns early if the job reads no more.
 
         If `chunks` raises, or if this task is cancelled, the input is cut. Raises InputError if the input has ended or
@@ -3583,7 +3584,7 @@ class Feed:
                 f"the server is stopping, and the job is stopped, because its input was cut after {self.size} bytes"
             )
 
-    async def _pass_on(self, chunks: AsyncIterable[bytes]) -> None:
+    async def _pass_on(self, chunks: AsyncIterable[Content]) -> None:
         assert self._socket is not None
         async for chunk in chunks:
             if not await self._write(self._socket, chunk):
@@ -3593,7 +3594,7 @@ class Feed:
         if self._folder.send_request(InputEnd(self.size)):
             self.told = "end"
 
-    async def _write(self, channel: socket.socket, chunk: bytes) -> bool:
+    async def _write(self, channel: socket.socket, chunk: Content) -> bool:
         """Return when the socket has taken all bytes. False: no process of the job reads the input any more."""
         rest, count = memoryview(chunk), len(chunk)
         while rest:
@@ -4151,7 +4152,7 @@ class Worker:
         if not job.ended:
             job.folder.send_request(SignalRequest(number))
 
-    async def send_input(self, job: Job, chunks: AsyncIterable[bytes]) -> int:
+    async def send_input(self, job: Job, chunks: AsyncIterable[Content]) -> int:
         """Pass on a job's standard input, and at the end of `chunks` its end. Returns how many bytes the job was given.
 
         The next chunk is asked for when the job's pipe has taken all of this one, so nothing is stored. It returns
@@ -5430,6 +5431,7 @@ SHORTEST_PREFIX = 4  # characters of an id that may stand for it
 LIST_STEP = 10  # jobs of a list after which other calls are served; a running job takes 0.1 ms
 BATCH_JOBS, BATCH_BYTES = 100, 64 * KIB  # of one message of a list
 MORE_FIELD = 34  # GetStatusResponse.more
+DATA_FIELD = 2  # SendInputRequest.data
 STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -5458,20 +5460,6 @@ def frame_batch(summaries: Sequence[bytes]) -> bytes:
     return summaries[0] + b"".join(wire_field(MORE_FIELD, each) for each in summaries[1:])
 
 
-def pieces_of(message: bytes) -> tuple[bytes, bytes]:
-    """The bytes of both outputs in a GetStreamResponse that `frame_piece`, or any other protobuf, wrote."""
-    size = shift = 0
-    for position, byte in enumerate(message[1:6], 2):
-        size |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            if message[0] in (0x0A, 0x12) and position + size == len(message):
-                return (message[position:], b"") if message[0] == 0x0A else (b"", message[position:])
-            break
-    reply = pb.GetStreamResponse.FromString(message)
-    return bytes(reply.result), bytes(reply.error)
-
-
 def parse_request(kind: Any, message: bytes) -> Any:
     """A request of this kind. Raises BadRequestError if the bytes are not one, or a text in them is not UTF-8."""
     try:
@@ -5480,6 +5468,43 @@ def parse_request(kind: Any, message: bytes) -> Any:
         raise BadRequestError(
             f"the request is not a valid {kind.DESCRIPTOR.name}, or a text in it is not UTF-8"
         ) from None
+
+
+def only_field(message: bytes) -> tuple[int, memoryview]:
+    """The number and the bytes of the one field of a message that `wire_field` wrote. The number is 0 for any other
+    message. The bytes are not copied.
+    """
+    size = shift = 0
+    for position, byte in enumerate(message[1:6], 2):
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            if message[0] & 0x87 == 2 and position + size == len(message):
+                return message[0] >> 3, memoryview(message)[position:]
+            break
+    return 0, memoryview(b"")
+
+
+def pieces_of(message: bytes) -> tuple[Content, Content]:
+    """The bytes of both outputs in a GetStreamResponse that `frame_piece`, or any other protobuf, wrote."""
+    number, piece = only_field(message)
+    if number in (1, 2):
+        return (piece, b"") if number == 1 else (b"", piece)
+    reply = pb.GetStreamResponse.FromString(message)
+    return reply.result, reply.error
+
+
+def frame_chunk(chunk: bytes) -> bytes:
+    """A SendInputRequest with bytes of the input."""
+    return wire_field(DATA_FIELD, chunk)
+
+
+def chunk_of(message: bytes) -> Content:
+    """The bytes of the input in a SendInputRequest that `frame_chunk`, or any other protobuf, wrote. Raises
+    BadRequestError.
+    """
+    number, chunk = only_field(message)
+    return chunk if number == DATA_FIELD else parse_request(pb.SendInputRequest, message).data
 
 
 def optional(message: Any, field: str) -> Any:
@@ -5729,7 +5754,9 @@ class Service:
                 return pb.SendInputResponse(bytes=await self._worker.send_input(job, chunks))
 
 
-async def input_chunks(chunk: bytes, messages: AsyncIterator[bytes], context: Context) -> AsyncGenerator[bytes, None]:
+async def input_chunks(
+    chunk: Content, messages: AsyncIterator[bytes], context: Context
+) -> AsyncGenerator[Content, None]:
     """The bytes of an input: the first chunk, and those of the further messages.
 
     gRPC ends `messages` in the same way when the client has sent all and when the client is lost. But it sends nothing
@@ -5737,11 +5764,11 @@ async def input_chunks(chunk: bytes, messages: AsyncIterator[bytes], context: Co
     """
     yield checked_chunk(chunk)
     async for message in messages:
-        yield checked_chunk(parse_request(pb.SendInputRequest, message).data)
+        yield checked_chunk(chunk_of(message))
     await context.send_initial_metadata(STREAM_METADATA)
 
 
-def checked_chunk(chunk: bytes) -> bytes:
+def checked_chunk(chunk: Content) -> Content:
     if len(chunk) > INPUT_BYTES:
         raise BadRequestError(f"a message of input has {len(chunk)} bytes, and {INPUT_BYTES} are the most")
     return chunk
@@ -6336,12 +6363,12 @@ class Sink:
     bytes. `offsets` has the offset of each output's next byte; it changes only after a whole chunk was written.
     """
 
-    def __init__(self, write: Callable[[int, bytes], None], offset: int = 0, error_offset: int = 0) -> None:
+    def __init__(self, write: Callable[[int, Content], None], offset: int = 0, error_offset: int = 0) -> None:
         self._write = write
         self.offsets = {1: offset, 2: error_offset}
         self.busy = False  # a signal handler must not raise now, or bytes would be written twice
 
-    def take(self, number: int, chunk: bytes) -> None:
+    def take(self, number: int, chunk: Content) -> None:
         self.busy = True
         try:
             self._write(number, chunk)
@@ -6362,19 +6389,19 @@ class Sending:
         self._made = threading.Event()
         self._begun = threading.Event()  # the first message was sent, or the call has ended
         self._turn = threading.Lock()  # taken once: by the reader of the file, or by a caller who makes another call
-        call = channel.stream_unary(SEND_INPUT, pb.SendInputRequest.SerializeToString, pb.SendInputResponse.FromString)
+        call: Any = channel.stream_unary(SEND_INPUT, None, pb.SendInputResponse.FromString)
         self._call = call.future(self._messages())
         self._made.set()
         self._call.add_done_callback(lambda _: self._begun.set())
 
-    def _messages(self) -> Iterator[pb.SendInputRequest]:
-        yield pb.SendInputRequest(id=self.job_id)
+    def _messages(self) -> Iterator[bytes]:
+        yield pb.SendInputRequest(id=self.job_id).SerializeToString()
         if not self._turn.acquire(blocking=False):
             return
         self._begun.set()
         try:
             while chunk := self._read():
-                yield pb.SendInputRequest(data=chunk)
+                yield frame_chunk(chunk)
                 self.size += len(chunk)
         except OSError as error:
             self._failure = f"cannot read {self._file.name or 'standard input'}: {error.strerror}"
@@ -6807,7 +6834,7 @@ def user_folder(variable: str, below_home: str) -> pathlib.Path:
     return pathlib.Path(os.environ.get(variable) or os.path.join(home, below_home)) / "jobworker"
 
 
-def write_to(descriptor: int, chunk: bytes) -> None:
+def write_to(descriptor: int, chunk: Content) -> None:
     """Write all bytes to a descriptor (1: standard output, 2: standard error), also if it does not block."""
     rest = memoryview(chunk)
     while rest:
@@ -7582,7 +7609,7 @@ class InterruptibleSink(Sink):
         else:
             raise Interrupted(number)
 
-    def take(self, number: int, chunk: bytes) -> None:
+    def take(self, number: int, chunk: Content) -> None:
         super().take(number, chunk)
         if self._pending:
             number, self._pending = self._pending, 0
@@ -8065,7 +8092,7 @@ class LineSink(Sink):
         self._prefix = prefix
         self._rests = {1: b"", 2: b""}  # of each output: the beginning of a line
 
-    def _write_lines(self, number: int, chunk: bytes) -> None:
+    def _write_lines(self, number: int, chunk: Content) -> None:
         *lines, rest = (self._rests[number] + chunk).split(b"\n")
         if len(rest) > LINE_BYTES:
             lines, rest = [*lines, rest], b""

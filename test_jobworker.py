@@ -3451,6 +3451,26 @@ def test_frame_piece_and_pieces_of_agree_with_protobuf(result, error):
     assert jobworker.pieces_of(pb.GetStreamResponse(result=result, error=error).SerializeToString()) == (result, error)
 
 
+@given(st.binary(max_size=300), st.text(max_size=3))
+def test_frame_chunk_and_chunk_of_agree_with_protobuf(data, job):
+    message = pb.SendInputRequest(data=data)
+    assert jobworker.frame_chunk(data) == message.SerializeToString() or not data
+    assert jobworker.chunk_of(jobworker.frame_chunk(data)) == data
+    assert jobworker.chunk_of(message.SerializeToString() + b"\x18\x01") == data  # a later client has one more field
+    assert jobworker.chunk_of(pb.SendInputRequest(id=job, data=data).SerializeToString()) == data
+
+
+@given(st.binary(max_size=8))
+def test_any_bytes_are_a_message_of_input_exactly_if_they_are_one_for_protobuf(message):
+    try:
+        data = pb.SendInputRequest.FromString(message).data
+    except jobworker.protobuf.DecodeError:
+        with pytest.raises(jobworker.BadRequestError, match="not a valid SendInputRequest"):
+            jobworker.chunk_of(message)
+    else:
+        assert jobworker.chunk_of(message) == data
+
+
 def test_start_calls_with_the_same_id_start_one_job(shared):
     request = pb.StartJobRequest(cmd="sh", args=["-c", "echo once"], id=jobworker.new_job_id())
     assert {call(shared, "StartJob", request).ID for _ in range(3)} == {request.id}
