@@ -2444,7 +2444,7 @@ class Shim:
         self._events = events
         self._channels = list(channels)  # a socket from the server, if the job has input
         self._input: InputPipe | None = None
-        self._cut: dict[str, int] = {}  # after how many bytes the input was cut, for `events`
+        self._cut: InputCut | None = None
         self._processes = spec.processes()
         self._process = self._pidfd = -1
         self._request: StopRequest | None = None  # the first one that ends the job
@@ -2481,8 +2481,13 @@ class Shim:
         ending = self._ending(None if self._request else drain_all(pumps))
         if self._spec.through_end:
             ending = ask_engine(self._spec).correct(ending)
-        write_event(self._events, "exited", **vars(ending), **self._cut)
+        write_event(self._events, "exited", **vars(ending), **self._input_bytes())
         finish_job(self._folder, self._spec, self._events, ending, pumps)
+
+    def _input_bytes(self) -> dict[str, int]:
+        """After how many bytes the input was cut, for `events`. A server that was killed has not said it."""
+        size = self._cut.size if self._cut else self._input.moved if self._input else None
+        return {} if size is None else {"input_bytes": size}
 
     def _start(self, cgroup: int, writers: Sequence[int]) -> StartFailure | None:
         """Start the main process. Returns why its command could not be run. Raises OSError."""
@@ -2551,7 +2556,7 @@ class Shim:
                     self._input.size = request.size
                     self._end_input(self._input)
             elif isinstance(request, InputCut):
-                self._cut = {"input_bytes": request.size}
+                self._cut = request
             else:
                 self._stop(request)
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -2563,15 +2568,16 @@ class Shim:
 
     def _input_moved(self, pipe: InputPipe) -> None:
         """The mover has ended. Unless it was killed, the pipe has all that the server sent."""
-        pipe.moved = os.read(pipe.report, 1) != b""
-        if not pipe.moved:
+        if number := os.read(pipe.report, 32):
+            pipe.moved = int(number)
+        else:
             self._stop(StopRequest("INPUT_CUT"))
         self._end_input(pipe)
 
     def _end_input(self, pipe: InputPipe) -> None:
         """Record the end of input and close the pipe, if the server has said the end and the pipe has all bytes."""
-        if pipe.moved and pipe.size is not None:
-            write_event(self._events, "input-ended", bytes=pipe.size)
+        if pipe.moved is not None and pipe.size is not None:
+            write_event(self._events, "input-ended", bytes=pipe.moved)
             os.close(pipe.feed)
             self._input = None
 
@@ -2676,8 +2682,8 @@ class InputPipe:
     def __init__(self, spec: Spec, channel: int) -> None:
         """Make the pipe, and start the mover. Raises OSError."""
         self.stdin, self.feed = make_pipe(spec)
-        self.report, report = os.pipe2(os.O_CLOEXEC)  # gets a byte when the mover has moved all, and then it closes
-        self.moved = False
+        self.report, report = os.pipe2(os.O_CLOEXEC)  # gets the number of bytes when the mover has moved all
+        self.moved: int | None = None  # that number
         self.size: int | None = None  # of the whole input, when the server has said its end
         parent = os.fork()
         if parent == 0:
@@ -2703,13 +2709,15 @@ def move_input(channel: int, feed: int, report: int) -> NoReturn:
     try:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         close_all_but(channel, feed, report)  # also `control` and `events`: who holds these is a shim
-        buffer = bytearray(PIPE_BYTES // 4)
+        buffer, moved = bytearray(PIPE_BYTES // 4), 0
         with contextlib.suppress(BrokenPipeError):  # the job reads no more
             while count := os.readv(channel, [buffer]):
                 rest = memoryview(buffer)[:count]
                 while rest:
-                    rest = rest[os.write(feed, rest) :]
-        os.write(report, b".")
+                    written = os.write(feed, rest)
+                    moved += written
+                    rest = rest[written:]
+        os.write(report, b"%d" % moved)
     finally:
         os._exit(0)
 

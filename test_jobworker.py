@@ -7916,7 +7916,7 @@ INPUT_DEATHS = [  # the process; the statement before which it dies; the job's e
     ("shim", 'write_event(self._events, "input-ended"', LOST, False),
     ("shim", "os.close(pipe.feed)\n", LOST, True),
     ("mover", "move_input(channel, feed, report)\n", ("STOPPED", 137, "INPUT_CUT"), False),
-    ("mover", 'os.write(report, b".")', ("STOPPED", 137, "INPUT_CUT"), False),
+    ("mover", 'os.write(report, b"%d" % moved)', ("STOPPED", 137, "INPUT_CUT"), False),
     ("server", "if self._folder.send_request(InputEnd(self.size))", ("STOPPED", 137, "INPUT_CUT"), False),
     ("server", "await self._until(job, lambda: job.events.input_bytes is not None", ("FINISHED", 0, ""), True),
 ]
@@ -8002,6 +8002,7 @@ def test_an_input_that_is_cut_ends_its_job_and_run_says_so(state, certs, port, a
         (job,) = listed(served)
         status = status_at_end(served, job.id)
         assert (pb.Status.Name(status.status), status.reason) == expected
+        assert status.input_bytes == 6 or status.reason != "INPUT_CUT"
         assert call(served, "StopJob", pb.StopJobRequest(id=job.id)) == pb.StopJobResponse()
 
 
