@@ -4860,35 +4860,59 @@ def read_key(path: pathlib.Path) -> bytes:
     return content
 
 
+def damage_errors() -> tuple[type[Exception], ...]:
+    """What cryptography raises for a key, a certificate or a revocation list that is damaged or that it cannot read."""
+    extensions = x509.DuplicateExtension, x509.UnsupportedGeneralNameType
+    return ValueError, TypeError, exceptions.UnsupportedAlgorithm, x509.InvalidVersion, *extensions
+
+
+def load_key(path: pathlib.Path) -> Any:
+    """The private key in a file. Raises JobWorkerError."""
+    try:
+        return serialization.load_pem_private_key(read_key(path), password=None)
+    except damage_errors() as error:
+        raise JobWorkerError(f"{path} cannot be read (it is not PEM, or it has a password): {error}") from None
+
+
+def load_certificates(path: pathlib.Path) -> list[x509.Certificate]:
+    """The certificates in a file; at least one. Raises JobWorkerError."""
+    return parse_certificates(read_file(path), path)
+
+
+def parse_certificates(pem: bytes, path: pathlib.Path) -> list[x509.Certificate]:
+    """The certificates in PEM that a file has. Raises JobWorkerError.
+
+    cryptography parses some parts of a certificate at their first use. They are used here, so that no later use of a
+    damaged certificate raises.
+    """
+    try:
+        found = x509.load_pem_x509_certificates(pem)
+        for each in found:
+            _ = each.subject, each.issuer, each.not_valid_before_utc, each.not_valid_after_utc
+            _ = each.public_key(), each.signature_hash_algorithm, [value.critical for value in each.extensions]
+    except damage_errors() as error:
+        raise JobWorkerError(
+            f"{path} cannot be read: it has no certificate in PEM, or a damaged one ({error})"
+        ) from None
+    return found
+
+
 def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
     """An authority of the folder with its key. Raises JobWorkerError if the folder has only its certificate."""
     path = folder / f"{name}.key"
     if not path.exists():
         raise JobWorkerError(f"{path} is missing: only the folder that made the authority can issue with it")
-    try:
-        key = serialization.load_pem_private_key(read_key(path), password=None)
-        certificate = x509.load_pem_x509_certificate(read_file(folder / f"{name}.pem"))
-        return CertifiedKey(certificate, key)  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
-        raise JobWorkerError(f"{path} or its certificate cannot be read: {error}") from None
+    return CertifiedKey(load_certificates(folder / f"{name}.pem")[0], load_key(path))
 
 
 def load_authorities(folder: pathlib.Path) -> list[x509.Certificate]:
     """The client authorities of a folder. Raises JobWorkerError."""
-    path = folder / "client-ca.pem"
-    try:
-        return x509.load_pem_x509_certificates(read_file(path))
-    except ValueError as error:
-        raise JobWorkerError(f"{path} cannot be read: {error}") from None
+    return load_certificates(folder / "client-ca.pem")
 
 
 def add_names(folder: pathlib.Path, names: Sequence[str]) -> str:
     """Make a new server.pem if the present one lacks some of these names. It keeps the names that it has."""
-    try:
-        certificate = x509.load_pem_x509_certificate(read_file(folder / "server.pem"))
-    except ValueError as error:
-        raise JobWorkerError(f"{folder / 'server.pem'} cannot be read: {error}") from None
-    present = extension(certificate, x509.SubjectAlternativeName)
+    present = extension(load_certificates(folder / "server.pem")[0], x509.SubjectAlternativeName)
     has = [str(name.value) for name in present or ()]
     names = [str(general_name(name).value) for name in names]
     if set(names) <= set(has):
@@ -4904,14 +4928,14 @@ def renew_server_certificate(folder: pathlib.Path) -> str:
     """
     path = folder / "server.pem"
     try:
-        old = x509.load_pem_x509_certificate(read_file(path))
+        old = load_certificates(path)[0]
         if not ends_soon(old) or not (folder / "server-ca.key").exists():
             return ""
-        key: Any = serialization.load_pem_private_key(read_key(folder / "server.key"), password=None)
+        key = load_key(folder / "server.key")
         authority = load_authority(folder, "server-ca")
-        names = [str(name.value) for name in extension(old, x509.SubjectAlternativeName) or ()]
-    except (ValueError, TypeError, JobWorkerError, exceptions.UnsupportedAlgorithm):
+    except JobWorkerError:
         return ""  # `read_server_folder` has the sentence for it
+    names = [str(name.value) for name in extension(old, x509.SubjectAlternativeName) or ()]
     longer = authority.certificate.not_valid_after_utc > old.not_valid_after_utc
     usable = list(filter(is_general_name, names))
     ours = can_be_served(key) and key.public_key() == old.public_key() and is_issued_by(old, authority.certificate)
@@ -4924,7 +4948,7 @@ def renew_server_certificate(folder: pathlib.Path) -> str:
 
 def bundle_of(folder: pathlib.Path, made: CertifiedKey, host: str, port: int) -> bytes:
     """All that a client needs in one PEM: the server's address as a comment, key, certificate, server authority."""
-    authorities = b"".join(pem_blocks(read_file(folder / "server-ca.pem"), b"CERTIFICATE"))
+    authorities = to_pem(*load_certificates(folder / "server-ca.pem"))
     address = f"# jobworker server: {written_address(host, port)}\n".encode()
     return address + made.key_pem() + made.certificate_pem() + authorities
 
@@ -4935,8 +4959,7 @@ def written_address(host: str, port: int) -> str:
 
 def is_named(folder: pathlib.Path, host: str) -> bool:
     """Whether server.pem holds this host name or address, so that a client can verify it."""
-    certificate = x509.load_pem_x509_certificate(read_file(folder / "server.pem"))
-    names = extension(certificate, x509.SubjectAlternativeName) or ()
+    names = extension(load_certificates(folder / "server.pem")[0], x509.SubjectAlternativeName) or ()
     return str(general_name(host).value).lower() in [str(name.value).lower() for name in names]
 
 
@@ -4955,10 +4978,13 @@ def end_warnings(folder: pathlib.Path) -> Iterator[str]:
         ("server-ca.pem", "make a new authority, and give it to every client before that day"),
         ("client-ca.pem", "make a new authority, and a new identity for every client before that day"),
     ):
-        for block in pem_blocks((folder / name).read_bytes() if (folder / name).is_file() else b"", b"CERTIFICATE"):
-            certificate = x509.load_pem_x509_certificate(block)
-            if ends_soon(certificate):
-                yield f"warning: a certificate in {folder / name} is valid until {day_of(certificate)}; {remedy}"
+        try:
+            certificates = load_certificates(folder / name) if (folder / name).is_file() else []
+        except JobWorkerError as error:
+            yield f"warning: {error}"
+            continue
+        for certificate in filter(ends_soon, certificates):
+            yield f"warning: a certificate in {folder / name} is valid until {day_of(certificate)}; {remedy}"
 
 
 def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Certificate], float]:
@@ -4968,14 +4994,7 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
     byte-order mark before it. Raises JobWorkerError, which names the file, if gRPC cannot serve them.
     """
     pem, key_path = folder / "server.pem", folder / "server.key"
-    try:
-        certificates = x509.load_pem_x509_certificates(read_file(pem))
-        key = serialization.load_pem_private_key(read_key(key_path), password=None)
-        authorities = x509.load_pem_x509_certificates(read_file(folder / "client-ca.pem"))
-    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
-        raise JobWorkerError(
-            f"the certificates in {folder} cannot be read (not PEM, or a key with a password): {error}"
-        ) from None
+    certificates, key, authorities = load_certificates(pem), load_key(key_path), load_authorities(folder)
     if not can_be_served(key):
         raise JobWorkerError(f"{key_path} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
     if key.public_key() != certificates[0].public_key():
@@ -5027,8 +5046,8 @@ def certificates_of(folder: pathlib.Path) -> Iterator[x509.Certificate]:
     """Every certificate that the folder has, in the list of those that were made or in a file."""
     for path in [folder / ISSUED_FILE, *sorted(folder.glob("*.pem"))]:
         for block in pem_blocks(path.read_bytes() if path.is_file() else b"", b"CERTIFICATE"):
-            with contextlib.suppress(ValueError):
-                yield x509.load_pem_x509_certificate(block)
+            with contextlib.suppress(JobWorkerError):
+                yield from parse_certificates(block, path)
 
 
 def issued_certificates(folder: pathlib.Path, authority: x509.Certificate) -> list[x509.Certificate]:
@@ -5104,7 +5123,8 @@ def read_revocation_lists(
                 raise JobWorkerError(
                     f"{path} is a partial list (a delta, or of one kind), and the server needs a whole one"
                 )
-    except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
+            _ = each.next_update_utc, revocation_days([each])  # what is damaged raises now, and not at a later use
+    except damage_errors() as error:
         raise JobWorkerError(f"{path} cannot be read: {error}") from None
     return lists
 
@@ -5262,13 +5282,7 @@ def read_peer_certificate(pem: bytes, chain: bytes, authorities: bytes) -> PeerC
     except x509.DuplicateExtension as error:
         oid = error.oid.dotted_string
         return PeerCertificate(f"the client's certificate, or one behind it, has more than one extension {oid}")
-    except (
-        ValueError,
-        TypeError,
-        exceptions.UnsupportedAlgorithm,
-        x509.InvalidVersion,
-        x509.UnsupportedGeneralNameType,
-    ):
+    except damage_errors():
         return PeerCertificate("the client's certificate cannot be read")
 
 
@@ -7322,11 +7336,10 @@ def chosen_certificates(folder: pathlib.Path, word: str) -> dict[x509.Certificat
     """The serials of the certificates that a word stands for, by their issuers. Raises JobWorkerError."""
     authorities = load_authorities(folder)
     if "/" in word or word.endswith(".pem"):
-        blocks = pem_blocks(read_file(pathlib.Path(word)), b"CERTIFICATE")
-        sent = [x509.load_pem_x509_certificate(block) for block in blocks]
+        sent = load_certificates(pathlib.Path(word))
         issuers = with_intermediates(authorities, [*certificates_of(folder), *sent])
         for issuer in issuers:
-            if sent and is_issued_by(sent[0], issuer):
+            if is_issued_by(sent[0], issuer):
                 return {issuer: [sent[0].serial_number]}
         raise JobWorkerError(f"the certificate in {word} is not from the authority {folder / 'client-ca.pem'}")
     issuers = with_intermediates(authorities, certificates_of(folder))
@@ -7351,8 +7364,8 @@ def certified_issuer(folder: pathlib.Path, issuer: x509.Certificate) -> Certifie
     if issuer == load_authorities(folder)[0]:
         return load_authority(folder, "client-ca")
     for path in sorted(folder.glob("*.key")):
-        with contextlib.suppress(ValueError, TypeError, JobWorkerError, exceptions.UnsupportedAlgorithm):
-            key: Any = serialization.load_pem_private_key(read_key(path), password=None)
+        with contextlib.suppress(JobWorkerError):
+            key = load_key(path)
             if key.public_key() == issuer.public_key():
                 return CertifiedKey(issuer, key)
     raise JobWorkerError(

@@ -9,6 +9,7 @@ the skip says what is missing. The banners name the sections of jobworker.py.
 from __future__ import annotations
 
 import asyncio
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -5281,6 +5282,61 @@ def test_a_folder_with_an_unusable_file_is_refused_and_not_changed(state, certs,
     before = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
     one_sentence(serve_once(folder, state), message)
     assert {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
+
+
+def damaged(pem, chance):
+    """A PEM file with other bytes in its DER."""
+    kind = pem.split(b"-----")[1].removeprefix(b"BEGIN ")
+    der = bytearray(base64.b64decode(pem.split(b"-----")[2]))
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        der[chance.randrange(len(der))] = chance.choice((0, 1, 0x7F, 0xFF, chance.randrange(256)))
+    return b"-----BEGIN %b-----\n%b-----END %b-----\n" % (kind, base64.encodebytes(der), kind)
+
+
+CERTS_VERBS = [
+    ("identity", "--list"),
+    ("identity", "bob", "--bundle", "box"),
+    ("identity", "user2", "--renew"),
+    ("revoke", "user2"),
+    ("revoke", "user2.pem"),
+]
+
+
+def serve_from(folder):
+    """What a server does with the files of a folder before it listens."""
+    jobworker.read_server_folder(folder)
+    lists = jobworker.read_revocation_lists(folder, jobworker.load_authorities(folder))
+    for warning in (*jobworker.end_warnings(folder), *jobworker.overdue_warnings(lists)):
+        assert warning.startswith("warning: ")
+    jobworker.renew_server_certificate(folder)
+    jobworker.add_names(folder, ["box"])
+
+
+DAMAGED = "server.pem server.key server-ca.pem client-ca.pem client-ca.key client-crl.pem user2.pem".split()
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_the_certs_folder_is_one_sentence_to_whoever_reads_it(
+    certs, tmp_path, monkeypatch, capfd, name
+):
+    whole = Path(shutil.copytree(certs, tmp_path / "whole"))
+    assert jobworker.main(["revoke", "admin", "--certs", str(whole)]) == 0
+    chance = random.Random(name)
+    folder = tmp_path / "certs"
+    for _ in range(30):
+        shutil.copytree(whole, folder)
+        monkeypatch.chdir(folder)
+        (folder / name).write_bytes(damaged((whole / name).read_bytes(), chance))
+        with contextlib.suppress(jobworker.JobWorkerError):
+            serve_from(folder)
+        for words in CERTS_VERBS:
+            words = [f"./{word}" if word.endswith(".pem") else word for word in words]
+            capfd.readouterr()
+            if jobworker.main([*words, "--certs", str(folder)]):
+                lines = capfd.readouterr().err.splitlines()  # the error, perhaps after a warning
+                assert lines
+                assert all(line.startswith("jobworker: ") for line in lines)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
