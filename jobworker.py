@@ -5,7 +5,7 @@ This is one module, and it reads from top to bottom. ``serve`` is the server. ``
 and the other verbs are clients of it. `Worker` is the library below both: it needs no gRPC, no TLS and no third-party
 package.
 
-The processes, and the way of a byte from a job to a client::
+The processes, and the path of a byte from a job to a client::
 
     client ══ gRPC, mTLS 1.3 ══ server ── one packet with descriptors ──> launcher
                                  │ ▲ ▲                                       │ fork
@@ -19,11 +19,14 @@ The processes, and the way of a byte from a job to a client::
 The server holds nothing in memory that it cannot read back from the job folders. The launcher is this module again,
 started without third-party imports, so that its forks are cheap. Each job has one shim: the shim is the parent of the
 job's main process and writes the job's end to disk, whether or not a server runs. A job with input has one more
-process, the mover: server ══ socket ══> mover ── pipe ──> job. Only the mover waits for a pipe that a job reads.
+process, the mover: server ══ socket ══> mover ── pipe ──> job. Only the mover blocks if a job reads no input.
+
+An owner is the common name of a caller's certificate. An engine is another scheduler, for example Slurm: the job's main
+process is then the engine's client (srun), and the engine runs the command.
 
 Contents (each section uses only the sections above it)
-     1. Names and limits                    every name, number and default
-     2. Errors                              one base class; the door to libc
+     1. Names and limits                    the defaults, and the numbers that several sections use
+     2. Errors                              one base class; calls of libc; printable text
      3. Cgroup                              the cgroup tree: limits, kill, removal
      4. Output and inotify                  one inotify descriptor; following a file
      5. Job folder                          every file of the state folder: spec, events, control, output
@@ -221,13 +224,13 @@ ROLES = ("admin", "user")
 Content: TypeAlias = "bytes | memoryview"  # a view is a part of a message that is not copied
 READ_BYTES, SMALLEST_READ_BYTES = 256 * KIB, 16 * KIB  # one read of an output, and so one message of a stream
 INPUT_BYTES, OLD_INPUT_BYTES = 512 * KIB, 256 * KIB  # of one message of an input; and what an older server takes
-INPUT_SECONDS = 60.0  # from a job's start until somebody begins to send its input; later it is stopped
-STREAMS_BYTES = 4 * MIB  # from here on the streams of one owner have smaller messages
+INPUT_SECONDS = 60.0  # a job whose input nobody has begun to send this long after its start is stopped
+STREAMS_BYTES = 4 * MIB  # one message of each stream of an owner, together; more streams have smaller messages
 COALESCE_SECONDS = 0.002  # shortest time between two wake-ups of a follower; what is written meanwhile is one message
-FOLLOWER_SECONDS = 0.0002  # for each follower that is woken, until the next wake-up; a message costs the server 0.1 ms
+FOLLOWER_SECONDS = 0.0002  # the pause after a wake-up, for each follower that it woke; one message costs 0.1 ms
 WAKE_GROUP = 16  # followers that are woken at the same time
-# At most 48 + 16 = 64 requests are in the launcher's socket, because its buffer holds 64 packets of PACKET_BYTES. A
-# send to a full buffer fails.
+# The launcher's socket holds 64 packets of PACKET_BYTES (section 7), so 48 + 16 requests fit. A send to a full socket
+# fails.
 START_SLOTS, FINISH_SLOTS = 48, 16
 LONGEST_GRACE = 86400  # seconds between the signal and the kill of a stop
 ARGUMENTS_BYTES = 2 * MIB  # of a command and its arguments: a quarter of the stack's limit (execve(2))
@@ -265,7 +268,8 @@ class OwnerLimits:
 
 # --- 2. Errors ----------------------------------------------------------------------------------------
 # Owns the one base class of all errors, and the functions that turn the kernel's errno into an exception. An error
-# carries its sentence, the gRPC status that the service sends, and the exit code that `main` returns.
+# carries its sentence, the gRPC status that the service sends, and the exit code that `main` returns. It also owns the
+# calls of libc, the reading of small files, and the escaping of text from other people.
 
 
 class JobWorkerError(Exception):
@@ -368,7 +372,7 @@ def printable(text: str) -> str:
     """A text in which every control character is escaped. Names and sentences come from other people, and a terminal
     would obey an escape sequence in them. A newline would forge a second line.
     """
-    if text.isprintable():  # no character of CONTROL is; this is what most texts are, at a tenth of the cost
+    if text.isprintable():  # it has no control character. Most texts are printable, and this check costs a tenth
         return text
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -508,7 +512,7 @@ class Cgroup:
             raise KernelError(f"cannot create the cgroup {self.path}", error) from error
 
     def hide(self, mode: int, gid: int = -1) -> None:
-        """Take from other users the right to list this cgroup: the names in it are uids and ids of jobs."""
+        """Do not let other users list this cgroup: the names in it are uids and ids of jobs."""
         try:
             os.chown(self.path, -1, gid)
             os.chmod(self.path, mode)
@@ -537,7 +541,7 @@ class Cgroup:
                     kernel_write(f"{self.path}/{file}", value)
 
     def limit_total(self, total: OwnerLimits, controllers: Iterable[str]) -> None:
-        """Bound what all cgroups below this one use together. Each has the same share of the CPUs."""
+        """Limit what all cgroups below this one use together. Each owner's cgroup has the same share of the CPUs."""
         period = 100_000
         values = {
             "cpu": [
@@ -786,8 +790,8 @@ class CgroupMount:
         return cls(point, point if relative.startswith(".") else f"{point}/{relative}")
 
     def highest_manageable(self) -> str | None:
-        """The highest cgroup from the mount point down to the caller's in which the caller may make children and
-        move processes: the cgroup that a manager delegated (cgroup-v2.rst, Delegation).
+        """The highest cgroup, from the mount point down to the caller's cgroup, in which the caller may make children
+        and move processes (cgroup-v2.rst, Delegation). None: there is none.
         """
         path = self.point
         steps = [step for step in self.own[len(self.point) :].split("/") if step]
@@ -816,7 +820,9 @@ class CgroupTree:
         return f"{self.root}/shims" if self.root else ""
 
     def make_job(self, path: str, limits: Limits, gid: int) -> Cgroup:
-        """Make a job's cgroup at its `job_path` and write its limits. Of other users only `gid` can pass through."""
+        """Make a job's cgroup at its `job_path` and write its limits. Of all other users, only the
+        group `gid` can pass through the owner's cgroup.
+        """
         cgroup = Cgroup(path)
         owner = Cgroup(os.path.dirname(path))
         owner.create()
@@ -895,9 +901,9 @@ def move_to_leaf(cgroup: str) -> None:
 
 
 def enable_down_to(path: str, controllers: frozenset[str]) -> frozenset[str]:
-    """Enable controllers in `path` and its two parents, and make those that are missing. Returns what `path` has."""
+    """Enable controllers in `path` and its two parents, and make missing cgroups. Returns what is enabled in `path`."""
     for step in (os.path.dirname(os.path.dirname(path)), os.path.dirname(path), path):
-        if controllers:  # if no controller is left, no cgroup is made further down
+        if controllers:
             Cgroup(step).create()
             controllers = Cgroup(step).enable(controllers)
     return controllers
@@ -989,7 +995,8 @@ class Bell:
 class Inotify:
     """One inotify descriptor. Each watch has a callback, which the event loop calls with the event's mask.
 
-    A callback that raises for want of descriptors or memory is called again later, with a growing pause.
+    A callback that raises an error, for example because descriptors ran out, is called again later, with a growing
+    pause.
     """
 
     def __init__(self, overflowed: Callable[[], None]) -> None:
@@ -1173,7 +1180,7 @@ class Tail:
         return True
 
     def _grew(self, _mask: int) -> None:
-        """Wake the followers now, or when it is their time: at the earliest COALESCE_SECONDS after the last wake-up.
+        """Wake the followers, at the earliest COALESCE_SECONDS after the last wake-up, and when `Pace` allows it.
         Until then `_watches` stay set, so that a follower that reaches the end meanwhile sets no new watch but waits
         for the same wake-up.
         """
@@ -1227,7 +1234,7 @@ class LineSearch:
 #     <state>/lock                 locked by the one server of this state folder (flock(2)); holds its pid
 #     <state>/jobs/<id>/job.json   the spec: what was asked for; written once
 #     <state>/jobs/<id>/output     what the job printed; only its shim writes it
-#     <state>/jobs/<id>/error      its standard error, if both outputs are kept apart; `output` is standard output then
+#     <state>/jobs/<id>/error      its standard error. If there is such a file, `output` has only standard output
 #     <state>/jobs/<id>/events     what happened to the job, one line each (NEXT_PHASES); the shim appends
 #     <state>/jobs/<id>/control    a FIFO that the shim reads: requests; it has a reader while the shim lives
 #     <state>/jobs/<id>/tmp        /tmp of a confined job, until the job ends
@@ -1686,7 +1693,7 @@ class JobFolder:
     def send_request(self, request: Request) -> bool:
         """Send a request to the job's shim. False: no shim lives. ENXIO: the FIFO has no reader (fifo(7)).
 
-        Half of the FIFO is for kills, so that other requests, which a stopped shim does not read, keep none away.
+        Half of the FIFO is kept for kills. A stopped shim reads nothing, and other requests must not fill the FIFO.
         Raises ExhaustedError if there is no room for another request.
         """
         try:
@@ -1723,8 +1730,8 @@ class JobFolder:
         return os.open(f"{self.path}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def outputs(self) -> tuple[str, ...]:
-        """The paths of the files with output: one, or two if they are kept apart. The spec of an ended job is not in
-        memory, and that `error` exists says the same.
+        """The paths of the files with output: one, or two if the outputs are kept apart. The existence of `error`
+        decides, because the spec of an ended job is not in memory.
         """
         paths = tuple(f"{self.path}/{name}" for name in OUTPUTS)
         return paths if os.path.exists(paths[1]) else paths[:1]
@@ -1782,7 +1789,7 @@ def delete_tree(path: str) -> None:
 
     The job may have made a tree of any depth, and another job of its owner may hold folders of it open and change them
     meanwhile. So each folder is taken from its owner before it is emptied, no link is followed, and a folder in a
-    folder is first moved to the top: never more than two folders are open.
+    folder is first moved to the top: at most two folders are open at any time.
     """
     with contextlib.suppress(OSError):  # most are empty, and this takes an eighth of the time of what follows
         os.rmdir(path)
@@ -1801,7 +1808,7 @@ def delete_tree(path: str) -> None:
 
 
 def flatten(top: int) -> bool:
-    """Delete files and folders, and move folders of folders here. False: the folder was empty."""
+    """Delete the files and empty folders in `top`, and move deeper folders up into `top`. False: `top` was empty."""
     found = False
     with os.scandir(top) as entries:  # a list of all names could be larger than the shim's memory
         for entry in entries:
@@ -1883,7 +1890,7 @@ def make_state_folder(state: pathlib.Path) -> None:
         state.mkdir(mode=mode, parents=True, exist_ok=True)
         found = set(os.listdir(state)) - {"lost+found"}
         if found and found.isdisjoint({"jobs", "owners"}):
-            raise JobWorkerError(f"{state} has other files in it; `--state DIR` names a new or an empty folder")
+            raise JobWorkerError(f"{state} has other files in it; give a new or an empty folder with `--state DIR`")
         state.chmod(mode)
         (state / "jobs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -1893,8 +1900,8 @@ def make_state_folder(state: pathlib.Path) -> None:
 def make_views(state: str, hidden: Sequence[str]) -> tuple[str, ...]:
     """Make what confined jobs see in place of hidden folders. Returns the folders that must be hidden one by one.
 
-    A hidden folder below the state folder or below a folder for temporary files is hidden with it. One that holds the
-    state folder gets a mount point for it.
+    A hidden folder below the state folder or below a folder for temporary files needs no mount: its parent is covered.
+    A hidden folder above the state folder gets a mount point for the state folder.
     """
     try:
         for folder, mode in (("view", 0o700), (HIDDEN, 0o711)):
@@ -1969,8 +1976,8 @@ def quarantine(folder: str, state: pathlib.Path) -> None:
 
 
 # --- 6. Confinement -------------------------------------------------------------------------------------
-# Owns what a job of root's server is born with beside its uid: namespaces, mounts, a keyring and no way to more
-# privileges. The shim prepares a list of steps, and the child carries it out. It starts no process.
+# Owns what a job gets at its start, beside its uid, if root runs the server: namespaces, mounts, a keyring and no way
+# to more privileges. The shim prepares a list of steps, and the child carries it out. It starts no process.
 
 CLONE_NEWNS, CLONE_NEWIPC = 0x20000, 0x8000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
@@ -1986,7 +1993,7 @@ def confinement_steps(state: str, folder: str, view: str, home: str, hidden: Seq
     """The steps that confine a process, in this order. `folder` (a job's), `view` and `home` lie below `state`.
 
     The first step after the new namespaces enters the state folder. So the paths of sources are relative, and they hold
-    after the state folder is covered. An empty `home` is an account's home, which lies elsewhere.
+    after the state folder is covered. `home` is empty if the job uses the home of an account, which lies elsewhere.
     """
     first, last = fixed_steps()
     steps: list[Step] = [
@@ -2012,7 +2019,7 @@ def fixed_steps() -> tuple[list[Step], list[Step]]:
         mount_step("", "/", flags=MS_REC | MS_PRIVATE),
     ]
     last: list[Step] = []
-    if number := SYS_KEYCTL.get(os.uname().machine):  # jobs of two owners would share that of the server
+    if number := SYS_KEYCTL.get(os.uname().machine):  # otherwise all jobs share the keyring of the server's session
         words = (ctypes.c_long(number), ctypes.c_long(KEYCTL_JOIN_SESSION_KEYRING), None)
         # A container's filter refuses keyctl(2) with EPERM, and so a job there has no keys.
         last.append(("a session keyring", "syscall", (words,), (errno.ENOSYS, errno.EPERM)))
@@ -2108,8 +2115,8 @@ def try_confinement(state: str, hidden: Sequence[str]) -> ConfinementError | Non
 # --- 7. Launcher and shim -------------------------------------------------------------------------------
 # Owns everything between a request of the server and the job's main process: the launcher, the shim and the child. Of
 # this section only class `Launcher` runs in the server. The rest runs in the small processes, imports nothing
-# third-party, and imports nothing at all after the launcher has started, because an upgrade of Python may
-# replace the files of a module that is not imported yet.
+# third-party, and imports nothing at all after the launcher's first fork, because an upgrade of Python may replace the
+# files of a module that is not imported yet.
 
 MODULE = "jobworker"  # the launcher imports this module; Python would compile a `__main__` anew at each start
 FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
@@ -2192,6 +2199,7 @@ class Launcher:
 
 
 def encode_request(kind: str, folder: str, spec: bytes) -> bytes:
+    """A packet for the launcher. It has no spec if that is too long: the shim then reads job.json."""
     packet = b"\0".join((kind.encode(), os.fsencode(folder), spec))
     return packet if len(packet) <= PACKET_BYTES else b"\0".join((kind.encode(), os.fsencode(folder), b""))
 
@@ -2456,7 +2464,7 @@ class Shim:
         try:
             outputs = self._folder.open_outputs()
             pipes = [make_pipe(self._spec) for _ in outputs]
-            for channel in self._channels:
+            for channel in self._channels:  # before the next statement, or the mover's parent would be the shim
                 self._input = InputPipe(self._spec, channel)
             if not self._spec.cgroup:  # orphans are reparented to the shim, which can then kill and reap them
                 libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -2537,7 +2545,7 @@ class Shim:
                 batch.poll(COALESCE_MILLISECONDS)
 
     def _move(self, pump: Pump, poller: select.poll) -> None:
-        """Move output, and end the job if that is exhausted. A pipe that gives no more leaves the poll."""
+        """Move output, and end the job if the cap or the disk is exhausted. A pipe at its end leaves the poll."""
         exhausted = pump.move()
         if exhausted:
             self._stop(exhausted)
@@ -2668,15 +2676,15 @@ def make_pipe(spec: Spec) -> tuple[int, int]:
 
 
 class InputPipe:
-    """The pipe of a job's input, and the process that fills it with what the server sends, the mover.
+    """The pipe of a job's input, and the mover: the process that fills the pipe with what the server sends.
 
     A job can hold the lock of its pipe for as long as it likes, for example by a splice(2) to a socket that nobody
     reads. A writer then sleeps, with O_NONBLOCK too. So neither the server nor the shim writes to the pipe: one such
     job kept every caller of the server waiting. The shim holds the pipe open until the end of input was said, so that
     the job sees no end of input if the server or the mover dies.
 
-    It is no FIFO in the job's folder: an open of /dev/stdin would wait for a writer if the end of input was said before
-    (fifo(7)), and a script of one line ends before an interpreter opens it.
+    The pipe is not a FIFO in the job's folder. Opening a FIFO waits for a writer (fifo(7)). The input of a script of
+    one line has ended before an interpreter opens /dev/stdin, and that open would wait for ever.
     """
 
     def __init__(self, spec: Spec, channel: int) -> None:
@@ -2694,8 +2702,8 @@ class InputPipe:
 
 
 def start_mover(channel: int, feed: int, report: int) -> NoReturn:
-    """The mover's parent, which ends at once: the mover is no child of the shim, which can look for its descendants to
-    find the processes of the job.
+    """The mover's parent. It ends at once, so that the mover is not a descendant of the shim: `ProcessTree` takes every
+    descendant of the shim for a process of the job.
     """
     try:
         if os.fork() == 0:
@@ -2962,7 +2970,7 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
     os.write(events, b"\n")  # a line that the lost shim tore stays a line of its own
     if ending is None:
         ending = LOST
-        if spec.through_end:  # it takes what the lost job left out of the engine
+        if spec.through_end:  # it removes from the engine what the lost job left there
             spec.processes().end_all(spec.grace)
             ask_engine(spec)
         write_event(events, "exited", **vars(ending))
@@ -2970,11 +2978,12 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
 
 
 # --- 8. Accounts ----------------------------------------------------------------------------------------
-# Owns the uids: which account a job runs with, and the private home of each owner. It writes only `<state>/owners` and
-# `<state>/home`. It knows nothing of jobs or of who may do what.
+# Owns the uids: which account a job runs with, and the private home of each owner. It writes only `<state>/owners`,
+# `<state>/home`, `<state>/view/UID` and the claims of uids (UID_CLAIMS). It knows nothing of jobs or of who may do
+# what.
 
 
-FIRST_PERSON, NOBODY = 1000, 65534  # uids below are of the system (UID_MIN of login.defs(5)); nobody is no person
+FIRST_PERSON, NOBODY = 1000, 65534  # lower uids belong to the system (UID_MIN of login.defs(5)), as does `nobody`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3257,7 +3266,7 @@ def check_request(request: JobRequest) -> None:
         raise BadRequestError(f"{where} contains a NUL byte, which no program can be given")
     check_environment(request)
     if request.timeout is not None and not 0 <= request.timeout < float("inf"):
-        raise BadRequestError(f"the timeout {request.timeout} is not a number of seconds")
+        raise BadRequestError(f"the timeout {request.timeout} is not allowed: give 0 (no timeout) or more seconds")
 
 
 def check_environment(request: JobRequest) -> None:
@@ -3271,7 +3280,9 @@ def check_environment(request: JobRequest) -> None:
         if "\0" in text:
             raise BadRequestError(f"{what} contains a NUL byte")
     if len(request.name) > 200 or any(not character.isprintable() for character in request.name):
-        raise BadRequestError("the name of a job has at most 200 characters, and all of them can be printed")
+        raise BadRequestError(
+            f"the job's name {request.name[:40]!r} is not allowed: use at most 200 characters, all of them printable"
+        )
 
 
 def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
@@ -3281,7 +3292,8 @@ def capped(name: str, asked: float | None, default: Any, cap: Any) -> Any:
     if not 0 < asked <= cap:
         option = name if name.startswith("max-") else f"max-{name}"
         raise BadRequestError(
-            f"{name} {asked:,.15g} is not allowed here: more than 0 and at most {cap:,.15g} (`serve --{option}`)"
+            f"{name} {asked:,.15g} is not allowed here: it must be more than 0 and at most {cap:,.15g} "
+            f"(`serve --{option}`)"
         )
     return asked
 
@@ -3299,8 +3311,8 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
 
 
 def is_same_request(request: JobRequest, spec: Spec) -> bool:
-    """Whether a job can be this request's. What the request leaves to the server, as a limit, counts for nothing: the
-    server may have other defaults now. Nor does `split`, which `run` chooses by where its outputs go.
+    """Whether a job can be this request's. A value that the request leaves to the server is not compared, because the
+    defaults may have changed. `split` is not compared: `run` chooses it by where its outputs go.
     """
     asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name, request.input)
     limits = {**vars(spec.limits), "timeout": spec.timeout, "max_output": spec.max_output}
@@ -3730,8 +3742,8 @@ class Job:
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
         self._spec = spec
-        # They never change. They are read now, so that no later call has to: by the time that it took, a caller could
-        # tell that another owner has this id. Without a readable job.json the owner is empty.
+        # Owner and name never change. They are read here: a later read would take time, and from that time a caller
+        # could tell that another owner has this id. Without a readable job.json the owner is empty.
         owner, name = (spec.owner, spec.name) if spec else self.folder.read_labels()
         self.owner, self.name = sys.intern(owner), sys.intern(name)
 
@@ -3770,8 +3782,8 @@ class Job:
 
     @property
     def input_bytes(self) -> int:
-        """How much input the job was given. A job that ended by itself before the end of its input has no record of it,
-        because its shim sees no byte of the input.
+        """How many bytes of input the job was given. A job that ended by itself before the end of its input may have no
+        record of it.
         """
         recorded = self.events.input_bytes
         return recorded if recorded is not None else self.feed.size if self.feed else 0
@@ -3831,7 +3843,7 @@ def stop_seconds(job: Job, grace: float) -> float:
 
 
 def end_seconds(spec: Spec) -> float:
-    """How long the end of a job may take that is not killed at once: one that runs through an engine."""
+    """How long the end of a job may take if it runs through an engine. Other jobs are killed at once: 0."""
     return 2 * spec.grace + END_SECONDS if spec.through else 0.0
 
 
@@ -4022,7 +4034,7 @@ class Worker:
         account = self._account(request)
         confine = self._confines and (request.confine or not request.run_as)
         if request.confine and not confine:
-            raise BadRequestError("this server does not confine jobs, so `--confine` cannot be had here")
+            raise BadRequestError("this server does not confine jobs; start the job without `--confine`")
         job_id = request.id or new_job_id()
         spec = Spec(
             id=job_id, owner=request.owner, command=request.command, args=request.args,
@@ -4052,7 +4064,10 @@ class Worker:
         if request.input:
             feeds = sum(job.takes_input for job in self._running.get(request.owner, ()))
             if feeds >= OWNER_INPUTS:
-                raise ExhaustedError(f"{feeds} jobs of {request.owner!r} wait for input, and no more may")
+                raise ExhaustedError(
+                    f"{feeds} jobs of {request.owner!r} wait for input, and {OWNER_INPUTS} is the limit; end the input "
+                    f"of one of them first"
+                )
 
     def _count_running(self, job: Job) -> None:
         self._running.setdefault(job.owner, set()).add(job)
@@ -4295,15 +4310,15 @@ class Worker:
     async def _follow(
         self, job: Job, offsets: list[int], size: int, *, follow: bool
     ) -> AsyncGenerator[tuple[int, bytes], None]:
-        """What the first outputs of a job have from these offsets on. They take turns, so that none waits until the
-        other is at its end.
+        """The bytes of a job's outputs from these offsets on. The outputs take turns, so that none waits for the end of
+        the other.
         """
         tail = job.tail = job.tail or Tail(job.folder.outputs(), self._inotify, self._pace)
         delay = tail.acquire()
         try:
             del offsets[len(tail.paths) :]
             while True:
-                # Before the reads, which then return every byte.
+                # It is looked at before the reads: if it is true, they return every byte.
                 complete = not follow or job.ended or not self._in_table(job)
                 arm_count = tail.arm_count
                 most = 0
@@ -4535,7 +4550,7 @@ class Worker:
                 else:
                     self._refused.clear()
             except (JobWorkerError, OSError) as error:
-                say(f"the disk cannot be looked at: {error}")
+                say(f"cannot read the free space of {self.options.state}: {error}")
 
     async def _free_disk(self, disk: os.statvfs_result) -> None:
         """Refuse the main user of the disk, and end its jobs. Others' jobs end only if it has none and half of the
@@ -4546,7 +4561,7 @@ class Worker:
             return
         owner, among = max(used, key=lambda name: used[name]), ""
         if owner not in self._refused and not self._running.get(owner):
-            say(f"the disk is nearly full, and {owner!r}, who has no running job, uses most of it: it can start none")
+            say(f"the disk is nearly full. {owner!r} uses most of it, has no running job, and can start none now")
         self._refused.add(owner)
         if not self._running.get(owner) and is_short(disk, self.options.reserve / 2):
             running = [name for name in used if self._running.get(name)]
@@ -4554,7 +4569,7 @@ class Worker:
         jobs = list(self._running.get(owner, ()))
         if jobs:
             count = count_of(len(jobs), "job", "jobs")
-            say(f"the disk is nearly full, and {owner!r} uses most of it{among}: ending {count}")
+            say(f"the disk is nearly full. {owner!r} uses most of it{among}: ending {count}")
         await asyncio.gather(*(self.stop(job, reason="DISK_FULL") for job in jobs), return_exceptions=True)
 
     async def _disk_use(self, *, files: bool) -> dict[str, float]:
@@ -4856,7 +4871,7 @@ def read_key(path: pathlib.Path) -> bytes:
     except OSError as error:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
     if facts.st_uid == os.geteuid() and facts.st_mode & 0o077:
-        raise JobWorkerError(f"others can read the key in {path}; `chmod 600 {path}` keeps it to you")
+        raise JobWorkerError(f"others can read the key in {path}; `chmod 600 {path}` takes that right from them")
     return content
 
 
