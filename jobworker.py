@@ -117,6 +117,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadRequestError",
+    "CannotRunError",
     "DeniedError",
     "Ending",
     "ExhaustedError",
@@ -127,8 +128,12 @@ __all__ = [
     "JobRequest",
     "JobStatus",
     "JobWorkerError",
+    "KernelError",
     "Limits",
+    "NoAnswerError",
     "NoSuchJobError",
+    "OwnerLimits",
+    "Spec",
     "StillRunningError",
     "UnavailableError",
     "Usage",
@@ -258,11 +263,11 @@ DOOR_LIMITS = Limits(memory=256 * MIB)  # of an engine's client: srun has 20 MB,
 
 @dataclasses.dataclass(frozen=True)
 class OwnerLimits:
-    """What all jobs of one owner may use together. 0: no bound."""
+    """What all jobs of one owner may use together. 0: no limit."""
 
-    cpu: float = 0.0
-    memory: int = 0
-    pids: int = 0
+    cpu: float = 0.0  # CPUs
+    memory: int = 0  # bytes
+    pids: int = 0  # processes and threads
     jobs: int = 0  # that run at the same time
 
 
@@ -280,6 +285,8 @@ class JobWorkerError(Exception):
 
 
 class BadRequestError(JobWorkerError):
+    """A request that no server would carry out, for example with a limit above the server's maximum."""
+
     status = "INVALID_ARGUMENT"
 
 
@@ -292,6 +299,8 @@ class CannotRunError(BadRequestError):
 
 
 class NoSuchJobError(JobWorkerError):
+    """There is no such job, or the caller may not see it."""
+
     status = "NOT_FOUND"
 
     def __init__(self, job_id: str) -> None:
@@ -299,14 +308,20 @@ class NoSuchJobError(JobWorkerError):
 
 
 class NoAnswerError(JobWorkerError):
+    """An answer did not come in time."""
+
     status = "DEADLINE_EXCEEDED"
 
 
 class DeniedError(JobWorkerError):
+    """The caller may not do this."""
+
     status = "PERMISSION_DENIED"
 
 
 class StillRunningError(JobWorkerError):
+    """A job that runs cannot be deleted."""
+
     status = "FAILED_PRECONDITION"
 
 
@@ -317,14 +332,20 @@ class InputError(JobWorkerError):
 
 
 class ExhaustedError(JobWorkerError):
+    """The disk, the descriptors, the process numbers, or what one owner may have, are used up."""
+
     status = "RESOURCE_EXHAUSTED"
 
 
 class IdTakenError(JobWorkerError):
+    """A job with this id exists, and was started with another request."""
+
     status = "ALREADY_EXISTS"
 
 
 class UnavailableError(JobWorkerError):
+    """The server is stopping or cannot be reached. The same call can be made again: a start with an id starts once."""
+
     status = "UNAVAILABLE"
 
 
@@ -458,7 +479,7 @@ class Usage:
     """What a job used, by the kernel's counters. None: this machine does not count it."""
 
     cpu_seconds: float | None = None
-    memory_peak: int | None = None
+    memory_peak: int | None = None  # bytes
     read_bytes: int | None = None
     written_bytes: int | None = None
 
@@ -1387,7 +1408,10 @@ def quote(word: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a job's main process ended: STOPPED or FINISHED, the exit code as a shell reports it, and the reason."""
+    """How a job's main process ended: STOPPED or FINISHED, the exit code as a shell reports it, and the reason.
+
+    `by` and `node` are encoded; `JobStatus.stopped_by` and `JobStatus.node` are the texts.
+    """
 
     status: str
     code: int
@@ -3210,21 +3234,21 @@ class JobRequest:
     command: str
     args: tuple[str, ...] = ()
     owner: str = ""
-    id: str = ""
-    cpu: float | None = None
-    memory: int | None = None
-    pids: int | None = None
-    io: int | None = None
-    timeout: float | None = None
-    max_output: int | None = None
-    run_as: str = ""
+    id: str = ""  # a UUID4; empty: a new one
+    cpu: float | None = None  # CPUs
+    memory: int | None = None  # bytes
+    pids: int | None = None  # processes and threads
+    io: int | None = None  # bytes a second, each way, on each disk
+    timeout: float | None = None  # seconds; 0: none
+    max_output: int | None = None  # bytes
+    run_as: str = ""  # the name of an account
     env: tuple[tuple[str, str], ...] = ()
-    cwd: str = ""
+    cwd: str = ""  # relative to the home
     name: str = ""
     split: bool = False  # keep standard error apart from standard output
     confine: bool = False  # a job with `run_as` is confined only if this asks for it; others always
     input: bool = False  # standard input comes with `Worker.send_input`
-    admin: bool = False  # it may use the places that are kept for admins
+    admin: bool = False  # ADMIN_JOBS more may run, and the limit of one owner's jobs does not count
 
 
 def count_of(number: int, one: str, more: str) -> str:
@@ -3687,11 +3711,11 @@ class JobStatus:
     ending: Ending | None
     usage: Usage
     started: float  # seconds since 1970; 0: not yet
-    ended: float
+    ended: float  # seconds since 1970; 0: not yet
     output_bytes: int
-    memory_current: int
+    memory_current: int  # bytes
     notes: tuple[str, ...]
-    error_bytes: int = 0  # of standard error, if it is kept apart; `output_bytes` is standard output then
+    error_bytes: int = 0  # of standard error, if it is kept apart. `output_bytes` then counts standard output only
     input_bytes: int = 0  # that the job was given
 
     @property
@@ -5195,7 +5219,7 @@ def written_name(name: x509.Name) -> str:
 
 
 def mark_of(certificate: x509.Certificate) -> tuple[bytes, int]:
-    """By what a revocation list names a certificate."""
+    """Issuer and serial: a revocation list names a certificate by them."""
     return certificate.issuer.public_bytes(), certificate.serial_number
 
 
@@ -5796,8 +5820,8 @@ async def input_chunks(
 ) -> AsyncGenerator[Content, None]:
     """The bytes of an input: the first chunk, and those of the further messages.
 
-    gRPC ends `messages` in the same way when the client has sent all and when the client is lost. But it sends nothing
-    more to a client that is lost, so the answer's metadata tells the two apart, before the end of input is said.
+    gRPC ends `messages` in the same way when the client has sent all and when the client is lost. But it can send
+    nothing more to a client that is lost. So the answer's metadata is sent before the job is told the end of input.
     """
     yield checked_chunk(chunk)
     async for message in messages:
@@ -5911,7 +5935,7 @@ LARGEST_MESSAGE = ARGUMENTS_BYTES + 64 * KIB  # bytes of a request
 READ_AHEAD_BYTES = 512 * KIB
 FEW_FILES = 4096  # descriptors; with fewer, `serve` warns
 CONNECTION_CALLS = 100  # open calls of one connection
-WAITING_CALLS = 1_000_000  # more than 10,000 connections can have open
+WAITING_CALLS = 1_000_000  # of all connections; 10,000 connections can have as many
 KEEPALIVE_OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", PING_SECONDS * 1000),
@@ -6318,8 +6342,8 @@ def read_credentials(certs: pathlib.Path, identity: str) -> Credentials:
 
 
 def read_bundle(path: pathlib.Path) -> Credentials:
-    """One file with a key, the client's certificate, and then the server's authorities. Certificates after the first
-    one that no authority of its own has signed are the client's intermediates.
+    """One file with a key, the client's certificate, and then the server's authorities. If a later certificate is
+    self-signed, those that are not are the client's intermediates.
     """
     content = read_key(path)
     keys = [
@@ -6451,8 +6475,8 @@ class Sending:
         return chunk
 
     def begin(self) -> Self:
-        """Wait until the file is read. Raises grpc.RpcError if the server was lost before. Then the file will not be
-        read, and another call can send it.
+        """Wait until gRPC begins to read the file. Raises grpc.RpcError if the server was lost before. Then the file
+        will not be read, and another call can send it.
         """
         self._begun.wait()
         lost: Any = self._call
@@ -6849,7 +6873,7 @@ def utf8_text(text: str) -> str:
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeDecodeError:
-        raise UsageError(f"{text!r} is not UTF-8, which commands and arguments must be") from None
+        raise UsageError(f"{text!r} is not UTF-8, and every word of a command line must be") from None
 
 
 def default_certs() -> pathlib.Path:
@@ -6895,11 +6919,11 @@ def printable_json(value: Any, indent: int | None = None) -> str:
 
 
 Row: TypeAlias = "tuple[str, Callable[[str], Any], str, Any, str]"  # flag, type, metavar, default, help
-LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str]] = [
-    ("cpu", as_cpus, "1"),
-    ("memory", as_bytes, "512M"),
-    ("pids", as_count, "512"),
-    ("io", as_bytes, "64M a second, each way on each disk"),
+LIMIT_OPTIONS: list[tuple[str, Callable[[str], Any], str, str, str]] = [  # name, type, metavar, what it is, default
+    ("cpu", as_cpus, "CPUS", "CPUs", "1"),
+    ("memory", as_bytes, "SIZE", "memory", "512M"),
+    ("pids", as_count, "N", "processes and threads", "512"),
+    ("io", as_bytes, "SIZE", "bytes a second, each way on each disk", "64M"),
 ]
 
 
@@ -7073,16 +7097,16 @@ OWNER_OPTIONS: list[Row] = [
 ]
 
 
-# srun takes a lone `:` among the arguments for the begin of another part of the job, with options. So the command is
+# srun takes a lone `:` among the arguments for the start of another part of the job, with options. So the command is
 # one word, which a shell on the node splits.
 SLURM = (
     "srun", "--quiet", "--unbuffered", "--job-name={id}", "--comment={name}", "--nodes=1", "--ntasks=1",
     "--cpus-per-task={cpus}", "--mem={memory_mb}", "--time={minutes}",
 )  # fmt: skip
 SLURM_COMMAND = ("--", "sh", "-c", "exec {command}")
-# How Slurm saw a job's end. Slurm offers no event, so it is asked again while it does not answer, and while the job is
-# COMPLETING, because it then does not tell of which state. A job that still waits or runs has lost its srun, and is
-# cancelled, as often as Slurm fails to: otherwise it would hold its resources for ever.
+# How Slurm saw a job's end. Slurm offers no event. So squeue is repeated while it does not answer, and while the job is
+# COMPLETING, because squeue does not tell the final state then. A job that still waits or runs has lost its srun, so it
+# is cancelled. scancel is repeated until it works: otherwise the job would hold its resources for ever.
 SLURM_END = (
     "sh", "-c",
     """command -v squeue >/dev/null || exit
@@ -7118,9 +7142,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     names = "names that clients use for this server; server.pem is issued again if it lacks one"
     place.add_argument("--name", nargs="+", action="extend", metavar="NAME", default=[], help=names)
     limits = parser.add_argument_group("limits of a job (--X: the default; --max-X: the most that `start` may ask for)")
-    for name, kind, default in LIMIT_OPTIONS:
-        limits.add_argument(f"--{name}", type=kind, metavar=name.upper(), help=f"default: {default}")
-        limits.add_argument(f"--max-{name}", type=kind, metavar=name.upper(), help=f"default: {MAX_DEFAULTS[name]}")
+    for name, kind, metavar, what, default in LIMIT_OPTIONS:
+        limits.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{what} (default: {default})")
+        limits.add_argument(f"--max-{name}", type=kind, metavar=metavar, help=f"default: {MAX_DEFAULTS[name]}")
     add_rows(limits, ENDING_OPTIONS)
     engine = parser.add_argument_group("an engine that runs the jobs on other machines")
     add_rows(engine, ENGINE_OPTIONS)
@@ -7130,7 +7154,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="own: a uid of this server's for each owner; system: the account of the owner's name (default: own)",
     )
-    add_rows(parser.add_argument_group("bounds of all that one owner has"), OWNER_OPTIONS)
+    add_rows(parser.add_argument_group("limits of all jobs and calls of one owner together"), OWNER_OPTIONS)
     keep = parser.add_argument_group("retention")
     add_rows(keep, KEEPING_OPTIONS)
     keep.add_argument(
@@ -7153,11 +7177,11 @@ OWNER_NAMES = tuple(flag[2:].replace("-", "_") for flag, *_ in OWNER_OPTIONS)
 
 
 def worker_options(options: argparse.Namespace) -> WorkerOptions:
-    limits = {name: getattr(options, name) for name, _, _ in LIMIT_OPTIONS if getattr(options, name) is not None}
+    limits = {name: getattr(options, name) for name, *_ in LIMIT_OPTIONS if getattr(options, name) is not None}
     defaults = Limits(**limits)
     owner = owner_limits(options)
     machine = Limits(cpu=owner.cpu or float(os.cpu_count() or 1), memory=owner.memory, pids=owner.pids, io=NO_BOUND)
-    caps = {name: getattr(options, f"max_{name}") or getattr(machine, name) for name, _, _ in LIMIT_OPTIONS}
+    caps = {name: getattr(options, f"max_{name}") or getattr(machine, name) for name, *_ in LIMIT_OPTIONS}
     for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs", *OWNER_NAMES):
         if getattr(options, name) == 0:
             raise UsageError(f"--{name.replace('_', '-')} 0 would let nothing run")
@@ -7228,7 +7252,9 @@ def add_identity_arguments(parser: argparse.ArgumentParser) -> None:
         help="the common name: the owner of the client's jobs, and the name of its files",
     )
     parser.add_argument(
-        "--admin", action="store_true", help="it may see and stop the jobs of all owners (default: its own)"
+        "--admin",
+        action="store_true",
+        help="make an admin: all jobs, and --run-as any account, root included (default: a user)",
     )
     parser.add_argument(
         "--renew", action="store_true", help="make a new key and certificate for a name that exists, with its roles"
@@ -7472,10 +7498,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cwd", metavar="DIR", default="", help="the working folder (default: the account's home)")
     parser.add_argument("--input", metavar="FILE", help="send this file as standard input (default: there is none)")
     parser.add_argument("-i", dest="input", action="store_const", const="-", help="the same as `--input -`: send stdin")
-    for name, kind, _ in LIMIT_OPTIONS:
-        parser.add_argument(
-            f"--{name}", type=kind, metavar=name.upper(), help="this limit instead of the server's default"
-        )
+    for name, kind, metavar, what, _ in LIMIT_OPTIONS:
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"limit of {what} (default: the server's)")
     parser.add_argument("--timeout", type=as_seconds, metavar="TIME", help="end the job after this time")
     parser.add_argument("--max-output", type=as_bytes, metavar="SIZE", help="end the job when it prints more")
     parser.add_argument(
@@ -7485,17 +7509,17 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
         help="an account of the server's machine, root included (admins only)",
     )
     parser.add_argument(
-        "--confine", action="store_true", help="confine a job with --run-as too, as other jobs are if root serves"
+        "--confine", action="store_true", help="confine this job although it has --run-as (if root serves)"
     )
     parser.add_argument(
-        "--id", metavar="UUID", default="", help="the job's id, a random UUID: the same id twice is the same job"
+        "--id", metavar="UUID", default="", help="a random UUID; a second start with it returns the first job"
     )
     parser.add_argument(
         "words",
         nargs="*",
         metavar="COMMAND [ARG…]",
-        help="the command and its arguments, options included: everything from the first word that is no option, or "
-        "after `--`",
+        help="the command and its arguments. The command begins at the first word that is not an option, or after "
+        "`--`. All later words belong to it",
     )
 
 
@@ -7883,9 +7907,11 @@ def add_list_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", dest="quiet", action="store_true", help="print ids only")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument(
-        "--watch", action="store_true", help="print it every two seconds, with the CPU in %% and the output a second"
+        "--watch",
+        action="store_true",
+        help="print the list every two seconds, with CPU in %% and output bytes a second",
     )
-    parser.add_argument("--sort", choices=("cpu", "memory", "output"), help="the job with the most of it last")
+    parser.add_argument("--sort", choices=("cpu", "memory", "output"), help="sort by this, the largest last")
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -8075,7 +8101,7 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_arguments(parser, "*")
     parser.add_argument("--offset", type=as_bytes, metavar="SIZE", default=0, help="skip this many bytes")
     parser.add_argument(
-        "--error-offset", type=as_bytes, metavar="SIZE", default=0, help="of standard error, if it is kept apart"
+        "--error-offset", type=as_bytes, metavar="SIZE", default=0, help="skip this many bytes of standard error"
     )
     parser.add_argument("--tail", type=as_count, metavar="N", help="begin with the last N lines")
     parser.add_argument("--no-follow", action="store_true", help="do not wait for more output")
@@ -8206,7 +8232,7 @@ VERBS = {
     "stop": Verb(
         add_stop_arguments,
         run_stop,
-        "kill jobs, all their processes at once, or ask them to end (--grace)",
+        "kill all processes of jobs; with --grace, ask them to end first",
         ("stop web", "stop --signal TERM --grace 10s web", "stop --last"),
     ),
     "status": Verb(
@@ -8240,7 +8266,7 @@ VERBS = {
     "wait": Verb(
         add_wait_arguments,
         run_wait,
-        "wait until jobs have ended; exit with the code of the last one",
+        "wait until jobs have ended; exit with the code of the job named last",
         ("wait --last", "wait build test"),
     ),
     "signal": Verb(add_signal_arguments, run_signal, "send a signal to the main process of a job", ("signal web HUP",)),
