@@ -435,7 +435,7 @@ def libc_call(name: str, *arguments: Any) -> int:
 
 @functools.cache
 def libc() -> ctypes.PyDLL:
-    # PyDLL does not release the GIL. None of these calls blocks, and no other thread may run Python during clone3.
+    # PyDLL does not release the GIL, since no other thread may run Python during clone3. No call here blocks for long.
     return ctypes.PyDLL(None, use_errno=True)
 
 
@@ -615,7 +615,7 @@ class Cgroup:
         """Send a signal to every process in this cgroup and below. A child that is forked meanwhile may not get it."""
         for folder, _, _ in os.walk(self.path):
             for process in kernel_read(f"{folder}/cgroup.procs").split():
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: the process has another uid now
                     os.kill(int(process), number)
 
     def populated(self) -> bool:
@@ -1249,8 +1249,9 @@ class LineSearch:
 
 
 # --- 5. Job folder --------------------------------------------------------------------------------------
-# Owns every file of the state folder, except those of the accounts (section 8). It alone creates, reads, writes, syncs
-# and deletes them, and each encoder stands beside its decoder. It starts no process and knows no table of jobs.
+# Owns every file of the state folder, except those of the accounts (section 8). It creates, reads, writes, syncs and
+# deletes them, and each encoder stands beside its decoder. Only outputs are read by section 4 and written by section 7.
+# It starts no process and knows no table of jobs.
 #
 #     <state>/lock                 locked by the one server of this state folder (flock(2)); holds its pid
 #     <state>/jobs/<id>/job.json   the spec: what was asked for; written once
@@ -1264,6 +1265,8 @@ class LineSearch:
 #     <state>/owners/token         a random word that names this state folder where it claims uids (section 8)
 #     <state>/home/UID             the home of that owner's jobs (section 8)
 #     <state>/view/UID             the state folder as that owner's confined jobs see it (section 6)
+#     <state>/view/hidden, trial   what such a job sees in place of a hidden folder; what a trial of confinement enters
+#     <state>/.splice              exists for a moment at a start (`splice_is_reported`)
 #     <state>/quarantine/          folders that could not be read as a job, for a person to look at
 #
 # The status of a job follows from `events` and from whether `control` has a reader. No pid is stored, since the kernel
@@ -1285,7 +1288,7 @@ TMP_FOLDERS = {"tmp": "/tmp", "var-tmp": "/var/tmp"}  # noqa: S108  a confined j
 HIDDEN = "view/hidden"  # below the state folder: what a confined job sees in place of a hidden folder
 TRIAL = "view/trial"  # in place of a job's folder; it stays, so that a full disk keeps no server from its next start
 TREE_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-COMMAND_MARK = "\0"  # in `Spec.through`: the place of the command, quoted for a shell; no argument contains a NUL byte
+COMMAND_MARK = "\0"  # in `Spec.through`: stands for the command, quoted for a shell; no argument contains a NUL byte
 SPEC_HEAD_BYTES = 64 * KIB  # of a job.json that the server reads or keeps; arguments can make it 12 MiB long
 EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
 
@@ -2246,7 +2249,7 @@ def launcher_main() -> NoReturn:
         except OSError:
             process = -1  # the descriptors close and `events` is empty, so the server sees a job that never ran
         if process == 0:
-            os.close(number)  # cheaper than `channel.close()`
+            os.close(number)
             run_shim(*request)
         for descriptor in request[1]:
             os.close(descriptor)
@@ -2653,7 +2656,7 @@ class Shim:
         self._processes.send(number)
 
     def _signal_main_process(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: it has become another uid
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # EPERM: the process has another uid now
             signal.pidfd_send_signal(self._pidfd, number)
 
     def _ending(self, exhausted: StopRequest | None) -> Ending:
@@ -3695,7 +3698,7 @@ class Feed:
 
 # --- 12. Job and job table -----------------------------------------------------------------------------
 # Owns the table of jobs, their recovery and their retention. It is the public face of the library: everything about
-# jobs, and nothing of gRPC, TLS or of who may do what. It touches files only through sections 5 and 8.
+# jobs, and nothing of gRPC, TLS or of who may do what. It reads and writes files through sections 4, 5, 8 and 10.
 
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
 FRESH_SECONDS = 10.0  # an ended job is not deleted to save space before this age: `run` may not have begun to read it
@@ -5249,7 +5252,7 @@ def add_to_revocation_list(folder: pathlib.Path, authority: CertifiedKey, serial
 
 
 def validity(chain: Sequence[x509.Certificate]) -> tuple[float, float]:
-    """The period in which all these certificates are valid: its begin and its end, in seconds since 1970."""
+    """The period in which all these certificates are valid: its start and its end, in seconds since 1970."""
     return (
         max(each.not_valid_before_utc for each in chain).timestamp(),
         min(each.not_valid_after_utc for each in chain).timestamp(),
@@ -5286,7 +5289,7 @@ SHORTEST_RSA = 2048  # bits; NIST SP 800-57 allows no fewer
 
 @dataclasses.dataclass(frozen=True)
 class Trust:
-    """What a server judges its clients by now: the client authorities, as PEM, and the revoked certificates."""
+    """What a server checks its clients against: the client authorities, as PEM, and the revoked certificates."""
 
     authorities: bytes = b""
     revoked: Revoked = frozenset()
@@ -5429,14 +5432,14 @@ class Gate:
         self._open: set[OpenCall] = set()
 
     def use(self, trust: Trust) -> None:
-        """Judge by this from now on, the open calls too."""
+        """Use this trust from now on, and check the open calls again."""
         self.trust = trust
         for call in list(self._open):
             self._judge(call)
 
     @contextlib.contextmanager
     def admitted(self, tls: Mapping[str, Iterable[bytes]]) -> Iterator[Caller]:
-        """The caller, for as long as one call lasts. Raises DeniedError, at the begin or in the midst of it."""
+        """The caller, for as long as one call lasts. Raises DeniedError, at the start of the call or during it."""
         caller = authenticate(tls, self.trust)
         task = asyncio.current_task()
         call = OpenCall(tls, task)  # type: ignore[arg-type]  # gRPC runs each call in a task
@@ -5482,7 +5485,7 @@ def allowed_job(worker: Worker, caller: Caller, job_id: str) -> Job:
 
 SERVICE_NAME = "proto.WorkerService"
 SEND_INPUT = f"/{SERVICE_NAME}/SendInput"
-OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream that begins with the last lines: where each output does
+OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream with `tail`: where each output begins
 ENDING_KEY = "ending-bin"  # metadata at the end of a stream: how its job ended, as a GetStatusResponse
 INPUT_BYTES_KEY = "input-bytes"  # metadata of an answer to SendInput: how many bytes one message may have
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
@@ -5654,6 +5657,7 @@ class Service:
                         self._become_stream(caller, context)  # it is open until its job ends
                     return await answer(caller, request)
 
+            # As a stream of requests: gRPC reads the message of a unary call before this code runs (see `_request`).
             return grpc.stream_unary_rpc_method_handler(
                 handle, response_serializer=lambda reply: reply.SerializeToString()
             )
@@ -5693,8 +5697,8 @@ class Service:
             )
 
     async def _request(self, kind: Any, caller: Caller, context: Context) -> Any:
-        """The first message of a call, which is counted before any byte of it is asked for. Until it is here, a stream
-        counts as a call, so that what the messages under way hold is bounded by `--owner-calls`.
+        """The first message of a call. The call is counted before its message is read. Until then a stream counts as a
+        call, too. So `--owner-calls` bounds the memory of messages that are under way.
         """
         self._calls.enter(caller.name, context)
         return parse_request(kind, await first_message(context))
@@ -5925,8 +5929,8 @@ def left_out_note(spec: Spec) -> list[str]:
 
 
 # --- 16. Server ----------------------------------------------------------------------------------------
-# Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. It makes no
-# certificate: the folder that it is given is complete.
+# Owns the process that serves: its port, its signals, its descriptors, and what it reports to systemd. The folder of
+# certificates that it is given is complete. It makes only the next server.pem, before the present one expires.
 
 KEEPALIVE_SECONDS, PING_SECONDS, HANDSHAKE_SECONDS = 10, 5, 10
 LARGEST_MESSAGE = ARGUMENTS_BYTES + 64 * KIB  # bytes of a request
@@ -6496,7 +6500,7 @@ class Sending:
         return bool(self._failure) or not is_loss(self._call.code().name, self._call.details() or "")
 
     def when_refused(self, act: Callable[[], None]) -> None:
-        """Call `act` once if that happens, in a thread of gRPC's."""
+        """Call `act` once if the input is refused, in a thread of gRPC's."""
         self._call.add_done_callback(lambda _: act() if self.is_refused else None)
 
     def finish(self) -> None:
@@ -7072,8 +7076,8 @@ ENDING_OPTIONS: list[Row] = [
     ("--max-output", as_bytes, "SIZE", OUTPUT_LIMIT, "end a job that prints more (default: 1G)"),
 ]
 THROUGH_HELP = """put these words before each command. {id} {owner} {name} {cpus} {memory_mb} {minutes} (0: none) stand
-for values of the job, and {command} for the place of the command, quoted for a shell, as are {owner} and {name} in the
-same word. `slurm [OPTION…]`: the words for Slurm's srun, with more of its options"""
+for values of the job. {command} stands for the command, quoted for a shell. In a word with {command}, {owner} and
+{name} are quoted too. `slurm [OPTION…]`: the words for Slurm's srun, with more of its options"""
 THROUGH_END_HELP = """a command that tells how the engine saw a job's end. It prints `REASON NODE` if the job did not
 end by itself, else `- NODE` (default: for `slurm`, by squeue; otherwise none)"""
 ENGINE_OPTIONS: list[Row] = [
@@ -7132,7 +7136,7 @@ MAX_DEFAULTS = {
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.fromfile_prefix_chars = "@"
-    parser.epilog = "@FILE stands for the options in that file, in lines as a shell splits them; # begins a comment."
+    parser.epilog = "@FILE reads options from FILE. Each line is split as a shell does it; # begins a comment."
     add_certs_arguments(parser)
     place = parser.add_argument_group("addresses and folders")
     add_rows(place, PLACE_OPTIONS)
@@ -7802,7 +7806,7 @@ class ForegroundJob:
 
 
 def exit_code_of(status: pb.GetStatusResponse) -> int:
-    """The exit code of a client for a job that has ended. A reason is said."""
+    """The exit code of a client for a job that has ended. If the job has a reason, it is printed to stderr."""
     if status.reason:
         say(f"the job ended with the reason {status.reason}")
     return int(status.exitcode)
@@ -8182,7 +8186,7 @@ def run_rm(options: argparse.Namespace) -> int:
 
 
 # --- 21. Main ------------------------------------------------------------------------------------------
-# Owns the table of verbs and the parser. Only `main` turns an error into an exit code.
+# Owns the table of verbs and the parser. `main` turns an error into an exit code, as `run_run` does for `run`.
 
 
 @dataclasses.dataclass(frozen=True)
