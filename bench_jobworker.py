@@ -1062,7 +1062,7 @@ def step_rows(setup: Setup, rounds: int) -> list[Row]:
 
 
 def totals_row(rounds: int) -> Row:
-    """Measure the writes of an owner's totals to the owner's cgroup, which each start repeats."""
+    """Measure the writes of an owner's totals to the owner's cgroup. The owner's first start makes them."""
     tree = jobworker.make_tree(None, f"bench-{os.getpid()}", frozenset({"auto"}))
     times = []
     if tree.controllers:
@@ -1073,7 +1073,7 @@ def totals_row(rounds: int) -> Row:
             owner.limit_total(jobworker.OwnerLimits(memory=1 << 30, pids=1000), tree.controllers)
             times.append(1e3 * (time.perf_counter() - began))
     tree.remove_unused()
-    return Row("an owner's totals" if times else "an owner's totals (no controllers here)", "ms", times)
+    return Row("an owner's totals, once" + " (no controllers here)" * (not times), "ms", times)
 
 
 async def bench_confine(setup: Setup) -> list[Row]:

@@ -526,11 +526,15 @@ class Cgroup:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def create(self) -> None:
+    def create(self) -> bool:
+        """Make this cgroup and those above it. Returns whether it is new. Raises KernelError."""
         try:
-            os.makedirs(self.path, mode=0o755, exist_ok=True)
+            os.makedirs(self.path, mode=0o755)
+        except FileExistsError:
+            return False
         except OSError as error:
             raise KernelError(f"cannot create the cgroup {self.path}", error) from error
+        return True
 
     def hide(self, mode: int, gid: int = -1) -> None:
         """Do not let other users list this cgroup: the names in it are uids and ids of jobs."""
@@ -831,6 +835,7 @@ class CgroupTree:
     controllers: frozenset[str]
     disks: tuple[Disk, ...]
     owner: OwnerLimits = OwnerLimits()  # of each owner's cgroup `u<uid>`
+    prepared: set[str] = dataclasses.field(default_factory=set)  # owners' cgroups with the limits of this server
 
     def job_path(self, uid: int, job_id: str) -> str:
         """The path of a job's cgroup; empty if this machine gives none."""
@@ -841,19 +846,24 @@ class CgroupTree:
         return f"{self.root}/shims" if self.root else ""
 
     def make_job(self, path: str, limits: Limits, gid: int) -> Cgroup:
-        """Make a job's cgroup at its `job_path` and write its limits. Of all other users, only the
-        group `gid` can pass through the owner's cgroup.
+        """Make a job's cgroup at its `job_path` and write its limits. Of all other users, only the group `gid` can pass
+        through the owner's cgroup.
         """
         cgroup = Cgroup(path)
-        owner = Cgroup(os.path.dirname(path))
-        owner.create()
-        if os.geteuid() == 0:
-            owner.hide(0o710, gid)
-        owner.enable(self.controllers)  # an earlier server may have enabled fewer
-        owner.limit_total(self.owner, self.controllers)
+        self._prepare_owner(Cgroup(os.path.dirname(path)), gid)
         cgroup.create()
         cgroup.limit(limits, self.controllers, self.disks)
         return cgroup
+
+    def _prepare_owner(self, owner: Cgroup, gid: int) -> None:
+        """Make an owner's cgroup and write what all its jobs may use. One that exists may be of an earlier server."""
+        if not owner.create() and owner.path in self.prepared:
+            return
+        if os.geteuid() == 0:
+            owner.hide(0o710, gid)
+        owner.enable(self.controllers)
+        owner.limit_total(self.owner, self.controllers)
+        self.prepared.add(owner.path)
 
     def remove_unused(self) -> None:
         """Remove every cgroup without a shim or a job. After the last job of a state folder nothing is left."""

@@ -4447,6 +4447,21 @@ async def test_the_kernel_holds_an_owner_s_total_limits(state):
 
 @pytest.mark.controllers
 @in_loop
+async def test_an_owner_s_total_limits_are_those_of_the_server_that_starts_the_job(state):
+    async with worker_on(state, owner=jobworker.OwnerLimits(pids=20)) as worker:
+        owner = Path(worker.job(await start_id(worker, shell(WAITS))).spec.cgroup).parent
+    async with worker_on(state, owner=jobworker.OwnerLimits(pids=30)) as worker:
+        assert (owner / "pids.max").read_text() == "20\n"
+        await result(worker, shell("true"))
+        assert (owner / "pids.max").read_text() == "30\n"
+        await worker.stop_all()
+        owner.rmdir()  # by a person
+        await result(worker, shell("true"))
+        assert (owner / "pids.max").read_text() == "30\n"
+
+
+@pytest.mark.controllers
+@in_loop
 async def test_a_stop_first_lifts_the_job_s_io_limit(state):
     async with worker_on(state) as worker:
         job = await start_id(worker, shell(WAITS, io=MIB))
