@@ -80,7 +80,8 @@ class WorkerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def StartJob(self, request, context):
-        """Starts a command in a cgroup of its own and answers with the job's id.
+        """Starts a command in a cgroup of its own and answers with the job's id. If the command cannot be run, the trailing
+        metadata shell-code has the exit code of a shell: 127 (not found) or 126.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,8 +101,10 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetOutputStream(self, request, context):
-        """The job's standard output and error, raw bytes, from `offset` to the end of the job. At the end, the trailing
-        metadata ending-bin tells how the job ended: a GetStatusResponse with status, exitcode, reason and signal.
+        """The job's standard output and error, raw bytes, from `offset` to the end of the job. The initial metadata has
+        jobworker-version, and, after a request with `tail`, offset and error-offset: where each output begins, so that a
+        client can resume. At the end, the trailing metadata ending-bin tells how the job ended: a GetStatusResponse with
+        status, exitcode, reason and signal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
