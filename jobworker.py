@@ -361,6 +361,10 @@ class OldServerError(JobWorkerError):
     """The server does not know a call that the client's verb needs."""
 
 
+class ExposedKeyError(JobWorkerError):
+    """Other users can read a private key."""
+
+
 class InputCutError(JobWorkerError):
     """A job did not get all of its input, and was stopped."""
 
@@ -3166,11 +3170,11 @@ def claim_range(claim: pathlib.Path, token: str, owners: pathlib.Path) -> bool:
     """Claim one range. False: another state folder has it."""
     if claim.exists():
         holder, _, place = os.fsdecode(claim.read_bytes()).partition(" ")
-        moved = holder == token and not (place != str(owners) and read_token(pathlib.Path(place)) == token)
-        if not moved and place != str(owners):  # the holder is another one, or a copy of this one is still there
-            return False
-        if (holder, place) == (token, str(owners)):
-            return True
+        if place == str(owners):
+            if holder == token:
+                return True
+        elif holder != token or read_token(pathlib.Path(place)) == token:
+            return False  # another state folder has the range, or this one is a copy of the folder that has it
     new = claim.with_name(f"new-{claim.name}")
     new.write_bytes(os.fsencode(f"{token} {owners}"))
     sync(new)
@@ -3268,12 +3272,14 @@ def count_of(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
+def kernel_version() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+
+
 def check_kernel() -> None:
     """Refuse a kernel older than Linux 5.4: poll(2) cannot wait for a pidfd there."""
-    release = os.uname().release
-    version = tuple(map(int, re.findall(r"\d+", release)[:2]))
-    if version < (5, 4):
-        raise JobWorkerError(f"this is Linux {release}, and serving jobs needs 5.4 or newer")
+    if kernel_version() < (5, 4):
+        raise JobWorkerError(f"this is Linux {os.uname().release}, and serving jobs needs 5.4 or newer")
 
 
 def new_job_id() -> str:
@@ -3402,10 +3408,9 @@ def rounded_up(value: float) -> int:
 
 def confinement_failure(state: str, hidden: Sequence[str]) -> str:
     """Why this machine cannot confine jobs; empty: it can."""
-    release = os.uname().release
-    if tuple(map(int, re.findall(r"\d+", release)[:2])) < (5, 8):
+    if kernel_version() < (5, 8):
         # There hidepid is one setting of the whole machine, and a job's mount would change it for everybody.
-        return f"this is Linux {release}, and a /proc of a job's own needs 5.8"
+        return f"this is Linux {os.uname().release}, and a /proc of a job's own needs 5.8"
     if is_below(os.path.realpath(state), os.path.realpath("/dev/shm")):  # noqa: S108
         return f"the state folder {state} lies below /dev/shm, and each confined job has a /dev/shm of its own"
     failure = try_confinement(state, hidden)
@@ -4908,7 +4913,7 @@ def read_key(path: pathlib.Path) -> bytes:
     except OSError as error:
         raise JobWorkerError(f"cannot read {path}: {error.strerror}") from error
     if facts.st_uid == os.geteuid() and facts.st_mode & 0o077:
-        raise JobWorkerError(f"others can read the key in {path}; `chmod 600 {path}` takes that right from them")
+        raise ExposedKeyError(f"others can read the key in {path}; `chmod 600 {path}` takes that right from them")
     return content
 
 
@@ -6351,7 +6356,7 @@ def read_credentials(certs: pathlib.Path, identity: str) -> Credentials:
         files = read_file(authorities), read_key(key), read_file(certificate)
     except JobWorkerError as error:
         hint = f"`-r NAME` picks another identity, `--certs DIR` another folder than {certs}"
-        raise error if "others can read" in str(error) else JobWorkerError(f"{error}; {hint}") from None
+        raise error if isinstance(error, ExposedKeyError) else JobWorkerError(f"{error}; {hint}") from None
     return Credentials(files[1], files[2], files[0], str(certificate), str(authorities))
 
 
@@ -6720,8 +6725,7 @@ class Client:
             and re.match(r"failed to connect|DNS|errors? resolving", details)
         ):
             sentence = why_unreachable(self._options) or f"cannot reach {self._options.address}: {details}"
-            failure: JobWorkerError = (UnavailableError if retried or self._known else JobWorkerError)(sentence)
-            return failure
+            return UnavailableError(sentence) if retried or self._known else JobWorkerError(sentence)
         if is_loss(status, details):
             return UnavailableError(details or status)
         if status == "DEADLINE_EXCEEDED":
