@@ -7226,11 +7226,14 @@ def engine_words(through: tuple[str, ...], through_end: tuple[str, ...]) -> tupl
         through, through_end = (*SLURM, *through[1:], *SLURM_COMMAND), through_end or SLURM_END
     if through_end and not through:
         raise UsageError("--through-end needs --through")
-    try:
-        check_words(through)
-        check_words(through_end, WORD_FIELDS[:-1])
-    except BadRequestError as error:
-        raise UsageError(f"--through: {error}") from None
+    for option, words, fields in (
+        ("--through", through, WORD_FIELDS),
+        ("--through-end", through_end, WORD_FIELDS[:-1]),
+    ):
+        try:
+            check_words(words, fields)
+        except BadRequestError as error:
+            raise UsageError(f"{option}: {error}") from None
     return through, through_end
 
 
@@ -7296,7 +7299,9 @@ def run_identity(options: argparse.Namespace) -> int:
     folder = pathlib.Path(options.certs) if options.certs else default_certs()
     if options.list:
         return list_identities(folder)
-    name = checked_name(utf8_text(options.name or ""), renew=options.renew)
+    if not options.name:
+        raise UsageError(f"`identity` needs a NAME: {PROGRAM} identity alice")
+    name = checked_name(utf8_text(options.name), renew=options.renew)
     with locked_folder(folder):
         authority = load_authority(folder, "client-ca")
         known = issued_certificates(folder, authority.certificate)

@@ -6002,7 +6002,7 @@ def test_a_renewed_identity_has_a_new_key_and_serial_the_same_roles_and_can_be_r
 @pytest.mark.parametrize(("words", "status", "message"), [
     (("identity", "user2"), 1, "`identity user2 --renew`"), (("identity", "stranger", "--renew"), 1, "no certificate of 'stranger'"),
     (("identity", "x", "--days", "0"), 2, "from 1 to 3650"), (("identity", "x", "--days", "9999"), 2, "from 1 to 3650"),
-    (("identity",), 2, "cannot name"), (("identity", "issued"), 2, "cannot name"), (("identity", "client-crl"), 2, "cannot name"),
+    (("identity",), 2, "`identity` needs a NAME"), (("identity", "issued"), 2, "cannot name"), (("identity", "client-crl"), 2, "cannot name"),
     (("identity", "server", "--renew"), 2, "cannot name"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")  # fmt: skip
 def test_an_identity_that_cannot_be_made_is_refused_in_one_sentence(certs, tmp_path, words, status, message):
@@ -10017,7 +10017,11 @@ async def test_a_command_in_the_place_of_its_field_is_quoted_for_a_shell(state):
         (("--through", "srun 'a"), '"srun \'a" has a quotation mark or a backslash without its pair'),
         (("--through", ""), "'' names no program"),
         (("--through", "slurm --comment={comment}"), "has the field {comment}"),
-        (("--through", "srun", "--through-end", "squeue {command}"), "has the field {command}"),
+        (("--through", "srun {"), "jobworker: --through: '{' has a brace"),
+        (
+            ("--through", "srun", "--through-end", "squeue {command}"),
+            "jobworker: --through-end: '{command}' has the field",
+        ),
         (("--through-end", "squeue"), "--through-end needs --through"),
         (("--accounts", "mine"), "invalid choice: 'mine'"),
     ],
