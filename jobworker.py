@@ -7853,15 +7853,13 @@ def run_stop(options: argparse.Namespace) -> int:
 
 def add_signal_arguments(parser: argparse.ArgumentParser) -> None:
     add_client_arguments(parser)
-    parser.add_argument(
-        "job", metavar="JOB", help=f"the job: its id, the first {SHORTEST_PREFIX} or more characters of it, or its name"
-    )
+    add_job_arguments(parser)
     parser.add_argument("signal", metavar="SIGNAL", help="for example HUP, USR1 or TERM")
 
 
 def run_signal(options: argparse.Namespace) -> int:
     with client_of(options) as client:
-        request = pb.SignalJobRequest(id=find_job(client, options.job), signal=options.signal)
+        request = pb.SignalJobRequest(id=chosen_job(client, options), signal=options.signal)
         client.call("SignalJob", request, pb.SignalJobResponse)
     return 0
 
@@ -8292,7 +8290,12 @@ VERBS = {
         "wait until jobs have ended; exit with the code of the job named last",
         ("wait --last", "wait build test"),
     ),
-    "signal": Verb(add_signal_arguments, run_signal, "send a signal to the main process of a job", ("signal web HUP",)),
+    "signal": Verb(
+        add_signal_arguments,
+        run_signal,
+        "send a signal to the main process of a job",
+        ("signal web HUP", "signal --last USR1"),
+    ),
     "rm": Verb(add_rm_arguments, run_rm, "delete ended jobs and their output", ("rm 5d8b", "rm --last")),
     "identity": Verb(
         add_identity_arguments,
@@ -8367,12 +8370,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not arguments:
         parser.print_help()
         parser.exit()
+    if arguments[0] == "signal":
+        arguments = [arguments[0], *options_first(arguments[1:], value_flags)]
     if arguments[0] not in COMMAND_VERBS:
         return parser.parse_args(arguments)
     own, words, after_args = split_command(arguments[1:], value_flags)
     options = parser.parse_args([arguments[0], *own])
     options.words, options.after_args = words, after_args
     return options
+
+
+def options_first(words: Sequence[str], value_flags: Iterable[str]) -> list[str]:
+    """The options and then the other words. Otherwise argparse would take the first word of `web --last HUP` as the
+    signal, because the job may be left out.
+    """
+    flags = frozenset(value_flags)
+    own: list[str] = []
+    others: list[str] = []
+    position = 0
+    while position < len(words) and words[position] != "--":
+        size = 2 if words[position] in flags else 1
+        (own if words[position].startswith("-") else others).extend(words[position : position + size])
+        position += size
+    return [*own, *others, *words[position:]]
 
 
 def fill_standard_descriptors() -> None:

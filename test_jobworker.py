@@ -7128,8 +7128,15 @@ def test_signal_reaches_the_main_process(state, certs):
         job = served.start("--name", "service", "sh", "-c", script)
         with served.popen("stream", job) as stream:
             assert stream.stdout.readline() == b"ready\n"
-            assert served.run("signal", "service", "HUP").returncode == 0
-            assert stream.stdout.readline() == b"reloaded\n"
+            for words in (
+                ("service", "HUP"), ("-j", "service", "HUP"), ("--last", "HUP"), ("HUP", "--last"),
+                ("service", "--retry-for", "9s", "HUP"),
+            ):  # fmt: skip
+                done = served.run("signal", *words)
+                assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+                assert stream.stdout.readline() == b"reloaded\n"
+        one_sentence(served.run("signal", "HUP"), "`signal` needs a job", status=2)
+        one_sentence(served.run("signal", job, "--last", "HUP"), "`signal` takes one job", status=2)
         one_sentence(served.run("signal", job, "NOSUCH"), "there is no signal 'NOSUCH'")
         one_sentence(served.run("signal", job, "HUP", role="user2"), "there is no job")
 
