@@ -369,7 +369,6 @@ class InputCutError(JobWorkerError):
     """A job did not get all of its input, and was stopped."""
 
     status = "ABORTED"
-    exit_code = 255
 
 
 class UsageError(JobWorkerError):
@@ -7709,8 +7708,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_options(parser)
     parser.epilog = (
         "Ctrl-C sends the job INT, and kills it after 10 s. A second Ctrl-C kills it at once.\n"
-        "If the terminal is closed, the job goes on. A job whose input is cut is stopped. The\n"
-        "exit code is the job's own, and 255 if that is unknown or if this client failed."
+        "While the server is away, a second Ctrl-C ends this client, and the job may go on.\n"
+        "If the terminal is closed, the job goes on. A job whose input is cut is stopped.\n"
+        "\n"
+        "The exit code is the job's own (128+N after signal N), or:\n"
+        "  127, 126  the command is not found, or cannot be run\n"
+        "  2         wrong usage\n"
+        "  129, 130  the terminal was closed, or Ctrl-C ended this client and the job may go on\n"
+        "  255       another error; the job's own code is not known"
     )
 
 
@@ -7718,8 +7723,8 @@ def run_run(options: argparse.Namespace) -> int:
     """Start a job, write its output, and return its exit code."""
     if options.split is None:
         options.split = not is_same_place(1, 2)
-    request = start_request(options)
     try:
+        request = start_request(options)
         with contextlib.ExitStack() as resources:
             file = resources.enter_context(open_input(options))
             client = resources.enter_context(client_of(options))
