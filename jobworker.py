@@ -357,6 +357,10 @@ class KernelError(JobWorkerError):
         self.errno = error.errno
 
 
+class OneJobError(JobWorkerError):
+    """A call for one job was refused, or a word names no job. A verb goes on with its other jobs."""
+
+
 class OldServerError(JobWorkerError):
     """The server does not know a call that the client's verb needs."""
 
@@ -6306,6 +6310,7 @@ def notify(state: str) -> None:
 
 CONNECT_SECONDS = 4.0
 CALL_SECONDS = STOP_SECONDS + 30.0
+STOPS_AT_ONCE = 32  # calls of one `stop`; half of OWNER_CALLS, so that the owner's other clients are not refused
 ONCE = ("SignalJob", "RemoveJob")  # calls whose second try would have an effect, or a wrong answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries
 CLIENT_OPTIONS = [
@@ -6551,6 +6556,7 @@ class Client:
         self._credentials: Any = None
         self._reached = False  # by the last try
         self._known = False  # an earlier call has reached the server
+        self.is_lost = False  # it was lost, and has not been reached since
         self._input_bytes = OLD_INPUT_BYTES
 
     def __enter__(self) -> Self:
@@ -6573,6 +6579,63 @@ class Client:
             return ask_once(channel, method, request, reply, timeout)
 
         return self._with_retries(attempt, repeat=method not in ONCE)
+
+    def send_stop(self, request: pb.StopJobRequest, timeout: float, hint: str) -> None:
+        """Ask for a stop, as `call` does. `hint` is said if the server is lost.
+
+        Raises NoAnswerError only after the server has answered another call. Without that call, a client could not
+        tell a server that waits for the job's end from one that is away behind a network which drops packets.
+        """
+
+        def attempt(channel: grpc.Channel) -> None:
+            try:
+                ask_once(channel, "GetJobStatus", pb.GetStatusRequest(id=request.id), pb.GetStatusResponse, timeout)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise UnavailableError(f"{self._options.address} does not answer") from None
+                raise
+            self._note_reached()
+            ask_once(channel, "StopJob", request, pb.StopJobResponse, timeout)
+
+        self._with_retries(attempt, hint=hint)
+
+    def stop(
+        self, requests: Iterable[pb.StopJobRequest], timeout: float, report: Callable[[str, OneJobError | None], None]
+    ) -> None:
+        """Stop several jobs at the same time. `report` gets each id, and why the job was not stopped."""
+        rest = {request.id: request for request in requests}
+
+        def attempt(channel: grpc.Channel) -> None:
+            while rest:
+                ask = channel.unary_unary(
+                    f"/{SERVICE_NAME}/StopJob", pb.StopJobRequest.SerializeToString, pb.StopJobResponse.FromString
+                )
+                calls = {job_id: ask.future(rest[job_id], timeout=timeout) for job_id in list(rest)[:STOPS_AT_ONCE]}
+                exhausted = {}  # beyond `--owner-calls`, which has room when the others have ended
+                for job_id, call in calls.items():
+                    failure = self._refusal(call)
+                    self._note_reached()
+                    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                        exhausted[job_id] = failure
+                    else:
+                        report(rest.pop(job_id).id, failure)
+                if len(exhausted) == len(calls):
+                    for job_id, failure in exhausted.items():
+                        report(rest.pop(job_id).id, failure)
+
+        self._with_retries(attempt)
+
+    def _refusal(self, call: Any) -> OneJobError | None:
+        """Wait for the answer of a call, and return why it was refused. Raises grpc.RpcError or JobWorkerError."""
+        error = call.exception()
+        if error is None:
+            return None
+        if is_loss(error.code().name, error.details() or ""):
+            raise error
+        failure = self._explained(error, retried=False)
+        if not isinstance(failure, OneJobError):
+            raise failure
+        return failure
 
     def start(self, request: pb.StartJobRequest) -> str:
         """Start a job, and return its id. Raises OldServerError if it needs input and the server knows of none."""
@@ -6646,7 +6709,8 @@ class Client:
             )
             messages = ask(request)
             metadata = dict(messages.initial_metadata())
-            self._reached = bool(metadata)  # a server of an earlier version sends none
+            if metadata:  # a server of an earlier version sends none
+                self._note_reached()
             if tail is not None and OFFSET_KEYS[0] not in metadata:
                 next(messages, None)  # raises the error of the call, if there is one
                 raise OldServerError(f"the one at {self._options.address} does not know `--tail`")
@@ -6654,7 +6718,7 @@ class Client:
                 tail = None
                 sink.offsets = {number: int(metadata.get(key, 0)) for number, key in enumerate(OFFSET_KEYS, 1)}
             for pieces in messages:
-                self._reached = True
+                self._note_reached()
                 for number, chunk in enumerate(pieces, 1):
                     if chunk:
                         sink.take(number, chunk)
@@ -6674,9 +6738,10 @@ class Client:
         repeat: bool = True,
         options: Sequence[tuple[str, Any]] = CLIENT_OPTIONS,
         connection: contextlib.ExitStack | None = None,
+        hint: str = "",
     ) -> Any:
         """Try until it works, is refused, or `retry_for` seconds have passed since the server was lost. `connection`
-        gets the channel of the try that worked; otherwise it is closed.
+        gets the channel of the try that worked; otherwise it is closed. `hint` ends the sentence about the loss.
         """
         lost_at, pause = 0.0, FIRST_PAUSE
         while True:
@@ -6691,7 +6756,8 @@ class Client:
                 raise failure
             if not lost_at or self._reached:
                 lost_at, pause = time.monotonic(), FIRST_PAUSE
-                say(f"{self._options.address} was lost ({failure}); trying for {self._options.retry_for:g} s")
+                self.is_lost = self._known = True
+                say(f"{self._options.address} was lost ({failure}); trying for {self._options.retry_for:g} s{hint}")
             if time.monotonic() + pause > lost_at + self._options.retry_for:
                 raise UnavailableError(f"gave up after {self._options.retry_for:g} s: {failure}")
             time.sleep(max(0.0, pause - (time.monotonic() - began)))
@@ -6707,10 +6773,14 @@ class Client:
         with contextlib.ExitStack() as resources:
             channel = resources.enter_context(grpc.secure_channel(self._options.address, self._credentials, options))
             result = attempt(channel)
-            self._known = True
+            self._note_reached()
             if connection is not None:
                 connection.enter_context(resources.pop_all())
             return result
+
+    def _note_reached(self) -> None:
+        self._reached = self._known = True
+        self.is_lost = False
 
     def _explained(self, error: Any, *, retried: bool) -> JobWorkerError:
         """The error for gRPC's. A server that was never reached is reported at once: a retry helps only if a server
@@ -6733,7 +6803,7 @@ class Client:
             return OldServerError(f"the one at {self._options.address} does not know this call")
         if code := metadata_of(error).get(SHELL_CODE_KEY):
             return CannotRunError(details, int(code))
-        return JobWorkerError(details or status)
+        return OneJobError(details or status)
 
 
 def metadata_of(call: Any) -> dict[str, Any]:
@@ -7665,7 +7735,9 @@ class Interrupted(Exception):  # noqa: N818  it is no error
 
 
 class InterruptibleSink(Sink):
-    """Standard output and error, for `run`. A signal raises Interrupted; during a write, after the write."""
+    """Standard output and error, for `run`. A signal raises Interrupted; during a write, after the write. The next one
+    waits until `listen`, since an exception in the handler of an exception would reach the user.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_to)
@@ -7686,16 +7758,23 @@ class InterruptibleSink(Sink):
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.busy:
-            self._pending = number
-        else:
+        if not self.busy:
+            self.busy = True
             raise Interrupted(number)
+        if self._pending != signal.SIGHUP:  # which no other signal may replace: the job would be killed
+            self._pending = number
 
-    def take(self, number: int, chunk: Content) -> None:
-        super().take(number, chunk)
+    def listen(self) -> None:
+        """Let a signal raise from now on. Raises Interrupted if one came before."""
+        self.busy = True
         if self._pending:
             number, self._pending = self._pending, 0
             raise Interrupted(number)
+        self.busy = False
+
+    def take(self, number: int, chunk: Content) -> None:
+        super().take(number, chunk)
+        self.listen()
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -7730,6 +7809,8 @@ def run_run(options: argparse.Namespace) -> int:
             client = resources.enter_context(client_of(options))
             job = ForegroundJob(client, request, resources.enter_context(InterruptibleSink()), file)
             return job.run(resources, functools.partial(stop_unfed, request.id, options))
+    except Interrupted as interrupt:  # when `run` was about to end
+        return 128 + interrupt.number
     except CannotRunError as error:
         say(str(error))
         return error.shell_code
@@ -7767,33 +7848,43 @@ class ForegroundJob:
         self._sink = sink
         self._file = file
         self._sending: Sending | None = None
-        self._interrupts = 0
+        self._started = False
+        self._closed = False  # nobody reads the output
+        self._stops = 0  # how many were asked for
+        self._stop: pb.StopJobRequest | None = None  # the one that the server does not have yet
 
     def run(self, resources: contextlib.ExitStack, stop_unfed: Callable[[], None]) -> int:
         """The exit code. Raises JobWorkerError. `resources` holds the connection of the input."""
-        started = False
         while True:
             try:
-                if not started:
-                    self._client.start(self._request)
-                    started = True
-                if self._file is not None and self._sending is None:
-                    self._sending = resources.enter_context(self._client.sending(self._request.id, self._file))
-                    self._sending.when_refused(stop_unfed)
-                return self._exit_code(self._client.stream(self._request.id, self._sink))
+                self._sink.listen()
+                self._send_stop()
+                if self._closed:
+                    return 128 + signal.SIGPIPE
+                return self._follow(resources, stop_unfed)
             except Interrupted as interrupt:
-                if interrupt.number == signal.SIGHUP:
-                    return self._leave()
-                self._stop(interrupt.number)
+                if self._is_to_leave(interrupt.number):
+                    return self._leave(interrupt.number)
+                self._ask_stop(interrupt.number)
             except BrokenPipeError:
-                self._stop(signal.SIGTERM)
-                raise
+                self._closed = True
+                self._ask_stop(signal.SIGTERM)
             except OSError as error:
                 if error.errno == errno.EIO:  # a closed terminal, whose SIGHUP comes later or is ignored
-                    return self._leave()
+                    return self._leave(signal.SIGHUP)
                 raise JobWorkerError(f"the output cannot be written: {error.strerror}; {self._fate()}") from None
             except UnavailableError as error:
                 raise JobWorkerError(f"{error}; job {self._request.id} may go on") from None
+
+    def _follow(self, resources: contextlib.ExitStack, stop_unfed: Callable[[], None]) -> int:
+        """Start the job and its input, unless that was done, and write its output to the end. Returns its exit code."""
+        if not self._started:
+            self._client.start(self._request)
+            self._started = True
+        if self._file is not None and self._sending is None:
+            self._sending = resources.enter_context(self._client.sending(self._request.id, self._file))
+            self._sending.when_refused(stop_unfed)
+        return self._exit_code(self._client.stream(self._request.id, self._sink))
 
     def _exit_code(self, status: pb.GetStatusResponse | None) -> int:
         """The exit code of the ended job. Raises JobWorkerError if it did not get its input."""
@@ -7809,24 +7900,34 @@ class ForegroundJob:
 
     def _fate(self) -> str:
         """What becomes of the job if `run` ends now."""
-        cut = self._sending is not None and self._sending.is_under_way
-        return f"job {self._request.id} {'is stopped: its input is cut' if cut else 'goes on'}"
+        if self._sending is not None and self._sending.is_under_way:
+            return f"job {self._request.id} is stopped: its input is cut"
+        known = self._started and not self._stops and not self._client.is_lost
+        return f"job {self._request.id} {'goes on' if known else 'may go on'}"
 
-    def _leave(self) -> int:
+    def _is_to_leave(self, number: int) -> bool:
+        """Whether a signal ends `run`: a hangup, one after a kill, or one after a stop that the server did not get."""
+        late = self._client.is_lost if self._stop is not None else self._stops > 1
+        return late or number == signal.SIGHUP
+
+    def _leave(self, number: int) -> int:
         say(self._fate())
-        return 128 + signal.SIGHUP
+        return 128 + number
 
-    def _stop(self, number: int) -> None:
+    def _ask_stop(self, number: int) -> None:
+        """Have the next turn of `run` send a stop, or a kill if a stop was asked for before."""
+        self._stops += 1
+        name = signal.Signals(number).name if self._stops == 1 else ""
+        self._stop = pb.StopJobRequest(id=self._request.id, signal=name, grace=INTERRUPT_GRACE if name else 0)
+
+    def _send_stop(self) -> None:
         """Send the stop, and do not wait for the end: the job's output is written meanwhile."""
-        self._interrupts += 1
-        name = signal.Signals(number).name if self._interrupts == 1 else ""
-        request = pb.StopJobRequest(id=self._request.id, signal=name, grace=INTERRUPT_GRACE if name else 0)
-        try:
-            self._client.call("StopJob", request, pb.StopJobResponse, timeout=STOP_REQUEST_SECONDS)
-        except NoAnswerError:
+        if self._stop is None:
             return
-        except Interrupted as again:
-            self._stop(again.number)
+        hint = f"; job {self._request.id} is not stopped yet, and Ctrl-C again leaves"
+        with contextlib.suppress(NoAnswerError):
+            self._client.send_stop(self._stop, STOP_REQUEST_SECONDS, hint)
+        self._stop = None
 
 
 def exit_code_of(status: pb.GetStatusResponse) -> int:

@@ -6822,6 +6822,102 @@ def test_run_resumes_after_its_server_was_killed_and_names_its_job_when_it_gives
         assert client.wait(PATIENCE) == 6
 
 
+@contextlib.contextmanager
+def run_without_server(state, certs, port, *words):
+    """`run` of a job that sleeps. Its server was killed, and `run` has said that it was lost."""
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(killed_at_end(spawn(state, certs, port), certs, port))
+        script = ("sh", "-c", "echo ready; exec sleep 1000")
+        client = stack.enter_context(served.popen("run", "--no-split", *words, *script, stderr=subprocess.PIPE))
+        stack.callback(client.kill)
+        assert client.stdout.readline() == b"ready\n"
+        (job,) = listed(served)
+        end(served.process)
+        assert b"was lost" in client.stderr.readline()
+        try:
+            yield client, job.id
+        finally:
+            with serving(state, certs):  # it stops the job
+                pass
+
+
+SECOND_SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("second", "code"), SECOND_SIGNALS, ids=str)
+def test_a_second_signal_ends_run_at_once_while_its_server_is_away(state, certs, port, second, code):
+    with run_without_server(state, certs, port, "--retry-for", "1000s") as (client, job):
+        client.send_signal(signal.SIGINT)
+        said = client.stderr.readline().decode()
+        assert "cannot connect" in said
+        assert "Ctrl-C again leaves" in said
+        client.send_signal(second)
+        assert client.communicate(timeout=PATIENCE) == (b"", f"jobworker: job {job} may go on\n".encode())
+        assert client.returncode == code
+
+
+def test_a_hangup_ends_run_at_once_while_its_server_is_away(state, certs, port):
+    with run_without_server(state, certs, port, "--retry-for", "1000s") as (client, job):
+        client.send_signal(signal.SIGHUP)
+        assert client.communicate(timeout=PATIENCE) == (b"", f"jobworker: job {job} may go on\n".encode())
+        assert client.returncode == 129
+
+
+def test_run_says_that_its_job_may_go_on_if_no_server_comes_to_stop_it(state, certs, port):
+    with run_without_server(state, certs, port, "--retry-for", "0.5s") as (client, job):
+        client.send_signal(signal.SIGINT)
+        _, err = client.communicate(timeout=PATIENCE)
+        assert err.decode().endswith(f"; job {job} may go on\n")
+        assert client.returncode == 255
+
+
+def test_a_signal_stops_the_job_of_run_when_its_server_is_back(state, certs, port):
+    with contextlib.ExitStack() as stack:
+        client, job = stack.enter_context(run_without_server(state, certs, port))
+        client.send_signal(signal.SIGINT)
+        assert b"Ctrl-C again leaves" in client.stderr.readline()
+        served = stack.enter_context(killed_at_end(spawn(state, certs, port), certs, port))
+        assert client.communicate(timeout=PATIENCE) == (b"", b"")
+        assert client.returncode == 130
+        status = status_at_end(served, job)
+        assert (status.status, status.exitcode) == (pb.STOPPED, 130)
+        end(served.process)
+
+
+def test_run_can_be_left_while_its_server_does_not_answer(state, certs):
+    """A stopped server takes connections, and answers nothing."""
+    with serving(state, certs) as served:
+        with served.popen("run", "sh", "-c", WAITS, stderr=subprocess.PIPE) as client:
+            assert client.stdout.readline() == b"ready\n"
+            served.process.send_signal(signal.SIGSTOP)
+            try:
+                client.send_signal(signal.SIGINT)
+                assert b"Ctrl-C again leaves" in client.stderr.readline()
+                client.send_signal(signal.SIGINT)
+                _, err = client.communicate(timeout=PATIENCE)
+            finally:
+                served.process.send_signal(signal.SIGCONT)
+        assert re.fullmatch(rf"jobworker: job {UUID} may go on\n", err.decode())
+        assert client.returncode == 130
+
+
+def test_a_terminal_that_is_closed_during_a_stop_does_not_kill_the_job(state, certs):
+    with serving(state, certs) as served:
+        script = "trap 'echo noted; until [ -e go ]; do sleep 0.05; done; exit 7' INT; echo ready; while :; do sleep 0.05; done"
+        with served.popen("run", "sh", "-c", script, stderr=subprocess.PIPE) as client:
+            assert client.stdout.readline() == b"ready\n"
+            (job,) = listed(served)
+            with served.popen("stream", job.id) as stream:
+                client.send_signal(signal.SIGINT)
+                assert b"noted\n" in iter(stream.stdout.readline, b"")  # `run` has no answer to its stop now
+                client.send_signal(signal.SIGHUP)
+                _, err = client.communicate(timeout=PATIENCE)
+                served.run("run", "touch", "go")
+        assert (client.returncode, err) == (129, f"jobworker: job {job.id} may go on\n".encode())
+        status = status_at_end(served, job.id)
+        assert (status.status, status.exitcode) == (pb.STOPPED, 7)
+
+
 @pytest.mark.controllers
 def test_run_exits_with_137_and_names_oom(state, certs):
     with serving(state, certs) as served:
