@@ -7081,6 +7081,29 @@ def chosen_jobs(client: Client, options: argparse.Namespace) -> list[str]:
     return [find_job(client, word) for word in words]
 
 
+def all_jobs(client: Client, options: argparse.Namespace) -> tuple[list[str], list[JobWorkerError]]:
+    """The ids of the jobs that the command line names, each once, and the errors of the words that name none."""
+    words = list(options.jobs) + ([options.job] if options.job is not None else [])
+    if options.last or "" in words or len(words) < 2:
+        return chosen_jobs(client, options), []
+    found: list[str] = []
+    failures: list[JobWorkerError] = []
+    for word in words:
+        try:
+            found.append(find_job(client, word))
+        except (OneJobError, BadRequestError) as error:
+            failures.append(error)
+    return list(dict.fromkeys(found)), failures
+
+
+def say_failures(failures: Iterable[JobWorkerError]) -> int:
+    """Say each sentence once, after the jobs that went well. Returns the exit code."""
+    sentences = dict.fromkeys(map(str, failures))
+    for sentence in sentences:
+        say(sentence)
+    return 1 if sentences else 0
+
+
 def chosen_job(client: Client, options: argparse.Namespace) -> str:
     if options.job is not None and options.jobs:
         raise UsageError(f"`{options.verb}` takes one job")
@@ -7099,12 +7122,12 @@ def find_job(client: Client, word: str) -> str:
         raise UsageError("the job id is empty: was it taken from a variable that is not set?")
     found = client.list(pb.ListJobsRequest(prefix=word))
     if not found:
-        raise JobWorkerError(
+        raise OneJobError(
             f"there is no job {word!r}: give the first {SHORTEST_PREFIX} or more characters of an id, or a job's name"
         )
     if len(found) > 1:
         ids = ", ".join(status.id for status in found[-5:])
-        raise JobWorkerError(f"{word!r} names {len(found)} jobs; give more of an id: {ids}")
+        raise OneJobError(f"{word!r} names {len(found)} jobs; give more of an id: {ids}")
     return found[0].id
 
 
@@ -7950,11 +7973,17 @@ def run_stop(options: argparse.Namespace) -> int:
     name = options.signal or ("TERM" if options.grace is not None else "")
     grace = (INTERRUPT_GRACE if options.grace is None else options.grace) if name else 0.0
     with client_of(options) as client:
-        for job_id in chosen_jobs(client, options):
-            request = pb.StopJobRequest(id=job_id, signal=name, grace=grace)
-            client.call("StopJob", request, pb.StopJobResponse, timeout=grace + CALL_SECONDS)
-            print_line(f"stopped Job: {job_id}")
-    return 0
+        jobs, failures = all_jobs(client, options)
+
+        def report(job_id: str, failure: OneJobError | None) -> None:
+            if failure is None:
+                print_line(f"stopped Job: {job_id}")
+            else:
+                failures.append(failure)
+
+        requests = [pb.StopJobRequest(id=job_id, signal=name, grace=grace) for job_id in jobs]
+        client.stop(requests, grace + CALL_SECONDS, report)
+    return say_failures(failures)
 
 
 def add_signal_arguments(parser: argparse.ArgumentParser) -> None:
@@ -8302,10 +8331,14 @@ def add_rm_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_rm(options: argparse.Namespace) -> int:
     with client_of(options) as client:
-        for job_id in chosen_jobs(client, options):
-            client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
-            print_line(f"removed Job: {job_id}")
-    return 0
+        jobs, failures = all_jobs(client, options)
+        for job_id in jobs:
+            try:
+                client.call("RemoveJob", pb.RemoveJobRequest(id=job_id), pb.RemoveJobResponse)
+                print_line(f"removed Job: {job_id}")
+            except OneJobError as error:
+                failures.append(error)
+    return say_failures(failures)
 
 
 # --- 21. Main ------------------------------------------------------------------------------------------

@@ -7176,6 +7176,48 @@ def test_the_verb_stop_lets_a_service_end_by_itself(state, certs, words):
         assert served.run("status", "web").stdout.endswith("status: STOPPED, exitCode: 0\n")
 
 
+def test_several_jobs_are_stopped_at_the_same_time(state, certs):
+    """Each job ends only when it sees that the other one has got its signal, too."""
+    script = (
+        "trap 'touch $1; until [ -e $2 ]; do sleep 0.05; done; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    )
+    with serving(state, certs) as served:
+        jobs = [served.start("sh", "-c", script, "sh", *names) for names in ("ab", "ba")]
+        for job in jobs:
+            assert first_line(served, job) == b"ready\n"
+        done = served.run("stop", "--grace", "1000s", *jobs)
+        assert (done.returncode, done.stdout) == (0, "".join(f"stopped Job: {job}\n" for job in jobs))
+        assert [(job.status, job.exitcode) for job in listed(served)] == [(pb.STOPPED, 3)] * 2
+
+
+def test_more_jobs_than_open_calls_of_one_owner_can_be_stopped_at_once(state, certs):
+    with serving(state, certs, "--owner-calls", "3") as served:
+        jobs = [served.start("sleep", "1000") for _ in range(8)]
+        done = served.run("stop", *jobs)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(done.stdout.splitlines()) == sorted(f"stopped Job: {job}" for job in jobs)
+
+
+@pytest.mark.parametrize("verb", ["stop", "rm"])
+def test_a_job_that_is_unknown_or_refused_does_not_keep_a_verb_from_the_others(state, certs, verb):
+    unknown, foreign = "aaaa0319-e37d-420b-ac43-7316f6b032e5", "bbbb0319-e37d-420b-ac43-7316f6b032e5"
+    with serving(state, certs) as served:
+        served.start("--id", foreign, "sleep", "1000", role="user2")
+        jobs = [served.start("sleep", "1000") for _ in range(2)]
+        if verb == "rm":
+            served.run("stop", *jobs)
+        done = served.run(verb, "no-such-name", unknown, jobs[0], foreign, jobs[1])
+        printed = {"stop": "stopped", "rm": "removed"}[verb]
+        assert done.stdout.splitlines() == [f"{printed} Job: {job}" for job in jobs]
+        said = done.stderr.splitlines()
+        assert [next(name for name in ("no-such-name", unknown, foreign) if name in line) for line in said] == [
+            "no-such-name", unknown, foreign,
+        ]  # fmt: skip
+        assert all(line.startswith("jobworker: there is no job ") for line in said)
+        assert done.returncode == 1
+        one_sentence(served.run(verb, jobs[0], ""), "the job id is empty", status=2)
+
+
 @in_loop
 async def test_a_kill_ends_a_grace_period_early(state):
     async with worker_on(state) as worker:
