@@ -2176,7 +2176,7 @@ async def test_a_folder_with_other_files_is_refused_as_state_folder_and_keeps_it
     place.mkdir()
     place.chmod(0o1777)
     (place / "file").touch()
-    with pytest.raises(JobWorkerError, match=f"^{place} has other files in it; `--state DIR` names"):
+    with pytest.raises(JobWorkerError, match=f"^{place} has other files in it; give a new"):
         async with Worker(jobworker.WorkerOptions(place, without=LIMITLESS)):
             pass
     assert (stat.S_IMODE(place.stat().st_mode), os.listdir(place)) == (0o1777, ["file"])
