@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     import binascii
     import ctypes
     import datetime
+    import hashlib
     import io
     import ipaddress
     import json
@@ -148,6 +149,7 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
     "binascii": "binascii",
     "ctypes": "ctypes",
     "datetime": "datetime",
+    "hashlib": "hashlib",
     "ipaddress": "ipaddress",
     "json": "json",
     "pathlib": "pathlib",
@@ -238,7 +240,8 @@ WAKE_GROUP = 16  # followers that are woken at the same time
 # fails.
 START_SLOTS, FINISH_SLOTS = 48, 16
 LONGEST_GRACE = 86400  # seconds between the signal and the kill of a stop
-ARGUMENTS_BYTES = 2 * MIB  # of a command and its arguments: a quarter of the stack's limit (execve(2))
+ARGUMENTS_BYTES = 2 * MIB  # of a command, its arguments and its environment: a quarter of the stack's limit (execve(2))
+VARIABLES = 4096  # that a request may add to a job's environment
 GRACE = 5.0  # seconds from TERM to the kill of a job that runs through an engine
 END_SECONDS = 120.0  # how long an engine may take to tell how a job ended; its controller may restart meanwhile
 STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
@@ -427,6 +430,15 @@ def read_start(path: str, size: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def read_end(path: str, size: int) -> bytes:
+    """The last `size` bytes of a file. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(descriptor, size, max(0, os.fstat(descriptor).st_size - size))
     finally:
         os.close(descriptor)
 
@@ -1306,7 +1318,9 @@ HIDDEN = "view/hidden"  # below the state folder: what a confined job sees in pl
 TRIAL = "view/trial"  # in place of a job's folder; it stays, so that a full disk keeps no server from its next start
 TREE_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 COMMAND_MARK = "\0"  # in `Spec.through`: stands for the command, quoted for a shell; no argument contains a NUL byte
-SPEC_HEAD_BYTES = 64 * KIB  # of a job.json that the server reads or keeps; arguments can make it 12 MiB long
+# Of a job.json that the server reads or keeps. Arguments and an environment of control characters, six bytes each, can
+# make it 12 MiB long.
+SPEC_HEAD_BYTES = 64 * KIB
 EVENTS_BYTES = 4 * KIB  # allocated when the job starts, so that a full disk cannot lose an exit code
 
 
@@ -1334,7 +1348,8 @@ class Spec:
     reserve: int  # bytes of the file system that the output leaves free
     splice: bool  # whether inotify reports a splice into `output`
     created: float
-    env: tuple[tuple[str, str], ...] = ()  # added to `environment`; no answer contains the values
+    # Added to `environment`. No answer contains the values. Only the shim needs them, and the server keeps none.
+    env: tuple[tuple[str, str], ...] = ()
     cwd: str = ""  # relative to `home`; empty: `home`
     name: str = ""
     confine: bool = False  # whether the job is confined (section 6)
@@ -1345,13 +1360,14 @@ class Spec:
     through_end: tuple[str, ...] = ()  # a command that tells how the engine saw the job's end (EngineReport)
     grace: float = 0.0  # with `through`: seconds from TERM to the kill
     args_left_out: int = 0  # how many arguments more job.json holds; see `SPEC_HEAD_BYTES`
+    digest: str = ""  # of `args` and `env` (digest_of); an earlier version wrote none
 
     def to_json(self) -> bytes:
-        """The contents of job.json. The arguments come last, so that a reader can leave most of them out."""
+        """The contents of job.json. What may be long comes last, so that a reader can leave most of it out."""
         labels = {"id": self.id, "owner": self.owner, "name": self.name}  # first, for `JobFolder.read_labels`
         plain = {**labels, **vars(self), "limits": vars(self.limits), "arg_count": self.arg_count}
-        del plain["args"], plain["args_left_out"]
-        return json.dumps({**plain, "args": self.args}).encode()
+        del plain["args"], plain["args_left_out"], plain["env"]
+        return json.dumps({**plain, "args": self.args, "env": self.env}).encode()
 
     @property
     def arg_count(self) -> int:
@@ -1376,12 +1392,32 @@ class Spec:
 
     @classmethod
     def from_head(cls, text: bytes) -> Spec | None:
-        """The spec in a job.json, with those arguments that its first SPEC_HEAD_BYTES hold."""
-        if len(text) <= SPEC_HEAD_BYTES:
-            return cls.from_json(text)
-        # A quotation mark inside of a JSON string has a backslash before it, so both texts stand between strings only.
-        before, mark, args = text[:SPEC_HEAD_BYTES].partition(b', "args": [')
-        return cls.from_json(before + mark + args[: args.rfind(b'", "') + 1] + b"]}")
+        """The spec in a job.json without its environment, and with those arguments that its first SPEC_HEAD_BYTES hold.
+
+        A quotation mark inside of a JSON string has a backslash before it, so all the texts that are searched here and
+        in `from_ends` stand between strings only.
+        """
+        short = len(text) <= SPEC_HEAD_BYTES
+        before, mark, rest = text[:SPEC_HEAD_BYTES].partition(b', "args": [')
+        args, whole, _ = rest.partition(b'], "env": [')
+        if whole and (not short or text.endswith(b"]}")):  # otherwise it is half-written
+            text = before + mark + args + b"]}"  # without the 2 ms that 4,096 small variables take
+        elif not short:
+            text = before + mark + args[: args.rfind(b'", "') + 1] + b"]}"
+        spec = cls.from_json(text)
+        return spec and spec.without_env()
+
+    @classmethod
+    def from_ends(cls, head: bytes, tail: bytes) -> Spec | None:
+        """The same from both ends of a long job.json of an earlier version, which wrote `env` before `args`. None: its
+        arguments are long too.
+        """
+        before, env, _ = head.partition(b', "env": [')
+        _, cwd, after = tail.partition(b'], "cwd": ')
+        return cls.from_json(before + b', "cwd": ' + after) if env and cwd else None
+
+    def without_env(self) -> Spec:
+        return dataclasses.replace(self, env=()) if self.env else self
 
     @property
     def program(self) -> str:
@@ -1701,15 +1737,25 @@ class JobFolder:
             raise disk_error(f"cannot read {self.path}/job.json", error) from error
 
     def read_head(self) -> Spec | None:
-        """The spec without most of the arguments of a long one; None as for `read_spec`. It takes a bounded time."""
+        """The spec without its environment and without most of very many arguments; None as for `read_spec`.
+
+        It takes a bounded time, except for some jobs of earlier versions. A job.json that has its arguments in the
+        middle (version 1.0.0), or has a long environment before long arguments, is read as a whole. That is as long as
+        a start allows, and it ends when the last such job is deleted.
+        """
+        path = f"{self.path}/job.json"
         try:
-            text = read_start(f"{self.path}/job.json", SPEC_HEAD_BYTES + 1)
+            head = read_start(path, SPEC_HEAD_BYTES + 1)
+            if (spec := Spec.from_head(head)) or len(head) <= SPEC_HEAD_BYTES:
+                return spec
+            if spec := Spec.from_ends(head, read_end(path, SPEC_HEAD_BYTES)):
+                return spec
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise disk_error(f"cannot read {self.path}/job.json", error) from error
-        # A long job.json of version 1.0.0 has its arguments in the middle, and is read as a whole.
-        return Spec.from_head(text) or (self.read_spec() if len(text) > SPEC_HEAD_BYTES else None)
+            raise disk_error(f"cannot read {path}", error) from error
+        spec = self.read_spec()
+        return spec and spec.without_env()
 
     def read_labels(self) -> tuple[str, str]:
         """The owner and the name in job.json, at a tenth of the cost of the whole spec; empty if there are none.
@@ -3221,6 +3267,8 @@ def make_token(owners: pathlib.Path) -> str:
 # Owns what a caller may ask for, what this machine can give, and the sentence for a command that cannot be started. It
 # starts nothing and knows no job.
 
+FILE_INSTEAD = "write it to a file that the command reads"  # the remedy for an environment that is too long
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkerOptions:
@@ -3356,17 +3404,25 @@ def limits_of(request: JobRequest, options: WorkerOptions) -> Limits:
     )
 
 
+def digest_of(args: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> str:
+    """What tells the arguments and the environment of a job from those of another one, without either in memory."""
+    return hashlib.sha256(json.dumps([args, env]).encode()).hexdigest()
+
+
 def is_same_request(request: JobRequest, spec: Spec) -> bool:
     """Whether a job can be this request's. A value that the request leaves to the server is not compared, because the
     defaults may have changed. `split` is not compared: `run` chooses it by where its outputs go.
     """
-    asked = (request.owner, request.command, request.args, request.env, request.cwd, request.name, request.input)
+    if request.owner != spec.owner:
+        return False
+    asked = (request.command, request.cwd, request.name, request.input)
     limits = {**vars(spec.limits), "timeout": spec.timeout, "max_output": spec.max_output}
     return (
-        (spec.owner, spec.command, spec.args, spec.env, spec.cwd, spec.name, spec.input) == asked
+        (spec.command, spec.cwd, spec.name, spec.input) == asked
         and request.run_as in ("", spec.user)
         and spec.confine >= request.confine
         and all(getattr(request, name) in (None, limit) for name, limit in limits.items())
+        and digest_of(request.args, request.env) == (spec.digest or digest_of(spec.args, spec.env))
     )
 
 
@@ -3458,7 +3514,7 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
         sentence = f"cannot confine the job: {failure.step}: {reason}"
         return ExhaustedError(sentence) if exhausted else JobWorkerError(sentence)
     if number == errno.ENOENT and not failure.found:
-        return CannotRunError(f"{name} is not found" + not_found_hint(spec.program, spec.path()), 127)
+        return CannotRunError(f"{name} is not found" + not_found_hint(spec), 127)
     if number == errno.ENOENT:
         return CannotRunError(
             f"{name} cannot run: the interpreter that it names (its `#!` line, or its loader) is missing"
@@ -3472,9 +3528,7 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
     if number == errno.ENOEXEC:
         return CannotRunError(f"{name} cannot run: it is not a program for this machine, and it has no `#!` line")
     if number == errno.E2BIG:
-        return CannotRunError(
-            f"{name} with its {spec.arg_count} arguments is too long for the kernel (128 KiB each, 2 MiB in all)"
-        )
+        return CannotRunError(too_long(name, spec))
     if number in (errno.EAGAIN, errno.ENOMEM):
         return ExhaustedError(f"this machine cannot start another process: {reason}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
@@ -3482,10 +3536,26 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
     return JobWorkerError(f"{name} could not be started: {reason}")
 
 
-def not_found_hint(command: str, searched: str) -> str:
-    """What follows "is not found": the PATH that was searched, and the remedy for a shell line."""
-    path = "" if "/" in command else f" on PATH, which is {searched}"
-    return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", command) else "")
+def too_long(name: str, spec: Spec) -> str:
+    """The sentence for a command that is too long (E2BIG). It names the environment where that is a part of it."""
+    kernel = "too long for the kernel (128 KiB each, 2 MiB in all)"
+    for key, value in spec.env:
+        if len(os.fsencode(key)) + len(os.fsencode(value)) + 2 > 128 * KIB:
+            return f"the variable {key[:40]!r} of the environment is {kernel}: {FILE_INSTEAD}"
+    if not spec.env:
+        return f"{name} with its {spec.arg_count} arguments is {kernel}"
+    variables = count_of(len(spec.env), "variable", "variables")
+    return f"{name} with its {spec.arg_count} arguments and its environment of {variables} is {kernel}: {FILE_INSTEAD}"
+
+
+def not_found_hint(spec: Spec) -> str:
+    """What follows "is not found": the PATH that was searched, and the remedy for a shell line. It does not repeat a
+    PATH of the job's environment.
+    """
+    path = "" if "/" in spec.program else " on PATH, which "
+    if path:
+        path += f"is {JOB_PATH}" if spec.path() == JOB_PATH else "the job's environment sets"
+    return path + ("; for a line of shell use `sh -c`" if re.search(r"[\s;|&<>]", spec.program) else "")
 
 
 # --- 10. Disk and ports --------------------------------------------------------------------------------
@@ -4045,18 +4115,18 @@ class Worker:
             async with self._start_slots:
                 job = self._same_job(request) or self._begin(self._make_spec(request))
                 await self._until(job, lambda: job.events.phase != "" or not self._in_table(job))  # noqa: B023
-            if await self._command_runs(job):
+            if await self._command_runs(job, request):
                 return job
         raise UnavailableError("the launcher died before it could start the job; try again")
 
-    async def _command_runs(self, job: Job) -> bool:
+    async def _command_runs(self, job: Job, request: JobRequest) -> bool:
         """Wait until a job's command runs. False: the launcher died before a shim had the request, so that the request
         can be sent again.
         """
         await self._until(job, lambda: job.events.phase not in ("", "born") or not self._in_table(job))
         if job.events.failure:
             await self._until(job, lambda: not self._in_table(job))  # then its folder is deleted
-            raise start_failure(job.events.failure, job.spec)
+            raise start_failure(job.events.failure, dataclasses.replace(job.spec, env=request.env))
         return job.events.phase != ""
 
     def _same_job(self, request: JobRequest) -> Job | None:
@@ -4065,7 +4135,7 @@ class Worker:
         if job is None:
             return None
         spec = job.spec
-        if spec.owner == request.owner and spec.args_left_out:
+        if spec.owner == request.owner and not spec.digest:  # of an earlier version
             spec = job.folder.read_spec() or spec
         if not is_same_request(request, spec):
             raise IdTakenError(f"the job id {request.id} is taken by another owner or request")
@@ -4091,6 +4161,7 @@ class Worker:
             reserve=reserve, splice=splice_is_reported(str(options.state)), created=time.time(),
             env=request.env, cwd=request.cwd, name=request.name, split=request.split,
             confine=confine, hidden=self._hidden if confine else (), input=request.input,
+            digest=digest_of(request.args, request.env),
         )  # fmt: skip
         if not options.through:
             return spec
@@ -4160,8 +4231,9 @@ class Worker:
                 self._watch(job)
                 descriptors += self._make_cgroup(spec, handed_over)
                 self._launcher.send("start", job.folder, text, descriptors)
-            if len(text) > SPEC_HEAD_BYTES:
-                job.keep_spec(Spec.from_head(text) or spec)  # None: the command itself is that long
+            short = len(text) <= SPEC_HEAD_BYTES
+            # None: the command itself is that long.
+            job.keep_spec((None if short else Spec.from_head(text)) or spec.without_env())
             undo.pop_all()
         return job
 
@@ -5719,7 +5791,10 @@ class Service:
         call, too. So `--owner-calls` bounds the memory of messages that are under way.
         """
         self._calls.enter(caller.name, context)
-        return parse_request(kind, await first_message(context))
+        message = await first_message(context)
+        if kind is pb.StartJobRequest:
+            check_size(message)
+        return parse_request(kind, message)
 
     def _become_stream(self, caller: Caller, context: Context) -> int:
         """Count a call as a stream from now on. Returns how many its owner has open. Raises ExhaustedError."""
@@ -5727,7 +5802,6 @@ class Service:
         return self._streams.enter(caller.name, context)
 
     async def _start(self, caller: Caller, message: pb.StartJobRequest) -> pb.StartJobResponse:
-        check_size(message)
         if message.run_as and not caller.admin:
             raise DeniedError("only an admin may run a job as another account")
         request = JobRequest(
@@ -5878,14 +5952,30 @@ def read_size(streams: int) -> int:
     return max(SMALLEST_READ_BYTES, min(READ_BYTES, STREAMS_BYTES // streams))
 
 
-def check_size(message: pb.StartJobRequest) -> None:
-    """Refuse more arguments than the kernel takes, before each becomes an object. Raises BadRequestError.
+def check_size(message: bytes) -> None:
+    """Refuse a start with more arguments and variables than the kernel takes, or than VARIABLES, before any of them is
+    unpacked. Raises BadRequestError.
 
-    The kernel counts 9 bytes more for each (execve(2)), and the wire at most 5.
+    150,000 variables, which the kernel takes, kept the server busy for 0.4 s. Their map alone takes 2 µs for each, so
+    they are counted in a message that has none. Beside its text the kernel counts 9 bytes for an argument and 10 for a
+    variable (execve(2)), and the wire has 2 and 6, or some more for a long one. These, and what else a request has,
+    are less than 32 KiB.
     """
-    if message.ByteSize() + 4 * len(message.args) > ARGUMENTS_BYTES + KIB:
+    if len(message) <= 2 * VARIABLES:  # each has two bytes or more
+        return
+    counted = parse_request(pb.StartJobSizes, message)
+    args, variables = len(counted.args), len(counted.env)
+    if variables > VARIABLES:
         raise BadRequestError(
-            f"{len(message.args)} arguments with the command are too long for the kernel (128 KiB each, 2 MiB in all)"
+            f"{variables} variables are too many for the environment of a job, which can be given {VARIABLES}: "
+            f"{FILE_INSTEAD}"
+        )
+    if len(message) + 7 * args + 4 * variables > ARGUMENTS_BYTES + 32 * KIB:
+        of_env = f" and an environment of {count_of(variables, 'variable', 'variables')}" if variables else ""
+        remedy = f": {FILE_INSTEAD}" if variables else ""
+        raise BadRequestError(
+            f"{count_of(args, 'argument', 'arguments')}{of_env} with the command are too long for the kernel "
+            f"(128 KiB each, 2 MiB in all){remedy}"
         )
 
 
@@ -6799,6 +6889,11 @@ class Client:
             return UnavailableError(details or status)
         if status == "DEADLINE_EXCEEDED":
             return NoAnswerError(f"{self._options.address} did not answer in time")
+        if status == "RESOURCE_EXHAUSTED" and "larger than max" in details:  # gRPC's own sentence
+            return JobWorkerError(
+                f"the command with its arguments and its environment is larger than a server takes (2 MiB): "
+                f"{FILE_INSTEAD}"
+            )
         if status == "UNIMPLEMENTED":
             return OldServerError(f"the one at {self._options.address} does not know this call")
         if code := metadata_of(error).get(SHELL_CODE_KEY):

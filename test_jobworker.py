@@ -1857,6 +1857,15 @@ REFUSED_COMMANDS = [  # command ({}: the folder of programs); arguments; part of
 ]
 
 
+@in_loop
+async def test_a_command_that_is_not_on_the_path_of_its_own_environment_is_refused_without_that_path(state):
+    async with worker_on(state) as worker:
+        for command, end in (("ls", ""), ("ls -l", "; for a line of shell use `sh -c`")):
+            with pytest.raises(BadRequestError) as refused:
+                await start_id(worker, JobRequest(command, owner="alice", env=(("PATH", "/nowhere"),)))
+            assert str(refused.value) == f"{command!r} is not found on PATH, which the job's environment sets{end}"
+
+
 @pytest.mark.parametrize(
     ("command", "args", "sentence"), REFUSED_COMMANDS, ids=[repr(c)[:20] + s[:20] for c, _, s in REFUSED_COMMANDS]
 )
@@ -2317,7 +2326,7 @@ FAILED_START_DEATHS = [  # the same for a command that does not exist
     ("job.folder.delete()", "pass", False),
     ("for name in self.FILES:\n            with contextlib.suppress(FileNotFoundError)", "pass", False),
     ("os.rmdir(self.path)\n\n\ndef delete_tree", "pass", False),
-    ("raise start_failure(job.events.failure, job.spec)", "pass", False),
+    ("raise start_failure(job.events.failure", "pass", False),
 ]
 
 
@@ -3881,30 +3890,149 @@ def test_a_status_shows_a_bounded_part_of_many_arguments_and_says_so(shared):
 @pytest.mark.parametrize("words", [
     [], [""], ["a"] * 30_000, ["x" * 100_000], ['", "'] * 20_000, ['\\", "args": ["'] * 10_000, ['"'] * 40_000, ["\\"] * 40_000, ["☃" * 30_000] * 3,
 ], ids=lambda words: f"{len(words)} of {words[:1]!s:.20}")  # fmt: skip
-def test_the_head_of_a_spec_has_the_first_arguments_and_knows_how_many_more_there_are(tmp_path, words):
-    spec = make_spec(args=tuple(words), owner=', "args": [')
+@pytest.mark.parametrize("env", [
+    (), (("A", "1"),), (('], "env": [', '], "cwd": '),) * 3_000, (("A", "x" * 100_000),), (("x" * 100_000, ""),), (("A", "\x01" * 100_000),) * 10,
+], ids=lambda env: f"{len(env)} of {env[:1]!s:.20}")  # fmt: skip
+def test_the_head_of_a_spec_has_the_first_arguments_and_knows_how_many_more_there_are(tmp_path, words, env):
+    spec = make_spec(args=tuple(words), env=env, owner=', "args": [', cwd='], "cwd": ')
     text = spec.to_json()
     assert jobworker.Spec.from_json(text) == spec
     head = jobworker.Spec.from_head(text)
-    assert head.args == spec.args[: len(head.args)]
+    assert (head.args, head.env) == (spec.args[: len(head.args)], ())
     assert head.arg_count == len(words)
     assert len(head.to_json()) <= jobworker.SPEC_HEAD_BYTES + 100
-    (tmp_path / "job.json").write_bytes(text)
-    folder = jobworker.JobFolder(str(tmp_path))
+    if len(json.dumps(words)) < 60 * KIB:
+        assert head.args == spec.args
+    if len(text) <= jobworker.SPEC_HEAD_BYTES:
+        assert jobworker.Spec.from_head(text[:-1]) is None  # half-written
+    path, folder = tmp_path / "job.json", jobworker.JobFolder(str(tmp_path))
+    path.write_bytes(text[: jobworker.SPEC_HEAD_BYTES + 1])  # no more is read
     assert (folder.read_head(), folder.read_labels()) == (head, (spec.owner, spec.name))
-    first_version = {**json.loads(text)}
-    del first_version["arg_count"]
-    (tmp_path / "job.json").write_text(json.dumps({"args": first_version.pop("args"), **first_version}))
-    assert folder.read_head() == spec
+    older = json.loads(text)
+    del older["digest"]
+    args, variables, cwd = (older.pop(name) for name in ("args", "env", "cwd"))
+    path.write_text(json.dumps({**older, "env": variables, "cwd": cwd, "args": args}))
+    found = folder.read_head()
+    assert (found.args, found.arg_count) == (spec.args[: len(found.args)], len(words))
+    assert dataclasses.replace(found, args=spec.args, args_left_out=0) == spec.without_env()
+    del older["arg_count"]
+    path.write_text(json.dumps({"args": args, **older, "env": variables, "cwd": cwd}))
+    assert folder.read_head() == spec.without_env()
 
 
-@pytest.mark.parametrize("count", [250_000, 1_000_000, 2_090_000])
-def test_more_arguments_than_the_kernel_takes_are_refused_before_they_are_unpacked(shared, monkeypatch, count):
-    answer = call(shared, "StartJob", pb.StartJobRequest(cmd="true", args=[""] * count))
-    assert (answer[0], "larger" in answer[1] or "too long" in answer[1]) in {
-        ("INVALID_ARGUMENT", True),
-        ("RESOURCE_EXHAUSTED", True),
-    }
+def test_of_a_job_of_an_earlier_version_with_a_long_environment_both_ends_are_read(tmp_path):
+    spec = make_spec(env=(("A", "x" * 1_000_000),), cwd="/usr")
+    older = json.loads(spec.to_json())
+    args, variables, cwd = (older.pop(name) for name in ("args", "env", "cwd"))
+    text = json.dumps({**older, "env": variables, "cwd": cwd, "args": args})
+    for middle in ("", "not JSON"):
+        size = jobworker.SPEC_HEAD_BYTES
+        (tmp_path / "job.json").write_text(text[: size + 1] + middle + text[-size:] if middle else text)
+        assert jobworker.JobFolder(str(tmp_path)).read_head() == spec.without_env()
+
+
+LONG_ENV = tuple((f"V{number}", "\x01" * 120_000) for number in range(15))  # 10.8 MB in job.json
+
+
+@in_loop
+async def test_a_job_with_a_long_environment_gets_all_of_it_and_the_server_reads_a_bounded_part(state):
+    count = shell('env | wc -c; [ "$1" ] && exec sleep 1000', env=LONG_ENV)
+    running, ended = (
+        dataclasses.replace(count, args=(*count.args, "sh", word), id=job) for word, job in (("x", ID), ("", ID2))
+    )
+    async with worker_on(state) as worker:
+        for request in (running, ended):
+            await start_id(worker, request)
+            assert int(await wait_for_output(worker, request.id, b"\n")) > 15 * 120_000
+        await output(worker, ID2)
+        for job in (ID, ID2):  # whoever reads the rest misses it
+            os.truncate(state / "jobs" / job / "job.json", jobworker.SPEC_HEAD_BYTES + 1)
+        before = [worker.status(worker.job(job)).spec for job in (ID, ID2)]
+        assert {spec.env for spec in before} == {()}
+        await same_request_only(worker, running, ended)
+    async with worker_on(state) as worker:
+        assert [worker.status(worker.job(job)).spec for job in (ID, ID2)] == before
+        await same_request_only(worker, running, ended)
+        await worker.stop(worker.job(ID))
+        assert [ending(worker, job)[0] for job in (ID, ID2)] == ["STOPPED", "FINISHED"]
+
+
+async def same_request_only(worker, *requests):
+    """Check that a second start with the id of a job gets this job, and one with another environment nothing."""
+    for request in requests:
+        assert await start_id(worker, request) == request.id
+        for env in (LONG_ENV[:-1], (*LONG_ENV[:-1], ("V14", "")), ()):
+            with pytest.raises(IdTakenError, match="another owner or request"):
+                await start_id(worker, dataclasses.replace(request, env=env))
+
+
+@in_loop
+async def test_a_second_start_finds_the_job_that_an_earlier_version_started(state):
+    request = shell("true", id=ID, env=(("A", "1"),))
+    async with worker_on(state) as worker:
+        await start_id(worker, request)
+        await output(worker, ID)
+    path = state / "jobs" / ID / "job.json"
+    older = json.loads(path.read_bytes())
+    del older["digest"]
+    path.write_text(json.dumps({**older, "args": older.pop("args")}))
+    async with worker_on(state) as worker:
+        assert await start_id(worker, request) == ID
+        for other in ({"env": (("A", "2"),)}, {"args": ("-c", "false")}):
+            with pytest.raises(IdTakenError):
+                await start_id(worker, dataclasses.replace(request, **other))
+
+
+def of_variables(count, size):
+    return pb.StartJobRequest(cmd="true", env={f"V{number}": "x" * size for number in range(count)}).SerializeToString()
+
+
+def of_arguments(count):
+    return pb.StartJobRequest(cmd="true", args=[""] * count).SerializeToString()
+
+
+KERNEL = "too long for the kernel (128 KiB each, 2 MiB in all)"
+TOO_LARGE = [  # the bytes of a request; the status and a part of the sentence
+    (of_arguments(250_000), "INVALID_ARGUMENT", f"250000 arguments with the command are {KERNEL}"),
+    (of_arguments(1_000_000), "INVALID_ARGUMENT", f"1000000 arguments with the command are {KERNEL}"),
+    (of_arguments(2_090_000), "RESOURCE_EXHAUSTED", "larger than max"),
+    (of_variables(4_097, 1), "INVALID_ARGUMENT", "4097 variables are too many for the environment of a job, which can be given 4096: write"),
+    (of_variables(150_000, 0), "INVALID_ARGUMENT", "150000 variables are too many for the environment"),
+    (of_variables(1, 1) + b"Z\0" * 1_000_000, "INVALID_ARGUMENT", "1000001 variables are too many for the environment"),
+    (of_variables(17, 127_000), "INVALID_ARGUMENT", f"0 arguments and an environment of 17 variables with the command are {KERNEL}: write"),
+    (of_variables(1_000, 1_000) + of_arguments(150_000), "INVALID_ARGUMENT", f"150000 arguments and an environment of 1000 variables with the command are {KERNEL}"),
+    (of_variables(1, 140_000), "INVALID_ARGUMENT", f"the variable 'V0' of the environment is {KERNEL}: write it to a file"),
+    (of_variables(17, 125_000), "INVALID_ARGUMENT", f"'true' with its 0 arguments and its environment of 17 variables is {KERNEL}: write"),
+]  # fmt: skip
+
+
+def test_more_arguments_and_variables_than_the_kernel_takes_are_refused_before_they_are_unpacked(state, certs):
+    with serving(state, certs) as served, channel_to(served) as channel:
+        start = channel.unary_unary(f"/{jobworker.SERVICE_NAME}/StartJob")
+        for message, status, sentence in TOO_LARGE:
+            before = (state / "jobs").stat().st_mtime_ns
+            with pytest.raises(grpc.RpcError) as refused:
+                start(message, timeout=PATIENCE)
+            assert (refused.value.code().name, sentence in refused.value.details()) == (status, True), (
+                refused.value.details()
+            )
+            job_was_made = (state / "jobs").stat().st_mtime_ns != before
+            assert job_was_made == sentence.startswith(("the variable", "'true'")), sentence  # the kernel refused these
+
+
+@pytest.mark.parametrize(("count", "size", "sentence"), [
+    (4_097, 1, "4097 variables are too many for the environment of a job, which can be given 4096: write it to a file"),
+    (30, 100_000, "with its arguments and its environment is larger than a server takes (2 MiB): write it to a file"),
+], ids=["many", "long"])  # fmt: skip
+def test_the_command_line_names_an_environment_that_is_too_long(shared, tmp_path, count, size, sentence):
+    (tmp_path / "file").write_text("".join(f"V{number}={'x' * size}\n" for number in range(count)))
+    one_sentence(shared.run("start", "--env-file", str(tmp_path / "file"), "true"), sentence)
+
+
+def test_the_largest_number_of_variables_is_accepted(shared):
+    env = {f"V{number}": "x" * 400 for number in range(jobworker.VARIABLES)}
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="sh", args=["-c", "env | grep -c '^V[0-9]*=x'"], env=env)).ID
+    assert call(shared, "GetOutputStream", pb.GetStreamRequest(id=job)) == b"%d\n" % len(env)
 
 
 @pytest.mark.parametrize(
@@ -3927,6 +4055,17 @@ def unread(served, method, message, count):
     for number in range(1, 2 * count, 2):
         connection.sendall(frame(1, 4, number, headers(f"/proto.WorkerService/{method}")) + frame(0, 1, number, body))
     return connection
+
+
+def test_running_jobs_with_long_environments_cost_no_memory_of_the_server(state, certs):
+    request = pb.StartJobRequest(cmd="sleep", args=["1000"], env=dict(LONG_ENV))
+    with serving(state, certs) as served, channel_to(served) as channel:
+        used = []
+        for _ in range(2):  # the first jobs bring the memory of the starts themselves
+            for _ in range(20):
+                assert ask(channel, "GetJobStatus", pb.GetStatusRequest(id=ask(channel, "StartJob", request).ID))
+            used.append(anonymous_memory(served))
+        assert used[1] - used[0] < 16 * MIB  # their environments have 36 MB
 
 
 @pytest.mark.parametrize(("method", "most"), [("GetJobStatus", 32 * MIB), ("GetOutputStream", 96 * MIB)])
@@ -7295,7 +7434,42 @@ def test_a_job_gets_its_variables_and_no_reply_contains_their_values(state, cert
             assert "xyzzy" not in served.run(*verb.split()).stdout
         one_sentence(served.run("run", "--env", "=xyzzy", "true"), "cannot be a variable", status=255)
         assert "xyzzy" not in served.run("run", "--env", "=xyzzy", "true").stderr
-        assert served.run("run", "--env", "PATH=/nowhere", "ls").returncode == 127
+        done = served.run("run", "--env", "PATH=/nowhere/xyzzy", "ls")
+        assert (done.returncode, "xyzzy" in done.stderr) == (127, False)
+
+
+READ_PROC = """
+import glob
+texts = {}
+for path in glob.glob("/proc/[0-9]*/environ") + glob.glob("/proc/[0-9]*/cmdline"):
+    try:
+        texts[path] = open(path, "rb").read()
+    except OSError:
+        pass
+print("read", len(texts), "found", [path for path in texts if b"xyz" + b"zy" in texts[path]])
+"""
+
+
+@as_root
+@pytest.mark.parametrize("options", [(), ("--no-confine",)], ids=["confined", "unconfined"])
+def test_the_values_of_a_job_s_variables_are_in_no_log_and_no_other_owner_finds_them_in_proc(
+    state, certs, tmp_path, options
+):
+    (tmp_path / "file").write_text(f"SECRET=xyzzy\nLONG={'xyzzy' * 20_000}\n")  # an argument of the client is no secret
+    words = ("--env-file", str(tmp_path / "file"), "--")
+    with open(tmp_path / "log", "w+") as log, serving(state, certs, *options, stderr=log) as served:
+        job = served.start(*words, "sh", "-c", "echo $PPID; exec sleep 1000")
+        for command in ("no-such-command", "/etc/passwd"):
+            assert "xyzzy" not in served.run("start", *words, command).stderr
+        with open_streams(served, job, 1) as (stream,):
+            shim = int(next(stream)[2:])
+        done = served.run("run", "--", str(PYTHON_FOR_ALL), "-c", READ_PROC, role="user2")
+        assert re.fullmatch(r"read [1-9][0-9]* found \[\]\n", done.stdout), done.stdout + done.stderr
+        os.kill(shim, signal.SIGKILL)
+        assert call(served, "GetJobStatus", pb.GetStatusRequest(id=job, wait=True)).reason == "LOST"
+        log.seek(0)
+        assert f"the shim of job {job} is gone" in (text := log.read())
+        assert "xyzzy" not in text
 
 
 def test_a_job_runs_in_the_folder_that_was_asked_for(state, certs):

@@ -59,6 +59,14 @@ class StartJobRequest(_message.Message):
     confine: bool
     def __init__(self, cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., cpu: _Optional[float] = ..., memory: _Optional[int] = ..., pids: _Optional[int] = ..., io: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., run_as: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., cwd: _Optional[str] = ..., name: _Optional[str] = ..., split: _Optional[bool] = ..., input: _Optional[bool] = ..., confine: _Optional[bool] = ...) -> None: ...
 
+class StartJobSizes(_message.Message):
+    __slots__ = ("args", "env")
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    ENV_FIELD_NUMBER: _ClassVar[int]
+    args: _containers.RepeatedScalarFieldContainer[bytes]
+    env: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, args: _Optional[_Iterable[bytes]] = ..., env: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class StartJobResponse(_message.Message):
     __slots__ = ("ID",)
     ID_FIELD_NUMBER: _ClassVar[int]
