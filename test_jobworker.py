@@ -2311,7 +2311,7 @@ SERVER_DEATHS = [  # the statement before which the server dies; what it does fi
     ("job.folder.write_spec(text)", "pass", False),
     ("file.write(text)", "file.write(b'{'); file.flush()", False),
     ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is complete
-    ("owner.create()", "pass", False),
+    ("if not owner.create() and owner.path", "pass", False),
     ("cgroup.create()\n        cgroup.limit", "pass", False),
     ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup exists
     ('self._launcher.send("start", job.folder, text, descriptors)', "pass", False),
@@ -2392,9 +2392,9 @@ SHIM_DEATHS = [  # the statement before which the shim dies; what it does first;
     ("ready = {descriptor for descriptor, _ in", "pass", LOST),
     ("result = os.waitid(os.P_PID, self._process, os.WEXITED)", "pass", LOST),
     ("assert result is not None", "pass", LOST),
-    ('write_event(self._events, "exited", **vars(ending), **self._cut)', "pass", LOST),
+    ('write_event(self._events, "exited", **vars(ending), **self._input_bytes())', "pass", LOST),
     (
-        'write_event(self._events, "exited", **vars(ending), **self._cut)',
+        'write_event(self._events, "exited", **vars(ending), **self._input_bytes())',
         "os.write(self._events, b'exited at=1.0 status=FIN')",
         LOST,
     ),
