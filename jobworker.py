@@ -4636,7 +4636,7 @@ class Worker:
             job.folder.send_request(StopRequest("INPUT_CUT"))  # only the earlier server had the pipe
 
     async def _retain(self) -> None:
-        """Delete ended jobs after their time, or when their outputs exceed the bound. Other tasks run in between."""
+        """Delete ended jobs after their time, or when their files exceed the bound. Other tasks run in between."""
         while True:
             left = self._retention.seconds_left()
             if left == 0.0:
@@ -5579,6 +5579,7 @@ OFFSET_KEYS = "offset", "error-offset"  # metadata of a stream with `tail`: wher
 ENDING_KEY = "ending-bin"  # metadata at the end of a stream: how its job ended, as a GetStatusResponse
 INPUT_BYTES_KEY = "input-bytes"  # metadata of an answer to SendInput: how many bytes one message may have
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
+LARGE_REQUEST = 2 * VARIABLES  # bytes, see check_size; an owner's larger ones are read one after the other
 REQUEST_SECONDS = 10.0  # from a call's headers until its first message is here
 SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
@@ -5736,6 +5737,8 @@ class Service:
         self._gate = gate
         self._calls = OpenCalls(limits.calls, "calls")
         self._streams = OpenCalls(limits.streams, "streams")
+        # One of 2 MiB can take 30 ms and 80 MB to read, so each owner's are read one after the other.
+        self._large_requests: dict[str, asyncio.Lock] = {}
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -5792,9 +5795,16 @@ class Service:
         """
         self._calls.enter(caller.name, context)
         message = await first_message(context)
-        if kind is pb.StartJobRequest:
-            check_size(message)
-        return parse_request(kind, message)
+        if len(message) <= LARGE_REQUEST:
+            return parse_request(kind, message)
+        async with self._large_requests.setdefault(caller.name, asyncio.Lock()):
+            began = time.monotonic()
+            try:
+                if kind is pb.StartJobRequest:
+                    check_size(message)
+                return parse_request(kind, message)
+            finally:
+                await asyncio.sleep(3 * (time.monotonic() - began))  # other calls have three quarters of the time
 
     def _become_stream(self, caller: Caller, context: Context) -> int:
         """Count a call as a stream from now on. Returns how many its owner has open. Raises ExhaustedError."""
@@ -5965,6 +5975,7 @@ def check_size(message: bytes) -> None:
         return
     counted = parse_request(pb.StartJobSizes, message)
     args, variables = len(counted.args), len(counted.env)
+    del counted  # an error's traceback would keep it, with 46 MB, until the answer was sent
     if variables > VARIABLES:
         raise BadRequestError(
             f"{variables} variables are too many for the environment of a job, which can be given {VARIABLES}: "
@@ -7288,7 +7299,7 @@ ENGINE_OPTIONS: list[Row] = [
 ]
 KEEPING_OPTIONS: list[Row] = [
     ("--keep", as_seconds, "TIME", KEEP_SECONDS, "delete an ended job after this time (default: 7d; 0: never)"),
-    ("--keep-bytes", as_bytes, "SIZE", 0, "delete the oldest jobs when outputs exceed this (default: no bound)"),
+    ("--keep-bytes", as_bytes, "SIZE", 0, "delete the oldest ended jobs when their files exceed this (default: none)"),
     ("--reserve", as_share, "SHARE", RESERVE, "the share of the disk that jobs may not fill (default: 5%%)"),
     ("--max-jobs", as_count, "N", MAX_JOBS, f"jobs that run at the same time (default: {MAX_JOBS})"),
 ]
@@ -7359,7 +7370,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="own: a uid of this server's for each owner; system: the account of the owner's name (default: own)",
     )
-    add_rows(parser.add_argument_group("limits of all jobs and calls of one owner together"), OWNER_OPTIONS)
+    together = "limits of all jobs and calls of one owner together (without root: memory, pids, cpu of all owners)"
+    add_rows(parser.add_argument_group(together), OWNER_OPTIONS)
     keep = parser.add_argument_group("retention")
     add_rows(keep, KEEPING_OPTIONS)
     keep.add_argument(
