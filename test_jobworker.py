@@ -3039,6 +3039,39 @@ def test_only_its_owner_and_an_admin_can_reach_a_job(shared):
     assert call(shared, "GetJobStatus", pb.GetStatusRequest(id=job))[0] == "NOT_FOUND"
 
 
+REACHES = [
+    ("GetJobStatus", pb.GetStatusRequest()), ("GetJobStatus", pb.GetStatusRequest(wait=True)), ("StopJob", pb.StopJobRequest()),
+    ("SignalJob", pb.SignalJobRequest(signal="TERM")), ("RemoveJob", pb.RemoveJobRequest()), ("SendInput", pb.SendInputRequest()),
+    ("GetOutputStream", pb.GetStreamRequest()), ("GetOutputStream", pb.GetStreamRequest(tail=1)),
+]  # fmt: skip
+
+
+def test_a_job_of_another_owner_is_as_an_unknown_one_and_none_of_its_files_is_opened(state, certs):
+    def answer(method, request):
+        with pytest.raises(grpc.RpcError) as refused:
+            list(channel.stream_stream(path.format(method))(iter([request.SerializeToString()]), timeout=PATIENCE))
+        return refused.value.code().name, refused.value.details()
+
+    def opened():
+        with contextlib.suppress(BlockingIOError):
+            return len(os.read(watcher, 65536))
+        return 0
+
+    path, watcher = "/proto.WorkerService/{}", jobworker.libc_call("inotify_init1", os.O_NONBLOCK)
+    with open(watcher), serving(state, certs) as served, channel_to(served, role="user2") as channel:
+        job = served.start("sleep", "1000")
+        in_open = 0x20
+        jobworker.libc_call("inotify_add_watch", watcher, os.fsencode(state / "jobs" / job), in_open)
+        for method, request in REACHES:
+            for id_ in (job, ID2):
+                request.id = id_
+                assert answer(method, request) == ("NOT_FOUND", f"there is no job {id_}")
+        assert opened() == 0
+        served.run("stop", job)
+        assert call(served, "GetOutputStream", pb.GetStreamRequest(id=job)) == b""
+        assert opened() > 0
+
+
 @as_root
 def test_only_an_admin_can_run_a_job_as_another_account(shared):
     request = pb.StartJobRequest(cmd="id", args=["-u"], run_as="root")
@@ -4086,6 +4119,28 @@ def test_unread_answers_cost_bounded_memory(state, certs, method, most):
                 until(lambda: answers["OK"] > asked + 200)
             assert set(answers) == {"OK"}
             assert anonymous_memory(served) - before < most
+
+
+def test_starts_with_a_million_arguments_cost_memory_one_after_the_other(state, certs):
+    request = b"\x0a\x04true" + b"\x12\x00" * 1_080_000  # StartJobRequest: cmd, args
+
+    async def attack():
+        pair = key_and_certificate(served.certs, "user")
+        credentials = grpc.ssl_channel_credentials((served.certs / "server-ca.pem").read_bytes(), *pair)
+        async with grpc.aio.secure_channel(served.address, credentials, compression=grpc.Compression.Gzip) as channel:
+            start = channel.unary_unary("/proto.WorkerService/StartJob")
+            calls = (start(request, timeout=PATIENCE) for _ in range(32))
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            return {(each.code().name, "too long for the kernel" in each.details()) for each in answers}
+
+    def most_memory():
+        return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{served.process.pid}/status").read_text())[1]) << 10
+
+    with serving(state, certs) as served, good_client(served) as answers:
+        before = most_memory()
+        assert asyncio.run(attack()) == {("INVALID_ARGUMENT", True)}
+        assert most_memory() - before < 256 * MIB
+    assert set(answers) == {"OK"}
 
 
 # A caller need not send its whole request. What it costs meanwhile is bounded.
