@@ -8,11 +8,11 @@
     ./build.sh bench --plot FILE SVG                      draw the main figures of a run
 
 The items are stream, latency, speed, input, starts, calls, attacks, confine, scale and growth. The servers and the mTLS
-are real. All traffic stays on loopback. A figure is the median of its rounds, with the smallest and the largest round. Compare ratios
-rather than figures: both sides of a ratio were measured on the same machine within the same minutes.
+are real. All traffic stays on loopback. A figure is the median of its rounds, with the smallest and the largest round.
+Compare ratios rather than figures: both sides of a ratio were measured on the same machine within the same minutes.
 
 Contents: 1. rows, table and JSON, 2. plot, 3. servers, clients and processes, 4. streams and latency, 5. the speed of
-a job, 6. input, 7. starts and calls, 8. scale and growth, 9. command line.
+a job, 6. input, 7. starts and calls, 8. attacks, 9. confinement, 10. scale and growth, 11. command line.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ import json
 import math
 import os
 import platform
+import select
 import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -282,11 +285,14 @@ class Setup:
     program: Path
     quick: bool
 
-    def serving(self, folder: Path | None = None, *more: str) -> contextlib.AbstractContextManager[Server]:
-        """Run Job worker's server, with `more` options."""
+    def serving(
+        self, folder: Path | None = None, *more: str, crowd: bool = True
+    ) -> contextlib.AbstractContextManager[Server]:
+        """Run Job worker's server, with `more` options. Without `crowd` an owner's bounds are the default ones."""
         folder = folder or self.folder
         options = f"--listen 127.0.0.1:0 --without auto --reserve 0 --max-output 4G --stop-jobs --state {folder}/state"
-        words = [str(self.program), "serve", *options.split(), "--certs", f"{folder}/certs", *self.bounds(), *more]
+        bounds = self.bounds() if crowd else []
+        words = [str(self.program), "serve", *options.split(), "--certs", f"{folder}/certs", *bounds, *more]
         return running(words, folder / "certs")
 
     def bounds(self) -> list[str]:
@@ -305,16 +311,22 @@ class Setup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
-    process: subprocess.Popen[str]
+class Target:
+    """Where a client connects to, and the folder with its identity."""
+
     port: int
     certs: Path
 
-    def channel(self) -> grpc.aio.Channel:
-        files = [(self.certs / name).read_bytes() for name in ("server-ca.pem", "user.key", "user.pem")]
+    def channel(self, name: str = "user", compression: grpc.Compression | None = None) -> grpc.aio.Channel:
+        files = [(self.certs / file).read_bytes() for file in ("server-ca.pem", f"{name}.key", f"{name}.pem")]
         credentials = grpc.ssl_channel_credentials(*files)
         options = [*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # each channel has its own connection
-        return grpc.aio.secure_channel(f"localhost:{self.port}", credentials, options)
+        return grpc.aio.secure_channel(f"localhost:{self.port}", credentials, options, compression)
+
+
+@dataclasses.dataclass(frozen=True)
+class Server(Target):
+    process: subprocess.Popen[str]
 
     def cpu(self) -> float:
         """Return the seconds of CPU that its threads have used, as the scheduler counts them."""
@@ -324,6 +336,14 @@ class Server:
     def memory(self) -> float:
         """Return its resident memory in MB."""
         return kilobytes(f"/proc/{self.process.pid}/status", "VmRSS") / 1e3
+
+    @contextlib.contextmanager
+    def growth(self, found: list[float]) -> Iterator[None]:
+        """Add to `found` by how many MB its resident memory was larger at most during the block."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")  # the kernel forgets the peak (proc(5))
+        before = self.memory()
+        yield
+        found.append(kilobytes(f"/proc/{self.process.pid}/status", "VmHWM") / 1e3 - before)
 
 
 def kilobytes(file: str, *keys: str) -> float:
@@ -344,7 +364,7 @@ def running(words: list[str], certs: Path) -> Iterator[Server]:
         line = process.stdout.readline()
         if "serving on" not in line:
             raise SystemExit(f"bench: {words[0]} did not start: {log.read_text()}")
-        yield Server(process, int(line.split(",")[0].rsplit(":", 1)[1]), certs)
+        yield Server(int(line.split(",")[0].rsplit(":", 1)[1]), certs, process)
     finally:
         process.terminate()
         process.wait()
@@ -969,54 +989,247 @@ def start_of_the_universal_file(folder: Path, rounds: int) -> list[Row]:
     ]
 
 
-async def statuses_during(channel: grpc.aio.Channel, job: str, attack: Awaitable[Any]) -> list[float]:
-    """Return the milliseconds of each status call of a good client while an attack runs.
+# --- 8. Attacks -----------------------------------------------------------------------------------------
+# An attacker is a process of its own with the identity `user`, on one core. The good client is `user2`, in this
+# process. The server has its default bounds.
 
-    Both run in this process, so the figures are upper bounds: the attacker also delays the good client here.
+
+def begun() -> None:
+    """Tell the process that measures that the attack is under way."""
+    print("attacking", flush=True)
+
+
+def many_calls(target: Target) -> None:
+    """Make 3,000 status calls at once on one connection, again and again."""
+
+    async def attack() -> None:
+        async with target.channel() as channel:
+            request = pb.GetStatusRequest(id=await start(channel, "true"))
+            begun()
+            while True:
+                asks = [call(channel, "GetJobStatus", request, pb.GetStatusResponse) for _ in range(3000)]
+                await asyncio.gather(*asks, return_exceptions=True)
+
+    asyncio.run(attack())
+
+
+def many_streams(target: Target) -> None:
+    """Follow a job that prints each 3 ms with 90 streams of each of 10 connections, as many as are admitted."""
+
+    async def attack() -> None:
+        channels = [target.channel() for _ in range(10)]
+        job = await start(channels[0], PYTHON, "-c", TICKS, "0.003")
+        tasks = [asyncio.create_task(drain(channel, job)) for channel in channels for _ in range(90)]
+        while not any(task.done() for task in tasks):  # then one was refused
+            await asyncio.sleep(0.01)
+        begun()
+        await asyncio.wait(tasks)
+
+    asyncio.run(attack())
+
+
+EMPTY_ARGUMENTS = 1_080_000  # of 2 bytes each, so as many as the largest request that the server reads can hold
+
+
+def inflating_starts(target: Target) -> None:
+    """Start a job with as many empty arguments as a request can hold, 64 at a time, compressed to 2 KB each."""
+
+    async def attack() -> None:
+        request = b"\x0a\x04true" + b"\x12\x00" * EMPTY_ARGUMENTS
+        async with target.channel(compression=grpc.Compression.Gzip) as channel:
+            method: Any = channel.unary_unary(f"/{JOB_WORKER}/StartJob")
+
+            async def start_on() -> None:
+                while True:
+                    with contextlib.suppress(grpc.RpcError):
+                        await method(request)
+
+            begun()
+            await asyncio.gather(*(start_on() for _ in range(64)))
+
+    asyncio.run(attack())
+
+
+# What no gRPC client does is written as HTTP/2 frames (RFC 9113).
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
+END_STREAM, END_HEADERS = 1, 4
+
+
+def tls_to(target: Target) -> ssl.SSLSocket:
+    context = ssl.create_default_context(cafile=target.certs / "server-ca.pem")
+    context.load_cert_chain(target.certs / "user.pem", target.certs / "user.key")
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(socket.create_connection(("localhost", target.port)), server_hostname="localhost")
+
+
+def frame(kind: int, flags: int, number: int, content: bytes = b"") -> bytes:
+    return len(content).to_bytes(3, "big") + bytes([kind, flags]) + struct.pack(">I", number) + content
+
+
+def headers_of(method: str) -> bytes:
+    """Return the headers of a gRPC call, uncompressed (RFC 7541, 6.2.2)."""
+    pairs = {
+        ":method": "POST",
+        ":scheme": "https",
+        ":path": f"/{JOB_WORKER}/{method}",
+        ":authority": "x",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    words = (word.encode() for pair in pairs.items() for word in pair)
+    return b"".join(b"\0" * (number % 2 == 0) + bytes([len(word)]) + word for number, word in enumerate(words))
+
+
+def take_all(connections: list[ssl.SSLSocket], seconds: float) -> None:
+    """Read what the server sends, until it has sent nothing for so long. Raises OSError after an end."""
+    while arrived := select.select(connections, [], [], seconds)[0]:
+        for connection in arrived:
+            if not connection.recv(1 << 16):  # select tells nothing of what is decrypted, which the next one takes
+                raise ConnectionError("the server has ended the connection")
+
+
+def rapid_reset(target: Target) -> None:
+    """Begin calls and reset each at once (CVE-2023-44487), on a new connection whenever the server ends one."""
+    begin, reset = headers_of("GetJobStatus"), struct.pack(">I", 8)  # 8: CANCEL
+    begun()
+    while True:
+        with contextlib.suppress(OSError), tls_to(target) as connection:
+            connection.sendall(PREFACE + frame(SETTINGS, 0, 0))
+            for first in range(1, 1 << 31, 2000):
+                pairs = (
+                    frame(HEADERS, END_HEADERS, number, begin) + frame(RST_STREAM, 0, number, reset)
+                    for number in range(first, first + 2000, 2)
+                )
+                connection.sendall(b"".join(pairs))
+                take_all([connection], 0)
+
+
+def unread_statuses(target: Target) -> None:
+    """Ask 1,000 times for the status of a job with large arguments, and take no answer: the HTTP/2 window is 0."""
+
+    async def start_large() -> str:
+        async with target.channel() as channel:
+            return await start(channel, "true", *["\x01" * 100_000] * 19)
+
+    request = pb.GetStatusRequest(id=asyncio.run(start_large())).SerializeToString()
+    begin, body = headers_of("GetJobStatus"), b"\0" + struct.pack(">I", len(request)) + request
+    calls = (
+        frame(HEADERS, END_HEADERS, number, begin) + frame(DATA, END_STREAM, number, body)
+        for number in range(1, 200, 2)
+    )
+    hundred = PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)) + b"".join(calls)
+    begun()
+    while True:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(tls_to(target)) for _ in range(10)]
+            for connection in connections:
+                connection.sendall(hundred)
+            take_all(connections, 0.2)
+
+
+ATTACKS = {
+    "3,000 calls at once": many_calls,
+    "HTTP/2 rapid reset": rapid_reset,
+    "1,000 unread statuses": unread_statuses,
+    "900 streams of a job that prints each 3 ms": many_streams,
+    f"starts with {EMPTY_ARGUMENTS:,} arguments": inflating_starts,
+}
+
+
+def run_attack(name: str, port: str, certs: str) -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # so it uses one core at most
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ATTACKS[name](Target(int(port), Path(certs)))
+
+
+@contextlib.contextmanager
+def attacking(name: str, server: Server) -> Iterator[None]:
+    """Run an attack in a process of its own."""
+    words = [sys.executable, __file__, "--attack", name, str(server.port), str(server.certs)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != "attacking\n":
+                raise SystemExit(f"bench: the attack `{name}` did not begin")
+            yield
+            if process.poll() is not None:
+                raise SystemExit(f"bench: the attack `{name}` ended early")
+        finally:
+            process.terminate()
+
+
+async def status_times(channel: grpc.aio.Channel, job: str, seconds: float) -> list[float]:
+    """Return the milliseconds of the status calls of a client that asks each 50 ms.
+
+    A call that must wait for the one before counts from when it was due. Otherwise a slow second would be one slow
+    call, and a fast one a thousand fast calls.
     """
-    task, times = asyncio.ensure_future(attack), []
-    while not task.done():
-        times.append(1e3 / await status_rate(channel, job, 1, at_once=1))
-    await asyncio.gather(task, return_exceptions=True)
+    times: list[float] = []
+    due = time.perf_counter()
+    end = due + seconds
+    while time.perf_counter() < end:
+        due += 0.05
+        if (early := due - time.perf_counter()) > 0:
+            await asyncio.sleep(early)
+        asked = time.perf_counter() if early > 0 else due
+        await call(channel, "GetJobStatus", pb.GetStatusRequest(id=job), pb.GetStatusResponse)
+        times.append(1e3 * (time.perf_counter() - asked))
     return times
 
 
-async def many_calls(channel: grpc.aio.Channel, rounds: int) -> None:
-    """Send 3,000 calls at once, again and again."""
-    for _ in range(rounds):
-        asks = [
-            call(channel, "GetJobStatus", pb.GetStatusRequest(id="none"), pb.GetStatusResponse) for _ in range(3000)
-        ]
-        await asyncio.gather(*asks, return_exceptions=True)
+async def attack_rows(setup: Setup, name: str, seconds: float) -> list[Row]:
+    """Measure a good client of an idle server and then beside an attack, and how much memory the attack takes."""
+    growth: list[float] = []
+    with setup.serving(crowd=False) as server:
+        async with server.channel("user2") as channel:
+            job = await start(channel, "true")
+            idle = await status_times(channel, job, seconds / 2)
+            with server.growth(growth), attacking(name, server):
+                beside = await status_times(channel, job, seconds)
+    rows = [
+        Row(
+            f"status, p{part}, beside {name}",
+            "ms",
+            [quantile(beside, part / 100)],
+            "idle",
+            [quantile(idle, part / 100)],
+        )
+        for part in (50, 99)
+    ]
+    return [*rows, Row(f"growth of server RSS, beside {name}", "MB", growth)]
 
 
-async def many_streams(channels: list[grpc.aio.Channel], seconds: float) -> None:
-    """Follow a job that prints each 3 ms with 90 streams of each channel."""
-    job = await start(channels[0], PYTHON, "-c", TICKS, "0.003")
-    tasks = [asyncio.create_task(drain(channel, job)) for channel in channels for _ in range(90)]
-    await asyncio.sleep(seconds)
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    await call(channels[0], "StopJob", pb.StopJobRequest(id=job), pb.StopJobResponse)
+async def revocation_time(server: Server, authority: jobworker.CertifiedKey, name: str) -> float:
+    """Return the ms from the moment that a new identity is in the revocation list until its stream ends."""
+    identity = jobworker.issue_identity(authority, name, ["user"])
+    jobworker.write_pair(server.certs, name, identity)
+    async with server.channel(name) as channel:
+        job = await start(channel, "sleep", "1000")
+        chunks: Any = stream(channel, job)
+        await chunks.initial_metadata()  # the server sends it when the stream has begun
+        jobworker.add_to_revocation_list(server.certs, authority, [identity.certificate.serial_number])
+        began = time.perf_counter()
+        if (code := await chunks.code()) != grpc.StatusCode.PERMISSION_DENIED:
+            raise SystemExit(f"bench: the stream of a revoked client ended with {code}")
+        return 1e3 * (time.perf_counter() - began)
 
 
 async def bench_attacks(setup: Setup) -> list[Row]:
-    seconds, rounds = (3, 2) if setup.quick else (10, 5)
-    with setup.serving() as server:
-        async with contextlib.AsyncExitStack() as stack:
-            good = await stack.enter_async_context(server.channel())
-            channels = [await stack.enter_async_context(server.channel()) for _ in range(10)]
-            job = await start(good, "true")
-            idle = await statuses_during(good, job, asyncio.sleep(seconds))
-            calls = await statuses_during(good, job, many_calls(channels[0], rounds))
-            streams = await statuses_during(good, job, many_streams(channels, seconds))
-    rows = []
-    for name, times in (("3,000 calls at once", calls), ("900 streams of a job that prints each 3 ms", streams)):
-        for part in (0.5, 0.99):
-            what = f"status, p{part * 100:.0f}, beside {name}"
-            rows.append(Row(what, "ms", [quantile(times, part)], "idle", [quantile(idle, part)]))
-    return rows
+    certs = setup.folder / "certs"
+    authority = jobworker.load_authority(certs, "client-ca")
+    jobworker.write_pair(certs, "user2", jobworker.issue_identity(authority, "user2", ["user"]))
+    rows, revocations = [], []
+    for name in ATTACKS:
+        rows += await attack_rows(setup, name, 2 if setup.quick else 10)
+    if "\n    revoke " in setup.help():
+        with setup.serving() as server:
+            revocations = [await revocation_time(server, authority, f"user{number}") for number in range(3, 13)]
+    return [*rows, Row("revoked to the end of the client's stream", "ms", revocations)]
+
+
+# --- 9. Confinement -------------------------------------------------------------------------------------
 
 
 CONFINED_FORKS = """
@@ -1093,7 +1306,7 @@ async def bench_confine(setup: Setup) -> list[Row]:
     ]
 
 
-# --- 8. Scale and growth --------------------------------------------------------------------------------
+# --- 10. Scale and growth -------------------------------------------------------------------------------
 
 
 def copy_ended_job(setup: Setup, count: int) -> None:
@@ -1237,7 +1450,7 @@ async def bench_growth(setup: Setup) -> list[Row]:
     ]
 
 
-# --- 9. Command line ------------------------------------------------------------------------------------
+# --- 11. Command line -----------------------------------------------------------------------------------
 
 BENCHES = (
     bench_stream, bench_latency, bench_speed, bench_input, bench_starts, bench_calls,
@@ -1300,6 +1513,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--plot", type=Path, nargs=2, metavar=("FILE", "SVG"), help="measure nothing; draw a file of --json as SVG"
     )
     parser.add_argument("--baseline", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--attack", nargs=3, help=argparse.SUPPRESS)
     return parser
 
 
@@ -1330,6 +1544,9 @@ def main() -> None:
     jobworker.prepare_grpc()
     if options.baseline:
         asyncio.run(serve_baseline(options.baseline))
+        return
+    if options.attack:
+        run_attack(*options.attack)
         return
     if unknown := set(options.items) - set(ITEMS):
         parser.error(f"there is no item {', '.join(unknown)}")
