@@ -4193,6 +4193,8 @@ def send_what_is_taken(connection, count):
                 initial = pairs.get(4, initial)
             elif kind == 8 and stream in windows:
                 windows[stream] += struct.unpack(">I", content)[0]
+            elif kind == 6 and not flags & 1:
+                connection.sendall(frame(6, 1, 0, content))  # or the server closes the connection after 15 s
             elif kind == 3 or (kind == 1 and flags & 1):
                 windows.pop(stream, None)
         in_vain += 1
