@@ -2309,14 +2309,23 @@ def launcher_main() -> NoReturn:
     while (request := receive_request(channel)) is not None:
         try:
             process = os.fork()
-        except OSError:
-            process = -1  # the descriptors close and `events` is empty, so the server sees a job that never ran
+        except OSError as error:
+            process = -1
+            record_failed_fork(*request, error)
         if process == 0:
             os.close(number)
             run_shim(*request)
         for descriptor in request[1]:
             os.close(descriptor)
     os._exit(0)
+
+
+def record_failed_fork(packet: bytes, descriptors: Sequence[int], error: OSError) -> None:
+    """Record why a job could not be started. The job of a finisher may have run, so its events say nothing of it."""
+    if packet.startswith(b"start\0"):
+        with contextlib.suppress(OSError, IndexError):  # the launcher goes on; the server then reads no event
+            write_event(descriptors[1], "born")
+            write_event(descriptors[1], "failed", errno=error.errno)
 
 
 def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
@@ -3529,7 +3538,12 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
         return CannotRunError(f"{name} cannot run: it is not a program for this machine, and it has no `#!` line")
     if number == errno.E2BIG:
         return CannotRunError(too_long(name, spec))
-    if number in (errno.EAGAIN, errno.ENOMEM):
+    if number == errno.EAGAIN:
+        return ExhaustedError(
+            "no process number is free for the job: this machine, its container, or the account that serves has as "
+            "many processes as it may; stop some, or raise the limit (kernel.pid_max, pids.max, `ulimit -u`)"
+        )
+    if number == errno.ENOMEM:
         return ExhaustedError(f"this machine cannot start another process: {reason}")
     if number in (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ETXTBSY, errno.EINVAL, errno.EPERM):
         return CannotRunError(f"{name} cannot run: {reason}")
@@ -7305,7 +7319,7 @@ KEEPING_OPTIONS: list[Row] = [
 ]
 OWNER_OPTIONS: list[Row] = [
     ("--owner-memory", as_bytes, "SIZE", None, "memory of all jobs (default: 75%% of this machine's)"),
-    ("--owner-pids", as_count, "N", None, "processes and threads of all jobs (default: a quarter of pid_max)"),
+    ("--owner-pids", as_count, "N", None, "processes and threads of all jobs (default: a quarter of this machine's)"),
     ("--owner-cpu", as_cpus, "CPUS", None, "CPUs of all jobs (default: no bound; owners have equal shares)"),
     ("--owner-jobs", as_count, "N", None, "jobs that run at the same time (default: a quarter of --max-jobs)"),
     ("--owner-calls", as_count, "N", OWNER_CALLS, f"calls that are open at the same time (default: {OWNER_CALLS})"),
@@ -7437,9 +7451,12 @@ def engine_words(through: tuple[str, ...], through_end: tuple[str, ...]) -> tupl
 
 
 def owner_limits(options: argparse.Namespace) -> OwnerLimits:
-    """The totals of one owner, which default to shares of this machine's (proc_meminfo(5), proc_sys_kernel(5))."""
+    """The totals of one owner, which default to shares of this machine's (proc_meminfo(5), proc_sys_kernel(5)).
+
+    systemd sets pid_max to 4,194,304, but the kernel allows threads-max threads: 192,730 with 24 GiB of memory.
+    """
     memory = int(re.findall(r"MemTotal:\s+(\d+)", kernel_read("/proc/meminfo"))[0]) * KIB
-    numbers = int(kernel_read("/proc/sys/kernel/pid_max"))
+    numbers = min(int(kernel_read(f"/proc/sys/kernel/{name}")) for name in ("pid_max", "threads-max"))
     return OwnerLimits(
         cpu=options.owner_cpu or 0.0,
         memory=options.owner_memory or int(memory * OWNER_MEMORY),

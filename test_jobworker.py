@@ -4668,6 +4668,59 @@ async def test_a_stop_first_lifts_the_job_s_io_limit(state):
         await worker.stop(worker.job(job))
 
 
+@pytest.mark.controllers
+@in_loop
+async def test_an_owner_s_fork_bomb_ends_at_the_owner_s_total_and_others_start_and_fork(state, mark):
+    bomb = "import os, signal\nwhile True:\n  try: os.fork()\n  except OSError: os.write(1, b'full'), signal.pause()"
+    async with worker_on(state, owner=jobworker.OwnerLimits(pids=40)) as worker:
+        job = worker.job(await start_id(worker, python(bomb, mark)))
+        await wait_for_output(worker, job.id, b"full")
+        owner = os.path.dirname(job.spec.cgroup)
+        assert int(jobworker.kernel_read(f"{owner}/pids.current")) == 40 < job.spec.limits.pids
+        assert (await result(worker, shell("echo $(echo $(echo forked))", owner="bob")))[0] == b"forked\n"
+        await worker.stop(job)
+        assert ending(worker, job.id) == ("STOPPED", 137, "")
+        assert not processes_with(mark)
+        reap(children())  # the orphans of the job: the kernel counts a process until its parent has taken its status
+        assert (await result(worker, shell("echo $(echo forked)")))[0] == b"forked\n"
+
+
+def test_a_start_without_a_free_process_number_says_so(state):
+    body = """
+        import resource
+        launcher, (soft, hard) = worker._launcher.process, resource.getrlimit(resource.RLIMIT_NPROC)
+        resource.prlimit(launcher, resource.RLIMIT_NPROC, (1, hard))
+        try:
+            await start_id(worker, JobRequest("true", owner="alice"))
+        except JobWorkerError as error:
+            print(type(error).__name__, error)
+        resource.prlimit(launcher, resource.RLIMIT_NPROC, (soft, hard))
+        print(await output(await start_id(worker, JobRequest("echo", ("hello",), owner="alice"))), launcher)
+        print(worker._launcher.process, worker.running, len(worker.jobs()))
+    """
+    user = os.geteuid() or 65534
+    os.chown(state, user, -1)
+    identity = {"user": user, "group": user, "extra_groups": ()} if os.geteuid() == 0 else {}
+    printed = in_server(state, body, interpreter=PYTHON, **identity).splitlines()
+    assert re.fullmatch(
+        "ExhaustedError no process number is free for the job: .* has as many .* as it may; .*", printed[0]
+    )
+    assert printed[1].startswith("b'hello\\n' ")
+    assert printed[2] == f"{printed[1].split()[-1]} 0 1"
+
+
+@as_root
+def test_an_owner_s_share_of_process_numbers_is_of_the_kernel_s_lower_bound(tmp_path):
+    """systemd raises pid_max to 4,194,304. threads-max follows from the memory, and is far lower."""
+    (tmp_path / "pid_max").write_text("4194304\n")
+    program = "import jobworker; print(jobworker.worker_options(jobworker.make_parser(['serve'])[0].parse_args(['serve'])).owner.pids)"
+    script = f'mount --bind {tmp_path}/pid_max /proc/sys/kernel/pid_max && exec "$@"'
+    printed = subprocess.check_output(
+        ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", program], cwd=HERE, text=True
+    )
+    assert int(printed) == int(Path("/proc/sys/kernel/threads-max").read_text()) // 4
+
+
 # --- Server ---------------------------------------------------------------------------------------------
 # A server that ends, starts again, or finds another server on its port; and what clients cost it.
 
