@@ -244,7 +244,7 @@ ARGUMENTS_BYTES = 2 * MIB  # of a command, its arguments and its environment: a 
 VARIABLES = 4096  # that a request may add to a job's environment
 GRACE = 5.0  # seconds from TERM to the kill of a job that runs through an engine
 END_SECONDS = 120.0  # how long an engine may take to tell how a job ended; its controller may restart meanwhile
-STOP_SECONDS = 30.0  # how long a stop waits for the job's end before it reports that the job does not die
+STOP_SECONDS = 30.0  # how long a stop waits for a job that the server itself killed before it reports that it lives
 
 # systemd.io/UIDS-GIDS lists this range as unused: 4096 ranges of 65536 uids, one range for each state folder.
 UID_RANGES_BASE, UID_RANGE, UID_RANGES = 1879048192, 65536, 4096
@@ -726,6 +726,12 @@ class ProcessTree:
                 if self._variable in kernel_read(f"/proc/{name}/environ").split("\0"):
                     found.append(int(name))
         return found
+
+    def kill_members(self) -> None:
+        """Kill the processes that `members` finds. This is for the server, whose descendants are all shims and jobs."""
+        for process in self.members():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
 
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -1815,6 +1821,18 @@ class JobFolder:
                 return False
             raise disk_error(f"cannot open {self.path}/control", error) from error
         return True
+
+    def wake_shim(self) -> None:
+        """Let the job's shim go on if it is stopped. A stopped process that has `control` open is the shim, or a child
+        of it before its exec.
+        """
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, KernelError, IndexError):  # the process ended, or is another user's
+                if kernel_read(f"/proc/{name}/stat").rpartition(")")[2].split()[0] != "T":
+                    continue
+                opened = (os.readlink(f"/proc/{name}/fd/{number}") for number in os.listdir(f"/proc/{name}/fd"))
+                if f"{self.path}/control" in opened:
+                    os.kill(int(name), signal.SIGCONT)
 
     def _open_control(self) -> int:
         return os.open(f"{self.path}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -3804,7 +3822,7 @@ class Feed:
 
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
 FRESH_SECONDS = 10.0  # an ended job is not deleted to save space before this age: `run` may not have begun to read it
-LATE_SECONDS = 5.0  # from the end of a job's timeout until the server itself kills the job
+LATE_SECONDS = 5.0  # from when the shim should have killed a job until the server itself kills it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3962,13 +3980,13 @@ class Retention:
         return next(iter(self._sizes))
 
 
-def stop_seconds(job: Job, grace: float) -> float:
-    """How long a stop may take. A job that runs through an engine has its own grace twice: for its main process, and
-    for what that leaves behind.
+def shim_seconds(job: Job, grace: float) -> float:
+    """How long a stop leaves the end of a job to its shim. A job that runs through an engine has its own grace twice:
+    for its main process, and for what that leaves behind.
     """
     with contextlib.suppress(NoSuchJobError):
-        return grace + end_seconds(job.spec) + STOP_SECONDS
-    return grace + STOP_SECONDS
+        return grace + end_seconds(job.spec) + LATE_SECONDS
+    return grace + LATE_SECONDS
 
 
 def end_seconds(spec: Spec) -> float:
@@ -4331,41 +4349,52 @@ class Worker:
         """End the whole job, and return when it is dead. An ended job does not change.
 
         Without a signal the job is killed at once. With one, every process of the job gets it first, and the job's shim
-        kills what still lives after `grace` seconds.
+        kills what still lives after `grace` seconds. Raises StillRunningError if the job does not die.
         """
         if job.ended:
             return
         if not job.folder.send_request(StopRequest(reason, by, signal_number, grace)):
-            job.refresh(closed=True)
-            self._settle(job, alive=False)
+            self._update(job, alive=False)
         if job.late is not None and job.spec.through:  # the end of its timeout does not shorten its grace
-            self._set_late(job, max(job.late.when(), asyncio.get_running_loop().time() + stop_seconds(job, grace)))
-        try:
-            await asyncio.wait_for(self.wait(job), stop_seconds(job, grace if signal_number else 0))
-        except asyncio.TimeoutError:
-            self._kill_without_shim(job)
-            raise UnavailableError(
-                f"job {job.id} was killed but has not died within {STOP_SECONDS:.0f} s (a process that waits for a "
-                f"disk or a network file system cannot die); try again"
-            ) from None
+            self._set_late(job, max(job.late.when(), asyncio.get_running_loop().time() + shim_seconds(job, grace)))
+        if await self._ends_within(job, shim_seconds(job, grace if signal_number else 0)):
+            return
+        self._kill_without_shim(job)
+        if not await self._ends_within(job, STOP_SECONDS):
+            raise StillRunningError(
+                f"job {job.id} was killed but has not ended within {STOP_SECONDS:.0f} s (a process that waits for a "
+                f"disk or a network file system cannot die before that answers); its status tells when it has ended"
+            )
+
+    async def _ends_within(self, job: Job, seconds: float) -> bool:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.wait(job), seconds)
+            return True
+        return False
 
     def _kill_without_shim(self, job: Job) -> None:
-        """Kill the processes of a job whose shim does not: it may be stopped, and a job of the server's own user can
-        stop it. The shim records the end as soon as it goes on.
+        """Kill the processes of a job whose shim does not. A job of the server's own user can stop the shim, so it is
+        woken, and records the end. This comes after the kill: the job could stop it again.
         """
-        with contextlib.suppress(JobWorkerError):  # the job has ended meanwhile
-            if job.spec.cgroup:
-                Cgroup(job.spec.cgroup).kill()
+        with contextlib.suppress(JobWorkerError, OSError):  # the job has ended meanwhile, or no descriptor is free
+            processes = job.spec.processes()
+            if isinstance(processes, Cgroup):
+                processes.kill()
+            else:
+                processes.kill_members()
+            job.folder.wake_shim()
 
     def _await_deadline(self, job: Job) -> None:
         """Have a job killed some seconds after the end of its timeout. A job can block its shim: a process in splice(2)
         holds the pipe's mutex while it waits for a silent socket, and so the shim's own splice waits as long.
         """
-        deadline = job.events.deadline
-        if job.late is not None or deadline is None or job.ended or not self._inotify.is_open:
+        if job.late is not None or job.ended or not self._inotify.is_open:
             return
         with contextlib.suppress(NoSuchJobError):
-            if job.spec.cgroup:
+            deadline = job.events.deadline
+            if job.events.phase == "born" and job.spec.timeout:  # a job can stop its shim before it writes `started`
+                deadline = time.monotonic() + job.spec.timeout
+            if deadline is not None:
                 left = deadline - time.monotonic() + end_seconds(job.spec) + LATE_SECONDS
                 self._set_late(job, asyncio.get_running_loop().time() + left)
 
@@ -4495,11 +4524,8 @@ class Worker:
 
     def _watch(self, job: Job) -> None:
         def changed(mask: int) -> None:
-            closed = bool(mask & IN_CLOSE_WRITE)
-            job.refresh(closed=closed)
-            self._await_deadline(job)
-            if closed:  # this was the shim's last write, even if the kernel closes its other descriptors later
-                self._settle(job, alive=False)
+            # A close comes after the shim's last write, even if the kernel closes its other descriptors later.
+            self._update(job, alive=not mask & IN_CLOSE_WRITE)
 
         job.watch = self._inotify.watch(f"{job.folder.path}/events", IN_MODIFY | IN_CLOSE_WRITE, changed)
 
@@ -4512,12 +4538,15 @@ class Worker:
     def _check_all(self) -> None:
         """Check every running job and wake every follower: the kernel dropped events (IN_Q_OVERFLOW)."""
         for job in [job for job in self._table.values() if not job.ended]:
-            alive = job.folder.shim_lives()
-            job.refresh(closed=not alive)
-            self._await_deadline(job)
-            self._settle(job, alive=alive)
+            self._update(job, alive=job.folder.shim_lives())
         for job in self._table.values():
             job.ring()
+
+    def _update(self, job: Job, *, alive: bool) -> None:
+        """Read a job's events again, and do what they ask for. `alive`: whether its shim lives."""
+        job.refresh(closed=not alive)
+        self._await_deadline(job)
+        self._settle(job, alive=alive)
 
     def _settle(self, job: Job, *, alive: bool) -> None:
         """Do what a job's phase asks for. `alive`: whether its shim lives."""
@@ -4639,13 +4668,11 @@ class Worker:
         if job.folder.has_events():
             self._watch(job)
         alive = job.folder.shim_lives()
-        job.refresh(closed=not alive)
         spec = job.folder.read_head()
         job.keep_spec(spec)
         if spec is not None:
             self._count_running(job)
-        self._await_deadline(job)
-        self._settle(job, alive=alive)
+        self._update(job, alive=alive)
         if alive and spec is not None and spec.input and not job.ended and job.events.input_bytes is None:
             job.folder.send_request(StopRequest("INPUT_CUT"))  # only the earlier server had the pipe
 

@@ -4350,49 +4350,89 @@ async def test_a_stop_is_not_lost_behind_requests_that_a_stopped_shim_does_not_r
         assert ending(worker, job.id)[:2] == ("STOPPED", 137)
 
 
-@pytest.mark.tree
 @in_loop
-async def test_a_job_whose_shim_is_stopped_is_killed_when_its_stop_gives_up(state, monkeypatch):
-    if CgroupMount.find() is None:
-        pytest.skip("needs a cgroup2 mount")
-    monkeypatch.setattr(jobworker, "STOP_SECONDS", 0.1)
+async def test_a_stop_kills_a_job_whose_shim_is_stopped_and_wakes_the_shim(state, monkeypatch):
+    monkeypatch.setattr(jobworker, "LATE_SECONDS", 0.1)
     async with worker_on(state) as worker:
-        job = worker.job(await start_id(worker, shell("echo $PPID $$; exec sleep 1000")))
-        shim, process = map(int, (await wait_for_output(worker, job.id, b"\n")).split())
-        os.kill(shim, signal.SIGSTOP)
-        try:
-            with pytest.raises(UnavailableError, match="has not died within"):
-                await worker.stop(job, by="alice")
-            assert not survivors([process])
-        finally:
-            os.kill(shim, signal.SIGCONT)
-        await worker.wait(job)
+        job = worker.job(await start_id(worker, shell("echo $PPID; exec sleep 1000")))
+        os.kill(int(await wait_for_output(worker, job.id, b"\n")), signal.SIGSTOP)
+        await worker.stop(job, by="alice")
         assert (ending(worker, job.id)[0], worker.status(job).stopped_by) == ("STOPPED", "alice")
 
 
-@pytest.mark.tree
 @pytest.mark.parametrize("options", [{}, {"through": ("env",), "grace": 0.1}], ids=["", "through"])
 @pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
 @in_loop
 async def test_a_job_whose_shim_is_stopped_is_killed_after_its_timeout(state, monkeypatch, options, restart):
-    if CgroupMount.find() is None:
-        pytest.skip("needs a cgroup2 mount")
     monkeypatch.setattr(jobworker, "LATE_SECONDS", 0.1)
     monkeypatch.setattr(jobworker, "END_SECONDS", 0.1)
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(worker_on(state, **options))
-        job = await start_id(worker, shell("echo $PPID $$; exec sleep 1000", timeout=0.5))
-        shim, process = map(int, (await wait_for_output(worker, job, b"\n")).split())
-        os.kill(shim, signal.SIGSTOP)
-        try:
-            if restart:
-                await stack.aclose()
-                worker = await stack.enter_async_context(worker_on(state, **options))
-            assert not await asyncio.to_thread(survivors, [process])
-        finally:
-            os.kill(shim, signal.SIGCONT)
+        job = await start_id(worker, shell("echo $PPID; exec sleep 1000", timeout=0.5))
+        os.kill(int(await wait_for_output(worker, job, b"\n")), signal.SIGSTOP)
+        if restart:
+            await stack.aclose()
+            worker = await stack.enter_async_context(worker_on(state, **options))
         await worker.wait(worker.job(job))
         assert ending(worker, job) == ("STOPPED", 137, "TIMEOUT")
+
+
+@in_loop
+async def test_a_job_that_stops_its_shim_before_its_start_is_recorded_is_killed_after_its_timeout(
+    state, monkeypatch, tmp_path
+):
+    stopping = altered_copy(tmp_path, 'write_event(self._events, "started"', "os.kill(os.getpid(), signal.SIGSTOP)")
+    monkeypatch.setattr(stopping, "LATE_SECONDS", 0.1)
+    async with worker_on(state, stopping) as worker:
+        job = await worker.start(stopping.JobRequest("sleep", ("1000",), owner="alice", timeout=0.1))
+        await worker.wait(job)
+        assert ending(worker, job.id) == ("STOPPED", 137, "TIMEOUT")
+
+
+@pytest.mark.parametrize("separate", [pytest.param(True, marks=as_root), False], ids=["root", "user"])
+@pytest.mark.parametrize(
+    ("timeout", "expected"), [(None, "STOPPED 137 alice"), (0.5, "STOPPED 137 TIMEOUT")], ids=["stop", "timeout"]
+)
+def test_without_cgroups_a_job_whose_shim_is_stopped_is_killed_too(state, separate, timeout, expected):
+    """As root the job has a uid of its own. A user's server and its jobs have one uid."""
+    body = f"""
+        jobworker.LATE_SECONDS = 0.1
+        other = await start_id(worker, JobRequest("sleep", ("1000",), owner="alice"))
+        script = "(trap '' TERM; sleep 1000) & echo $PPID; exec sleep 1000"
+        job = worker.job(await start_id(worker, JobRequest("sh", ("-c", script), owner="alice", timeout={timeout})))
+        async for chunk in worker.stream(job):
+            os.kill(int(chunk), signal.SIGSTOP)
+            await (worker.wait(job) if {timeout} else worker.stop(job, by="alice"))
+        ending = worker.status(job).ending
+        print(ending.status, ending.code, ending.reason or ending.by)
+        print("members", worker.status(job).spec.processes().members(), worker.status(worker.job(other)).status)
+        await worker.stop_all()
+    """
+    user = os.geteuid() or 65534
+    identity = {"user": user, "group": user, "extra_groups": ()} if os.geteuid() == 0 and not separate else {}
+    os.chown(state, -1 if separate else user, -1)
+    wrapper = NO_CGROUP if separate else ()
+    printed = in_server(state, body, wrapper=wrapper, interpreter=PYTHON, **identity)
+    assert printed.splitlines()[-2:] == [expected, "members [] RUNNING"]
+
+
+@contextlib.contextmanager
+def kept_from_its_end(process):
+    """While the block runs, this process cannot end wholly: its tracer (ptrace(2)) does not take its status."""
+    jobworker.libc_call("ptrace", 0x4206, process, None, None)  # PTRACE_SEIZE
+    try:
+        yield
+    finally:
+        os.waitpid(process, 0)
+
+
+def test_a_stop_of_a_job_that_cannot_die_says_so_at_once_and_is_not_repeated(state, certs, tmp_path):
+    changes = [(rf"\n{name}_SECONDS = [0-9.]+ ", f"\n{name}_SECONDS = 0.1 ") for name in ("LATE", "STOP")]
+    with serving_older(state, certs, tmp_path, *changes) as served:
+        job = served.start("--", "sh", "-c", "echo $$; exec sleep 1000")
+        with kept_from_its_end(int(first_line(served, job))):
+            one_sentence(served.run("stop", job), f"job {job} was killed but has not ended within", "disk")
+        assert status_at_end(served, job).status == pb.STOPPED
 
 
 BLOCKS_ITS_SHIM = """
