@@ -4698,14 +4698,61 @@ async def test_an_owner_s_total_limits_are_those_of_the_server_that_starts_the_j
 
 @pytest.mark.controllers
 @in_loop
-async def test_a_stop_first_lifts_the_job_s_io_limit(state):
+async def test_a_stop_lifts_the_job_s_io_limit_before_the_kill(state):
+    written = []
+    with contextlib.closing(jobworker.Inotify(lambda: None)) as inotify:
+        inotify.open()
+        async with worker_on(state) as worker:
+            job = worker.job(await start_id(worker, shell("head -c 4M /dev/zero >file; " + WAITS, io=MIB)))
+            await wait_for_output(worker, job.id, b"ready")
+            cgroup = job.spec.cgroup
+            assert read_limits(cgroup)["io.max"] == io_limit_text(MIB)
+            for file in ("io.max", "cgroup.kill"):
+                note = functools.partial(lambda file, _mask: written.append(file), file)
+                inotify.watch(f"{cgroup}/{file}", jobworker.IN_MODIFY, note)
+            await worker.stop(job)
+            inotify._dispatch()
+    assert written[: written.index("cgroup.kill")] == ["io.max"] * len(jobworker.whole_disks())
+
+
+# It uses one CPU wholly from SIGUSR1 on. After SIGUSR2 it uses one more second, says so, and goes on.
+USES_ONE_CPU = """
+import os, signal, time
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+signal.signal(signal.SIGUSR2, lambda *_: ends.append(time.process_time() + 1))
+ends = []
+os.write(1, b"ready")
+signal.sigwait([signal.SIGUSR1])
+os.write(1, b"begun")
+while not ends or time.process_time() < ends[0]:
+    pass
+os.write(1, b"done")
+while True:
+    pass
+"""
+
+
+@pytest.mark.controllers
+@in_loop
+async def test_an_owner_with_eight_busy_jobs_gets_no_more_cpu_than_an_owner_with_one(state):
     async with worker_on(state) as worker:
-        job = await start_id(worker, shell(WAITS, io=MIB))
-        cgroup = Cgroup(worker.job(job).spec.cgroup)
-        assert "wbps=1048576" in Path(cgroup.path, "io.max").read_text()
-        cgroup._lift_io()
-        assert Path(cgroup.path, "io.max").read_text() == ""
-        await worker.stop(worker.job(job))
+        jobs = [
+            worker.job(await start_id(worker, python(USES_ONE_CPU, owner=owner))) for owner in ["alice"] * 8 + ["bob"]
+        ]
+        for job in jobs:
+            await wait_for_output(worker, job.id, b"ready")
+        for job in jobs:
+            worker.signal(job, signal.SIGUSR1)
+        for job in jobs:
+            await wait_for_output(worker, job.id, b"begun")
+        owners = [Cgroup(os.path.dirname(job.spec.cgroup)) for job in (jobs[0], jobs[-1])]
+        before = [owner.usage().cpu_seconds for owner in owners]
+        worker.signal(jobs[-1], signal.SIGUSR2)
+        await wait_for_output(worker, jobs[-1].id, b"done")
+        alice, bob = (owner.usage().cpu_seconds - seconds for owner, seconds in zip(owners, before, strict=True))
+        await worker.stop_all()
+    assert 1 / 2 < alice / bob < 2
 
 
 @pytest.mark.controllers
