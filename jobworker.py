@@ -3521,7 +3521,7 @@ def job_notes(
         notes.append(
             "the job runs as the server's own user or as root: limits and separation hold only if it cooperates"
         )
-    if separate and not confined and not through:
+    if not confined and not through:
         notes.append("it is not confined: it shares /tmp, shared memory and the list of processes with other users")
     return tuple(notes)
 
@@ -4114,6 +4114,11 @@ class Worker:
                 job.feed.close()
             self._cancel_late(job)
             job.ring()
+
+    @property
+    def confines(self) -> bool:
+        """Whether jobs are confined; one with `run_as` only if its request says so."""
+        return self._confines
 
     @property
     def running(self) -> int:
@@ -5622,10 +5627,10 @@ INPUT_BYTES_KEY = "input-bytes"  # metadata of an answer to SendInput: how many 
 SHELL_CODE_KEY = "shell-code"  # metadata of a start that failed: the exit code that a shell would have
 LARGE_REQUEST = 2 * VARIABLES  # bytes, see check_size; an owner's larger ones are read one after the other
 REQUEST_SECONDS = 10.0  # from a call's headers until its first message is here
-SUMMARY_BYTES = KIB  # an answer about an ended job that is no longer than this is kept in memory for `ListJobs`
+LISTED_BYTES = 400  # of a command with its arguments, and of a working folder, that a list shows
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
-LIST_STEP = 10  # jobs of a list after which other calls are served; a running job takes 0.1 ms
-BATCH_JOBS, BATCH_BYTES = 100, 64 * KIB  # of one message of a list
+LIST_SECONDS = 0.0005  # of work for lists in one turn of the event loop; a running job takes 0.1 ms
+BATCH_JOBS = 100  # of one message of a list
 MORE_FIELD = 34  # GetStatusResponse.more
 DATA_FIELD = 2  # SendInputRequest.data
 STREAM_METADATA = (("jobworker-version", VERSION),)  # sent at once, so that a client knows that its stream has begun
@@ -5762,6 +5767,31 @@ class OpenCalls:
                 del self._open[owner]
 
 
+class Turns:
+    """Whose list is worked on. One part of one list is made in a turn of the event loop, and owners take turns, however
+    many lists one of them asks for.
+
+    When each list made a part, 60 lists of one owner kept the status calls of another waiting for 0.4 s.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._of_owner: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    async def part(self, owner: str, items: Iterator[Any], most: int = sys.maxsize) -> list[Any]:
+        """The next of these items, as many as LIST_SECONDS are enough for; none if there are no more."""
+        of_owner = self._of_owner.setdefault(owner, asyncio.Lock())
+        async with of_owner, self._turn:  # a lock serves those who wait for it in their order
+            await asyncio.sleep(0)
+            end = time.perf_counter() + LIST_SECONDS
+            found = []
+            for item in items:
+                found.append(item)
+                if len(found) >= most or time.perf_counter() >= end:
+                    break
+            return found
+
+
 @dataclasses.dataclass(frozen=True)
 class CallLimits:
     """How many calls and how many streams one owner may have open."""
@@ -5781,6 +5811,7 @@ class Service:
         # One of 2 MiB can take 30 ms and 80 MB to read, so each owner's are read one after the other.
         self._large_requests: dict[str, asyncio.Lock] = {}
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
+        self._turns = Turns()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], kind: Any) -> grpc.RpcMethodHandler[Any, Any]:
@@ -5893,38 +5924,38 @@ class Service:
             if not caller.admin and (request.everyone or request.owner not in ("", caller.name)):
                 raise DeniedError("only an admin may list the jobs of other owners")
             most = BATCH_JOBS if request.batches else 1
+            summaries = map(self._summary, await self._listed(caller, request))
             batch: list[bytes] = []
-            size = 0
-            for number, job in enumerate(self._listed(caller, request)[-request.limit :]):
-                if number % LIST_STEP == 0:
-                    await asyncio.sleep(0)
-                with contextlib.suppress(NoSuchJobError):  # deleted meanwhile
-                    batch.append(self._summary(job))
-                    size += len(batch[-1])
-                if len(batch) >= most or size > BATCH_BYTES:
-                    await context.write(frame_batch(batch))
-                    batch, size = [], 0
+            while part := await self._turns.part(caller.name, summaries, BATCH_JOBS):
+                batch += filter(None, part)
+                while len(batch) >= most:  # without the turn: a client that does not read makes its own list wait
+                    await context.write(frame_batch(batch[:most]))
+                    del batch[:most]
             if batch:
                 await context.write(frame_batch(batch))
 
-    def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
-        """The jobs that a list shows. A prefix is searched among all jobs that the caller may see."""
-        jobs = [job for job in self._worker.jobs() if caller.may_see(job.owner)]
-        if request.running:
-            jobs = [job for job in jobs if not job.ended]
-        if request.prefix:
-            prefix = request.prefix if len(request.prefix) >= SHORTEST_PREFIX else " "  # no id contains a blank
-            return [job for job in jobs if job.id.startswith(prefix) or job.name == request.prefix]
-        if request.everyone:
-            return jobs
-        return [job for job in jobs if job.owner == (request.owner or caller.name)]
+    async def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
+        """The jobs that a list shows, oldest first. The newest are searched first, so a limit makes it short."""
+        asked = choice(caller, request)
+        jobs = (job if asked(job) else None for job in reversed(self._worker.jobs()))
+        found: list[Job] = []
+        while part := await self._turns.part(caller.name, jobs):
+            found += filter(None, part)
+            if 0 < request.limit <= len(found):
+                break
+        return found[: request.limit or None][::-1]
 
     def _summary(self, job: Job) -> bytes:
-        """A job's status as bytes. Those of ended jobs do not change, so they are kept."""
+        """A job's line of a list as bytes; empty if it was deleted meanwhile. Those of ended jobs do not change, so
+        they are kept: about 0.5 KB for each job of the table.
+        """
         if kept := self._summaries.get(job):
             return kept
-        summary: bytes = status_message(self._worker.status(job)).SerializeToString()
-        if job.ended and len(summary) <= SUMMARY_BYTES:
+        try:
+            summary: bytes = summary_message(self._worker.status(job)).SerializeToString()
+        except NoSuchJobError:
+            return b""
+        if job.ended:
             self._summaries[job] = summary
         return summary
 
@@ -6036,6 +6067,20 @@ def shortened(sentence: str) -> str:
     return sentence if len(sentence) <= 400 else f"{sentence[:400]}…"
 
 
+def choice(caller: Caller, request: pb.ListJobsRequest) -> Callable[[Job], bool]:
+    """Whether a list shows a job. A prefix is searched among all jobs that the caller may see."""
+    name, running = request.prefix, request.running
+    prefix = name if len(name) >= SHORTEST_PREFIX else " "  # no id contains a blank
+    owner = "" if request.everyone or name else request.owner or caller.name
+
+    def asked(job: Job) -> bool:
+        if (owner and job.owner != owner) or not caller.may_see(job.owner) or (running and job.ended):
+            return False
+        return not name or job.name == name or job.id.startswith(prefix)
+
+    return asked
+
+
 def ending_message(ending: Ending) -> pb.GetStatusResponse:
     return pb.GetStatusResponse(status=ending.status, exitcode=ending.code, reason=ending.reason, signal=ending.signal)
 
@@ -6077,7 +6122,32 @@ def status_message(status: JobStatus) -> pb.GetStatusResponse:
         input_bytes=status.input_bytes,
         through=shlex.join(spec.through).replace(COMMAND_MARK, "{command}"),
         node=status.node,
+        confined=spec.confine,
     )
+
+
+def summary_message(status: JobStatus) -> pb.GetStatusResponse:
+    """A status as a list has it: about 1 KiB at most, so that those of all ended jobs can be kept in memory."""
+    spec = status.spec
+    command, *args = first_words((spec.command, *spec.args), LISTED_BYTES)
+    cwd = first_words((spec.cwd,), LISTED_BYTES)[0]
+    if (command, tuple(args), cwd) == (spec.command, spec.args, spec.cwd):
+        return status_message(status)
+    note = f"a list shows {LISTED_BYTES} bytes of a command with its arguments, and of a folder; a status shows more"
+    brief = dataclasses.replace(spec, command=command, args=tuple(args), cwd=cwd, args_left_out=0)
+    return status_message(dataclasses.replace(status, spec=brief, notes=(*status.notes, note)))
+
+
+def first_words(words: Iterable[str], size: int) -> list[str]:
+    """The words that `size` bytes hold, where each takes two bytes more. What follows them is shown as `…`."""
+    found: list[str] = []
+    for word in words:
+        text = word.encode()
+        if len(text) > size:
+            return [*found, text[: max(0, size)].decode(errors="ignore") + "…"]
+        found.append(word)
+        size -= len(text) + 2
+    return found
 
 
 def left_out_note(spec: Spec) -> list[str]:
@@ -6420,6 +6490,8 @@ def handle_signals(ended: asyncio.Event, certificates: ServerCertificates) -> No
 
 def announce(worker: Worker, address: str) -> None:
     """Report on standard output that the server listens, and on standard error what it cannot give to jobs."""
+    if worker.confines:
+        say("jobs are confined: their own /tmp, shared memory and list of processes (`--run-as` needs `--confine`)")
     for note in worker.notes():
         say(f"warning: on this server {note}")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -8179,6 +8251,7 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
             print_facts(value, f"{indent}  ")
         elif value not in (None, "", []):
             text = shlex.join(value) if key == "command" else "; ".join(value) if key == "notes" else value
+            text = ("no", "yes")[value] if isinstance(value, bool) else text
             print_line(f"{indent}{words + ':':<18} {text}")
 
 
@@ -8256,14 +8329,17 @@ def sort_value(
 ) -> float:
     """What `--sort` sorts by: the whole usage of a job, or with `--watch` that since the last list."""
     if column == "memory":
-        return shown_memory(status)
+        return shown_memory(status) or 0
+    if column == "cpu" and not status.HasField("cpu_seconds"):
+        return -1
     now = (0.0, status.cpu_seconds, shown_output(status))
     position = 1 if column == "cpu" else 2
     return now[position] - (0 if before is None else before.get(status.id, now)[position])
 
 
-def shown_memory(status: pb.GetStatusResponse) -> int:
-    return int(status.memory_current if status.status == pb.RUNNING else status.memory_peak)
+def shown_memory(status: pb.GetStatusResponse) -> int | None:
+    """The memory that a list shows; None: it is unknown. No job uses 0 bytes."""
+    return int(status.memory_current if status.status == pb.RUNNING else status.memory_peak) or None
 
 
 def shown_output(status: pb.GetStatusResponse) -> int:
@@ -8304,14 +8380,16 @@ def rates(status: pb.GetStatusResponse, before: Mapping[str, tuple[float, float,
     seconds = max(0.001, time.monotonic() - moment)
     cpu = max(0.0, status.cpu_seconds - cpu_seconds) / seconds
     output = (shown_output(status) - output_bytes) / seconds
-    return f"{cpu:.0%}", f"{size_text(int(output))}/s"
+    return f"{cpu:.0%}" if status.HasField("cpu_seconds") else "-", f"{size_text(int(output))}/s"
 
 
 def list_row(
     status: pb.GetStatusResponse, job_id: str, before: Mapping[str, tuple[float, float, int]] | None
 ) -> tuple[str, ...]:
     """The columns of LIST_COLUMNS, as people read them."""
-    totals = f"{status.cpu_seconds:.1f}s", size_text(shown_output(status))
+    used = f"{status.cpu_seconds:.1f}s" if status.HasField("cpu_seconds") else "-"
+    totals = used, size_text(shown_output(status))
+    memory = shown_memory(status)
     cpu, output = totals if before is None else rates(status, before)
     now = int(time.time() * 1000)
     running = status.status == pb.RUNNING
@@ -8325,7 +8403,7 @@ def list_row(
         duration_text(now - status.created_ms),
         duration_text((now if running else status.ended_ms) - status.started_ms) if status.started_ms else "-",
         cpu,
-        size_text(shown_memory(status)),
+        "-" if memory is None else size_text(memory),
         output,
         shlex.join([status.cmd, *status.args]),
     )
@@ -8368,6 +8446,7 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         "owner": status.owner,
         "command": [status.cmd, *status.args],
         "user": status.user,
+        "confined": optional(status, "confined"),
         "cwd": status.cwd or None,
         "created": iso_time(status.created_ms),
         "started": iso_time(status.started_ms),
@@ -8377,7 +8456,7 @@ def status_facts(job_id: str, status: pb.GetStatusResponse) -> dict[str, Any]:
         **({"inputBytes": status.input_bytes} if status.input_bytes else {}),
         **({"through": status.through, "node": status.node or None} if status.through else {}),
         "usage": {
-            "cpuSeconds": status.cpu_seconds if status.ended_ms or status.cpu_seconds else None,
+            "cpuSeconds": optional(status, "cpu_seconds"),
             "memoryCurrent": status.memory_current or None,
             "memoryPeak": optional(status, "memory_peak"),
             "readBytes": optional(status, "read_bytes"),

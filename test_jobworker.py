@@ -3316,7 +3316,7 @@ MESSAGES = {  # every message: the number and the type of every field
         "started_ms": (11, "int64"),
         "ended_ms": (12, "int64"),
         "output_bytes": (13, "uint64"),
-        "cpu_seconds": (14, "double"),
+        "cpu_seconds": (14, "optional double"),
         "memory_peak": (15, "optional uint64"),
         "read_bytes": (16, "optional uint64"),
         "written_bytes": (17, "optional uint64"),
@@ -3337,6 +3337,7 @@ MESSAGES = {  # every message: the number and the type of every field
         "through": (32, "string"),
         "node": (33, "string"),
         "more": (34, "repeated message"),
+        "confined": (35, "optional bool"),
     },
     "GetStreamRequest": {
         "id": (1, "string"),
@@ -6886,7 +6887,7 @@ def test_start_with_the_same_id_starts_one_job(shared):
     assert shared.run("stream", "--offset", "2", job).stdout == "ce\n"
 
 
-STATUS_KEYS = {"id", "status", "exitCode", "reason", "signal", "stoppedBy", "owner", "command", "user", "created", "started", "ended", "outputBytes",
+STATUS_KEYS = {"id", "status", "exitCode", "reason", "signal", "stoppedBy", "owner", "command", "user", "confined", "created", "started", "ended", "outputBytes",
          "usage", "limits", "notes"}  # fmt: skip
 
 
@@ -6911,6 +6912,46 @@ def test_status_json_always_has_every_key(shared):
         9,
         "admin",
     )
+
+
+@as_root
+def test_usage_that_is_unknown_is_a_dash_in_a_list_and_sorts_first(state, certs):
+    program = (*NO_CGROUP, *PROGRAM)
+    with serving(state, certs, program=program, stderr=subprocess.PIPE) as served:
+        ended, running = served.start("true"), served.start("sleep", "1000")
+        status_at_end(served, ended)
+        rows = [line.split("\t") for line in served.run("list").stdout.splitlines()]
+        assert [row[7:9] for row in rows] == [["-", "-"], ["-", "-"]]
+        for job in ended, running:
+            usage = json.loads(served.run("status", "--json", job).stdout)["usage"]
+            assert set(usage.values()) == {None}
+        assert served.run("list", "-q", "--sort", "cpu").stdout.split() == [ended, running]
+    unknown, least = pb.GetStatusResponse(), pb.GetStatusResponse(cpu_seconds=0)
+    assert jobworker.sort_value(unknown, "cpu", None) < jobworker.sort_value(least, "cpu", None)
+
+
+CONFINED = [  # options of serve, options of a job, whether the job is confined
+    ((), (), True),
+    ((), ("--run-as", "root"), False),
+    ((), ("--run-as", "root", "--confine"), True),
+    (("--without", "confine,auto"), (), False),
+]
+
+
+@as_root
+@pytest.mark.parametrize(("server", "words", "confined"), CONFINED, ids=str)
+def test_serve_and_status_say_whether_a_job_is_confined(state, certs, server, words, confined):
+    with serving(state, certs, *server, stderr=subprocess.PIPE) as served:
+        job = served.start(*words, "sleep", "1000", role="admin")
+        facts = json.loads(served.run("status", "--json", job, role="admin").stdout)
+        assert facts["confined"] is confined
+        assert ("it is not confined" in " ".join(facts["notes"])) is not confined
+        shown = served.run("status", "-v", job, role="admin").stdout
+        assert re.search(rf"^confined: +{'yes' if confined else 'no'}$", shown, re.MULTILINE)
+        served.process.terminate()
+        said = served.process.stderr.read()
+    assert ("jobs are confined: " in said) is (server == ())
+    assert ("this server it is not confined" in said) is (server != ())
 
 
 @pytest.mark.parametrize("words", [("stream",), ("status",), ("status", "--json")], ids=" ".join)
@@ -7383,16 +7424,53 @@ def test_list_shows_the_caller_s_jobs_newest_last(state, certs):
 
 def test_a_list_in_batches_has_the_same_jobs_as_one_with_a_message_for_each(state, certs):
     with serving(state, certs) as served:
-        served.run("run", "--name", "first", "true")
-        for _ in range(2):  # their two summaries fill a batch
-            served.run("run", "true", *["x" * 1000] * 40)
-        served.run("run", "--name", "last", "true")
+        names = [f"job{number}" for number in range(jobworker.BATCH_JOBS + 1)]
+        jobs = [call(served, "StartJob", pb.StartJobRequest(cmd="true", name=name)).ID for name in names]
+        for job in jobs:
+            status_at_end(served, job)
         alone = listed(served)
         batches = listed(served, batches=True)
-    assert [job.name for job in alone] == ["first", "", "", "last"]
-    assert [len(batch.more) for batch in batches] == [2, 0]
-    assert list(batches[0].more) == alone[1:3]
-    assert [batch.id for batch in batches] == [alone[0].id, alone[3].id]
+    assert [job.name for job in alone] == names
+    assert [len(batch.more) for batch in batches] == [jobworker.BATCH_JOBS - 1, 0]
+    assert list(batches[0].more) == alone[1:-1]
+    assert [batch.id for batch in batches] == [alone[0].id, alone[-1].id]
+
+
+LONG_COMMANDS = {  # the arguments of `true`, and which of them a list shows
+    "one long": (["é" * 1000], ["é" * 197 + "…"]),
+    "many short": (["x" * 98] * 600, ["x" * 98] * 3 + ["x" * 94 + "…"]),
+    "many empty": ([""] * 1000, [""] * 198 + ["…"]),
+    "short": (["x", ""], ["x", ""]),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_COMMANDS)
+def test_a_list_shows_the_begin_of_a_long_command_and_a_status_all_of_it(shared, kind):
+    args, shown = LONG_COMMANDS[kind]
+    job = call(shared, "StartJob", pb.StartJobRequest(cmd="true", args=args)).ID
+    status_at_end(shared, job)
+    for _ in range(2):  # the second is answered from memory
+        (found,) = listed(shared, prefix=job)
+        assert (found.cmd, list(found.args)) == ("true", shown)
+        assert found.ByteSize() <= 2 * KIB
+        assert ("a list shows 400 bytes" in " ".join(found.notes)) == (args != shown)
+    status = call(shared, "GetJobStatus", pb.GetStatusRequest(id=job))
+    assert list(status.args) == args
+    assert "a list shows" not in " ".join(status.notes)
+
+
+@in_loop
+async def test_owners_take_turns_however_many_lists_one_of_them_asks_for():
+    turns, order = jobworker.Turns(), []
+
+    async def list_of(owner):
+        items = iter(range(5))
+        while await turns.part(owner, items, 1):
+            order.append(owner)
+
+    await asyncio.gather(*(list_of("many") for _ in range(20)), list_of("one"))
+    assert order.index("one") <= 1
+    assert [index for index, owner in enumerate(order) if owner == "one"][-1] <= 10
 
 
 def test_list_can_show_failed_and_recent_jobs_alone(state, certs):

@@ -96,7 +96,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., wait: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("status", "exitcode", "reason", "signal", "stopped_by", "owner", "cmd", "args", "user", "created_ms", "started_ms", "ended_ms", "output_bytes", "cpu_seconds", "memory_peak", "read_bytes", "written_bytes", "cpu_limit", "memory_limit", "pids_limit", "io_limit", "timeout", "max_output", "notes", "id", "name", "cwd", "memory_current", "split", "error_bytes", "input_bytes", "through", "node", "more")
+    __slots__ = ("status", "exitcode", "reason", "signal", "stopped_by", "owner", "cmd", "args", "user", "created_ms", "started_ms", "ended_ms", "output_bytes", "cpu_seconds", "memory_peak", "read_bytes", "written_bytes", "cpu_limit", "memory_limit", "pids_limit", "io_limit", "timeout", "max_output", "notes", "id", "name", "cwd", "memory_current", "split", "error_bytes", "input_bytes", "through", "node", "more", "confined")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     EXITCODE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class GetStatusResponse(_message.Message):
     THROUGH_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    CONFINED_FIELD_NUMBER: _ClassVar[int]
     status: Status
     exitcode: int
     reason: str
@@ -165,7 +166,8 @@ class GetStatusResponse(_message.Message):
     through: str
     node: str
     more: _containers.RepeatedCompositeFieldContainer[GetStatusResponse]
-    def __init__(self, status: _Optional[_Union[Status, str]] = ..., exitcode: _Optional[int] = ..., reason: _Optional[str] = ..., signal: _Optional[int] = ..., stopped_by: _Optional[str] = ..., owner: _Optional[str] = ..., cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., created_ms: _Optional[int] = ..., started_ms: _Optional[int] = ..., ended_ms: _Optional[int] = ..., output_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., memory_peak: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., cpu_limit: _Optional[float] = ..., memory_limit: _Optional[int] = ..., pids_limit: _Optional[int] = ..., io_limit: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., cwd: _Optional[str] = ..., memory_current: _Optional[int] = ..., split: _Optional[bool] = ..., error_bytes: _Optional[int] = ..., input_bytes: _Optional[int] = ..., through: _Optional[str] = ..., node: _Optional[str] = ..., more: _Optional[_Iterable[_Union[GetStatusResponse, _Mapping]]] = ...) -> None: ...
+    confined: bool
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., exitcode: _Optional[int] = ..., reason: _Optional[str] = ..., signal: _Optional[int] = ..., stopped_by: _Optional[str] = ..., owner: _Optional[str] = ..., cmd: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., user: _Optional[str] = ..., created_ms: _Optional[int] = ..., started_ms: _Optional[int] = ..., ended_ms: _Optional[int] = ..., output_bytes: _Optional[int] = ..., cpu_seconds: _Optional[float] = ..., memory_peak: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., cpu_limit: _Optional[float] = ..., memory_limit: _Optional[int] = ..., pids_limit: _Optional[int] = ..., io_limit: _Optional[int] = ..., timeout: _Optional[float] = ..., max_output: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., cwd: _Optional[str] = ..., memory_current: _Optional[int] = ..., split: _Optional[bool] = ..., error_bytes: _Optional[int] = ..., input_bytes: _Optional[int] = ..., through: _Optional[str] = ..., node: _Optional[str] = ..., more: _Optional[_Iterable[_Union[GetStatusResponse, _Mapping]]] = ..., confined: _Optional[bool] = ...) -> None: ...
 
 class GetStreamRequest(_message.Message):
     __slots__ = ("id", "offset", "tail", "no_follow", "error_offset")

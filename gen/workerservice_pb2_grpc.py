@@ -118,7 +118,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """The status of each job that the caller may see, oldest first.
+        """The status of each job that the caller may see, oldest first. A list has 400 bytes of a command with its arguments,
+        and of a working folder. `…` stands for what is left out, and a note says so; GetJobStatus has more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
