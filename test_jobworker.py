@@ -3294,6 +3294,7 @@ MESSAGES = {  # every message: the number and the type of every field
         "input": (15, "bool"),
         "confine": (16, "bool"),
     },
+    "StartJobSizes": {"args": (2, "repeated bytes"), "env": (11, "repeated bytes")},
     "StartJobResponse": {"ID": (1, "string")},
     "StopJobRequest": {
         "id": (1, "string"),
