@@ -409,7 +409,7 @@ async def serve_baseline(certs: Path) -> None:
         "GetOutputStream": grpc.unary_stream_rpc_method_handler(
             baseline.stream,
             pb.GetStreamRequest.FromString,
-            lambda chunk: jobworker.frame_piece((1, chunk)),
+            lambda chunk: jobworker.encode_output((1, chunk)),
         ),
         "GetJobStatus": grpc.unary_unary_rpc_method_handler(
             baseline.status, pb.GetStatusRequest.FromString, pb.GetStatusResponse.SerializeToString
@@ -436,7 +436,7 @@ def stream(
     channel: grpc.aio.Channel, job: str, offset: int = 0, service: str = JOB_WORKER
 ) -> AsyncIterable[jobworker.Content]:
     path = f"/{service}/GetOutputStream"
-    decode = lambda message: jobworker.pieces_of(message)[0]  # noqa: E731
+    decode = lambda message: jobworker.decode_output(message)[0]  # noqa: E731
     method = channel.unary_stream(path, pb.GetStreamRequest.SerializeToString, decode)
     return method(pb.GetStreamRequest(id=job, offset=offset))
 

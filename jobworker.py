@@ -261,7 +261,9 @@ class Limits:
     io: int = IO_LIMIT
 
 
-DOOR_LIMITS = Limits(memory=256 * MIB)  # of an engine's client: srun has 20 MB, whatever memory its job asks for
+ENGINE_CLIENT_LIMITS = Limits(
+    memory=256 * MIB
+)  # of an engine's client: srun has 20 MB, whatever memory its job asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1907,7 +1909,7 @@ def delete_tree(path: str) -> None:
     except FileNotFoundError:
         return
     try:
-        take_folder(top)
+        take_ownership(top)
         while flatten(top):
             pass
     finally:
@@ -1931,7 +1933,7 @@ def move_folders(name: str, top: int) -> None:
     """Empty a folder of `top`: delete its files, and move its folders to `top`."""
     folder = os.open(name, TREE_FLAGS, dir_fd=top)
     try:
-        take_folder(folder)
+        take_ownership(folder)
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not delete_file(entry.name, folder):
@@ -1940,7 +1942,7 @@ def move_folders(name: str, top: int) -> None:
         os.close(folder)
 
 
-def take_folder(folder: int) -> None:
+def take_ownership(folder: int) -> None:
     os.fchown(folder, os.geteuid(), os.getegid())
     os.fchmod(folder, 0o700)
 
@@ -2232,7 +2234,7 @@ CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
 PR_SET_CHILD_SUBREAPER = 36
 PIPE_BYTES = MIB  # of each pipe of a job, if fs.pipe-max-size and the user's quota (fs.pipe-user-pages-soft) allow it
 PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
-MIN_BATCH_BYTES, COALESCE_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
+MIN_BATCH_BYTES, BATCH_MILLISECONDS = 16 * KIB, 1  # after a smaller move the shim waits once for more output
 STACK_BYTES, CORE_BYTES = 8 * MIB, 0  # the kernel's default soft limits; the others are unlimited
 
 
@@ -2362,14 +2364,14 @@ def prepare_launcher(shims: str, files: tuple[int, int]) -> None:
         Cgroup(shims).attach(0)
     clone_calls()  # found once here, and not in every shim
     spec = Spec("", "", "", (), os.geteuid(), 0, (), "", "", "", (), Limits(), 0.0, KIB, 0, splice=True, created=0.0)
-    rehearse_decoding(spec)
-    rehearse_supervision(spec)
-    rehearse_confinement()
+    warm_up_decoding(spec)
+    warm_up_supervision(spec)
+    warm_up_confinement()
     gc.disable()
     gc.freeze()  # a collection in a shim would touch, and so copy, every page
 
 
-def rehearse_decoding(spec: Spec) -> None:
+def warm_up_decoding(spec: Spec) -> None:
     """Decode a request twenty times before the first fork. This imports `json` and lets Python specialize
     the bytecode before the fork, so that the shims share those pages: each has 40 kB less memory of its own.
     """
@@ -2378,7 +2380,7 @@ def rehearse_decoding(spec: Spec) -> None:
         decode_request(packet)
 
 
-def rehearse_supervision(spec: Spec) -> None:
+def warm_up_supervision(spec: Spec) -> None:
     """Supervise twenty jobs that have printed a line and ended, before the first fork. The pages are shared then."""
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # poll reports it as readable, as the pidfd of an ended job
     for _ in range(20):
@@ -2392,7 +2394,7 @@ def rehearse_supervision(spec: Spec) -> None:
     os.close(nothing)
 
 
-def rehearse_confinement() -> None:
+def warm_up_confinement() -> None:
     """Make a list of steps, and find the libc functions in it, before the first fork. The pages are shared then."""
     for _ in range(20):
         for _, function, _, _ in confinement_steps("/", "jobs", HIDDEN, "home", ()):
@@ -2659,7 +2661,7 @@ class Shim:
             if pidfd in ready:
                 return
             if small_batch:
-                batch.poll(COALESCE_MILLISECONDS)
+                batch.poll(BATCH_MILLISECONDS)
 
     def _move(self, pump: Pump, poller: select.poll) -> None:
         """Move output, and end the job if the cap or the disk is exhausted. A pipe at its end leaves the poll."""
@@ -2703,7 +2705,7 @@ class Shim:
         """Record the end of input and close the pipe, if the server has said the end and the pipe has all bytes."""
         if pipe.moved is not None and pipe.size is not None:
             write_event(self._events, "input-ended", bytes=pipe.moved)
-            os.close(pipe.feed)
+            os.close(pipe.writer)
             self._input = None
 
     def _stop(self, request: StopRequest) -> None:
@@ -2766,7 +2768,7 @@ class Shim:
         if number == signal.SIGKILL and self._processes.out_of_memory_kills():
             return Ending("STOPPED", code, number, "OOM")
         if number == signal.SIGKILL and milliseconds_until(self._deadline) == 0:
-            return Ending("STOPPED", code, number, "TIMEOUT")  # the server killed it, see `Worker._kill_late`
+            return Ending("STOPPED", code, number, "TIMEOUT")  # the server killed it, see `Worker._kill_overdue`
         incomplete = request or exhausted
         reason = incomplete.reason if incomplete and incomplete.reason not in ("TIMEOUT", "INPUT_CUT") else ""
         return Ending("FINISHED", code, number, reason)
@@ -2806,40 +2808,40 @@ class InputPipe:
 
     def __init__(self, spec: Spec, channel: int) -> None:
         """Make the pipe, and start the mover. Raises OSError."""
-        self.stdin, self.feed = make_pipe(spec)
+        self.stdin, self.writer = make_pipe(spec)
         self.report, report = os.pipe2(os.O_CLOEXEC)  # gets the number of bytes when the mover has moved all
         self.moved: int | None = None  # that number
         self.size: int | None = None  # of the whole input, when the server has said its end
         parent = os.fork()
         if parent == 0:
-            start_mover(channel, self.feed, report)
+            start_mover(channel, self.writer, report)
         os.waitpid(parent, 0)
         os.close(channel)
         os.close(report)
 
 
-def start_mover(channel: int, feed: int, report: int) -> NoReturn:
+def start_mover(channel: int, writer: int, report: int) -> NoReturn:
     """The mover's parent. It ends at once, so that the mover is not a descendant of the shim: `ProcessTree` takes every
     descendant of the shim for a process of the job.
     """
     try:
         if os.fork() == 0:
-            move_input(channel, feed, report)
+            move_input(channel, writer, report)
     finally:
         os._exit(0)
 
 
-def move_input(channel: int, feed: int, report: int) -> NoReturn:
+def move_input(channel: int, writer: int, report: int) -> NoReturn:
     """The mover: moves bytes from the server's socket to the job's pipe until the server closes it."""
     try:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        close_all_but(channel, feed, report)  # also `control` and `events`: who holds these is a shim
+        close_all_but(channel, writer, report)  # also `control` and `events`: who holds these is a shim
         buffer, moved = bytearray(PIPE_BYTES // 4), 0
         with contextlib.suppress(BrokenPipeError):  # the job reads no more
             while count := os.readv(channel, [buffer]):
                 rest = memoryview(buffer)[:count]
                 while rest:
-                    written = os.write(feed, rest)
+                    written = os.write(writer, rest)
                     moved += written
                     rest = rest[written:]
         os.write(report, b"%d" % moved)
@@ -3100,7 +3102,7 @@ def finish_lost(folder: JobFolder, spec: Spec, events: int) -> None:
 # what.
 
 
-FIRST_PERSON, NOBODY = 1000, 65534  # lower uids belong to the system (UID_MIN of login.defs(5)), as does `nobody`
+FIRST_USER_UID, NOBODY = 1000, 65534  # lower uids belong to the system (UID_MIN of login.defs(5)), as does `nobody`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3137,11 +3139,11 @@ class Account:
         """The account of a person with the owner's name. Raises CannotRunError if there is none."""
         with contextlib.suppress(BadRequestError):
             account = cls.named(owner)
-            if account.uid >= FIRST_PERSON and account.uid != NOBODY:
+            if account.uid >= FIRST_USER_UID and account.uid != NOBODY:
                 return account
         raise CannotRunError(
             f"this server runs a job as its owner's account, and this machine has no account {owner!r} with a uid of "
-            f"{FIRST_PERSON} or more (`serve --accounts system`)"
+            f"{FIRST_USER_UID} or more (`serve --accounts system`)"
         )
 
 
@@ -3631,18 +3633,18 @@ async def measured_entries(entries: Iterable[os.DirEntry[str]], *, files: bool) 
     return total, folders
 
 
-def holds_port(process: int, port: int) -> bool:
+def process_has_port(process: int, port: int) -> bool:
     """Whether a process has a TCP socket with this local port. A socket that is bound and does not listen stands in no
     file of /proc, so each socket is looked at with a copy of its descriptor (pidfd_getfd(2), Linux 5.6).
     """
     with contextlib.ExitStack() as resources, contextlib.suppress(OSError):
         pidfd = os.pidfd_open(process)
         resources.callback(os.close, pidfd)
-        return any(has_port(process, pidfd, int(name), port) for name in os.listdir(f"/proc/{process}/fd"))
+        return any(descriptor_has_port(process, pidfd, int(name), port) for name in os.listdir(f"/proc/{process}/fd"))
     return False
 
 
-def has_port(process: int, pidfd: int, descriptor: int, port: int) -> bool:
+def descriptor_has_port(process: int, pidfd: int, descriptor: int, port: int) -> bool:
     """Whether this descriptor of a process is a TCP socket with this local port."""
     with contextlib.suppress(OSError):
         if os.readlink(f"/proc/{process}/fd/{descriptor}").startswith("socket:"):
@@ -3870,7 +3872,7 @@ class Job:
         "finishers",
         "folder",
         "id",
-        "late",
+        "kill_timer",
         "name",
         "owner",
         "tail",
@@ -3885,7 +3887,7 @@ class Job:
         self.tail: Tail | None = None  # while a client follows the output
         self.feed: Feed | None = None  # of a job with input, in the server that started it
         self.watch: int | None = None  # on `events`, until the shim is gone
-        self.late: asyncio.TimerHandle | None = None  # while a job with a timeout runs
+        self.kill_timer: asyncio.TimerHandle | None = None  # while a job with a timeout runs
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
         self._spec = spec
@@ -4112,7 +4114,7 @@ class Worker:
             if job.feed is not None:
                 job.feed.cut()
                 job.feed.close()
-            self._cancel_late(job)
+            self._cancel_kill_timer(job)
             job.ring()
 
     @property
@@ -4250,7 +4252,7 @@ class Worker:
                 "the server is stopping and starts no more jobs (in a program: the Worker is closing, or `async with` "
                 "is missing)"
             )
-        job = Job(self._jobs, spec.id, spec)
+        job = Job(self._jobs_folder, spec.id, spec)
         with contextlib.ExitStack() as undo:
             job.folder.create()
             undo.callback(self._delete, job)
@@ -4277,7 +4279,7 @@ class Worker:
     def _make_cgroup(self, spec: Spec, handed_over: contextlib.ExitStack) -> list[int]:
         if not spec.cgroup:
             return []
-        cgroup = self._tree.make_job(spec.cgroup, DOOR_LIMITS if spec.through else spec.limits, spec.gid)
+        cgroup = self._tree.make_job(spec.cgroup, ENGINE_CLIENT_LIMITS if spec.through else spec.limits, spec.gid)
         descriptor = cgroup.open()
         handed_over.callback(os.close, descriptor)
         return [descriptor]
@@ -4360,8 +4362,10 @@ class Worker:
             return
         if not job.folder.send_request(StopRequest(reason, by, signal_number, grace)):
             self._update(job, alive=False)
-        if job.late is not None and job.spec.through:  # the end of its timeout does not shorten its grace
-            self._set_late(job, max(job.late.when(), asyncio.get_running_loop().time() + shim_seconds(job, grace)))
+        if job.kill_timer is not None and job.spec.through:  # the end of its timeout does not shorten its grace
+            self._set_kill_timer(
+                job, max(job.kill_timer.when(), asyncio.get_running_loop().time() + shim_seconds(job, grace))
+            )
         if await self._ends_within(job, shim_seconds(job, grace if signal_number else 0)):
             return
         self._kill_without_shim(job)
@@ -4393,7 +4397,7 @@ class Worker:
         """Have a job killed some seconds after the end of its timeout. A job can block its shim: a process in splice(2)
         holds the pipe's mutex while it waits for a silent socket, and so the shim's own splice waits as long.
         """
-        if job.late is not None or job.ended or not self._inotify.is_open:
+        if job.kill_timer is not None or job.ended or not self._inotify.is_open:
             return
         with contextlib.suppress(NoSuchJobError):
             deadline = job.events.deadline
@@ -4401,18 +4405,18 @@ class Worker:
                 deadline = time.monotonic() + job.spec.timeout
             if deadline is not None:
                 left = deadline - time.monotonic() + end_seconds(job.spec) + LATE_SECONDS
-                self._set_late(job, asyncio.get_running_loop().time() + left)
+                self._set_kill_timer(job, asyncio.get_running_loop().time() + left)
 
-    def _set_late(self, job: Job, when: float) -> None:
-        self._cancel_late(job)
-        job.late = asyncio.get_running_loop().call_at(when, self._kill_late, job)
+    def _set_kill_timer(self, job: Job, when: float) -> None:
+        self._cancel_kill_timer(job)
+        job.kill_timer = asyncio.get_running_loop().call_at(when, self._kill_overdue, job)
 
-    def _cancel_late(self, job: Job) -> None:
-        if job.late is not None:
-            job.late.cancel()
-            job.late = None
+    def _cancel_kill_timer(self, job: Job) -> None:
+        if job.kill_timer is not None:
+            job.kill_timer.cancel()
+            job.kill_timer = None
 
-    def _kill_late(self, job: Job) -> None:
+    def _kill_overdue(self, job: Job) -> None:
         if job.events.ending is None:
             say(f"job {job.id} is still running after its timeout: killing it without its shim")
             self._kill_without_shim(job)
@@ -4446,7 +4450,7 @@ class Worker:
     async def stop_holders_of(self, port: int) -> list[str]:
         """Stop every running job that holds this TCP port. Returns their ids."""
         running = [job for jobs in self._running.values() for job in jobs]
-        held = [job for job in running if any(holds_port(each, port) for each in job.spec.processes().members())]
+        held = [job for job in running if any(process_has_port(each, port) for each in job.spec.processes().members())]
         await asyncio.gather(*(self.stop(job, by="serve") for job in held))
         return [job.id for job in held]
 
@@ -4515,7 +4519,7 @@ class Worker:
     # -- Events from the kernel: `events` changed, or a shim is gone
 
     @property
-    def _jobs(self) -> str:
+    def _jobs_folder(self) -> str:
         return f"{self.options.state}/jobs"
 
     def _in_table(self, job: Job) -> bool:
@@ -4535,7 +4539,7 @@ class Worker:
         job.watch = self._inotify.watch(f"{job.folder.path}/events", IN_MODIFY | IN_CLOSE_WRITE, changed)
 
     def _unwatch(self, job: Job) -> None:
-        self._cancel_late(job)
+        self._cancel_kill_timer(job)
         if job.watch is not None:
             self._inotify.unwatch(job.watch)
             job.watch = None
@@ -4653,8 +4657,8 @@ class Worker:
     def _recover(self) -> None:
         """Read every job folder: take over running jobs, keep ended ones, delete those that never ran."""
         ended = []
-        for name in os.listdir(self._jobs):
-            job = Job(self._jobs, name)
+        for name in os.listdir(self._jobs_folder):
+            job = Job(self._jobs_folder, name)
             if JOB_ID.fullmatch(name) is None or not os.path.isdir(job.folder.path):
                 quarantine(job.folder.path, self.options.state)
                 continue
@@ -5649,14 +5653,14 @@ def wire_field(number: int, content: bytes) -> bytes:
     return bytes(prefix) + content
 
 
-def frame_piece(piece: tuple[int, bytes]) -> bytes:
+def encode_output(piece: tuple[int, bytes]) -> bytes:
     """A GetStreamResponse with bytes of one output. The number of the output is the number of its field: 1 for
     `result`, 2 for `error`.
     """
     return wire_field(*piece)
 
 
-def frame_batch(summaries: Sequence[bytes]) -> bytes:
+def encode_batch(summaries: Sequence[bytes]) -> bytes:
     """A GetStatusResponse of the first job with those of the others in its field `more`. All are serialized."""
     return summaries[0] + b"".join(wire_field(MORE_FIELD, each) for each in summaries[1:])
 
@@ -5686,8 +5690,8 @@ def only_field(message: bytes) -> tuple[int, memoryview]:
     return 0, memoryview(b"")
 
 
-def pieces_of(message: bytes) -> tuple[Content, Content]:
-    """The bytes of both outputs in a GetStreamResponse that `frame_piece`, or any other protobuf, wrote."""
+def decode_output(message: bytes) -> tuple[Content, Content]:
+    """The bytes of both outputs in a GetStreamResponse that `encode_output`, or any other protobuf, wrote."""
     number, piece = only_field(message)
     if number in (1, 2):
         return (piece, b"") if number == 1 else (b"", piece)
@@ -5695,13 +5699,13 @@ def pieces_of(message: bytes) -> tuple[Content, Content]:
     return reply.result, reply.error
 
 
-def frame_chunk(chunk: bytes) -> bytes:
+def encode_input(chunk: bytes) -> bytes:
     """A SendInputRequest with bytes of the input."""
     return wire_field(DATA_FIELD, chunk)
 
 
-def chunk_of(message: bytes) -> Content:
-    """The bytes of the input in a SendInputRequest that `frame_chunk`, or any other protobuf, wrote. Raises
+def decode_input(message: bytes) -> Content:
+    """The bytes of the input in a SendInputRequest that `encode_input`, or any other protobuf, wrote. Raises
     BadRequestError.
     """
     number, chunk = only_field(message)
@@ -5834,7 +5838,7 @@ class Service:
             "RemoveJob": unary(self._remove, pb.RemoveJobRequest),
             "SignalJob": unary(self._signal, pb.SignalJobRequest),
             "ListJobs": grpc.stream_stream_rpc_method_handler(self._list),
-            "GetOutputStream": grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=frame_piece),
+            "GetOutputStream": grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=encode_output),
             "SendInput": grpc.stream_unary_rpc_method_handler(
                 self._input, response_serializer=pb.SendInputResponse.SerializeToString
             ),
@@ -5929,10 +5933,10 @@ class Service:
             while part := await self._turns.part(caller.name, summaries, BATCH_JOBS):
                 batch += filter(None, part)
                 while len(batch) >= most:  # without the turn: a client that does not read makes its own list wait
-                    await context.write(frame_batch(batch[:most]))
+                    await context.write(encode_batch(batch[:most]))
                     del batch[:most]
             if batch:
-                await context.write(frame_batch(batch))
+                await context.write(encode_batch(batch))
 
     async def _listed(self, caller: Caller, request: pb.ListJobsRequest) -> list[Job]:
         """The jobs that a list shows, oldest first. The newest are searched first, so a limit makes it short."""
@@ -6003,7 +6007,7 @@ async def input_chunks(
     """
     yield checked_chunk(chunk)
     async for message in messages:
-        yield checked_chunk(chunk_of(message))
+        yield checked_chunk(decode_input(message))
     await context.send_initial_metadata(STREAM_METADATA)
 
 
@@ -6699,7 +6703,7 @@ class Sending:
         self._begun.set()
         try:
             while chunk := self._read():
-                yield frame_chunk(chunk)
+                yield encode_input(chunk)
                 self.size += len(chunk)
         except OSError as error:
             self._failure = f"cannot read {self._file.name or 'standard input'}: {error.strerror}"
@@ -6919,7 +6923,7 @@ class Client:
             offsets = {"offset": sink.offsets[1], "error_offset": sink.offsets[2]}
             request = pb.GetStreamRequest(id=job_id, **offsets, tail=tail, no_follow=not follow)
             ask = channel.unary_stream(
-                f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, pieces_of
+                f"/{SERVICE_NAME}/GetOutputStream", pb.GetStreamRequest.SerializeToString, decode_output
             )
             messages = ask(request)
             metadata = dict(messages.initial_metadata())
@@ -7503,7 +7507,7 @@ def run_serve(options: argparse.Namespace) -> int:
     return asyncio.run(serve(ServeOptions(worker, options.listen, certs, options.stop_jobs, calls)))
 
 
-OWNER_NAMES = tuple(flag[2:].replace("-", "_") for flag, *_ in OWNER_OPTIONS)
+OWNER_OPTION_NAMES = tuple(flag[2:].replace("-", "_") for flag, *_ in OWNER_OPTIONS)
 
 
 def worker_options(options: argparse.Namespace) -> WorkerOptions:
@@ -7512,7 +7516,7 @@ def worker_options(options: argparse.Namespace) -> WorkerOptions:
     owner = owner_limits(options)
     machine = Limits(cpu=owner.cpu or float(os.cpu_count() or 1), memory=owner.memory, pids=owner.pids, io=NO_BOUND)
     caps = {name: getattr(options, f"max_{name}") or getattr(machine, name) for name, *_ in LIMIT_OPTIONS}
-    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs", *OWNER_NAMES):
+    for name in (*limits, "max_cpu", "max_memory", "max_pids", "max_io", "max_output", "max_jobs", *OWNER_OPTION_NAMES):
         if getattr(options, name) == 0:
             raise UsageError(f"--{name.replace('_', '-')} 0 would let nothing run")
     for name in ("io", "max_io"):

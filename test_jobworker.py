@@ -1986,12 +1986,12 @@ async def test_a_second_stop_and_a_stop_after_the_end_change_nothing(state):
         job = await start_id(worker, shell(WAITS))
         await asyncio.gather(*(worker.stop(worker.job(job), by=f"user {n}") for n in range(5)))
         first = worker.status(worker.job(job))
-        await worker.stop(worker.job(job), by="late")
+        await worker.stop(worker.job(job), by="kill_timer")
         assert worker.status(worker.job(job)) == first
         assert first.status == "STOPPED"
         ended = await start_id(worker, shell("exit 3"))
         await output(worker, ended)
-        await worker.stop(worker.job(ended), by="late")
+        await worker.stop(worker.job(ended), by="kill_timer")
         assert ending(worker, ended) == ("FINISHED", 3, "")
         assert worker.status(worker.job(ended)).stopped_by == ""
 
@@ -3485,24 +3485,29 @@ def test_garbage_on_the_wire_does_not_disturb_the_server(shared):
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
-def test_frame_piece_and_pieces_of_agree_with_protobuf(result, error):
+def test_an_encoded_output_is_that_of_protobuf_and_is_decoded(result, error):
     for number, pieces in ((1, (result, b"")), (2, (b"", error))):
         chunk = pieces[number - 1]
         message = pb.GetStreamResponse(result=pieces[0], error=pieces[1])
-        assert jobworker.frame_piece((number, chunk)) == message.SerializeToString() or not chunk
-        assert jobworker.pieces_of(jobworker.frame_piece((number, chunk))) == pieces
+        assert jobworker.encode_output((number, chunk)) == message.SerializeToString() or not chunk
+        assert jobworker.decode_output(jobworker.encode_output((number, chunk))) == pieces
         # the message of a later server, which has one more field
-        assert jobworker.pieces_of(message.SerializeToString() + b"\x18\x01") == pieces
-    assert jobworker.pieces_of(pb.GetStreamResponse(result=result, error=error).SerializeToString()) == (result, error)
+        assert jobworker.decode_output(message.SerializeToString() + b"\x18\x01") == pieces
+    assert jobworker.decode_output(pb.GetStreamResponse(result=result, error=error).SerializeToString()) == (
+        result,
+        error,
+    )
 
 
 @given(st.binary(max_size=300), st.text(max_size=3))
-def test_frame_chunk_and_chunk_of_agree_with_protobuf(data, job):
+def test_an_encoded_input_is_that_of_protobuf_and_is_decoded(data, job):
     message = pb.SendInputRequest(data=data)
-    assert jobworker.frame_chunk(data) == message.SerializeToString() or not data
-    assert jobworker.chunk_of(jobworker.frame_chunk(data)) == data
-    assert jobworker.chunk_of(message.SerializeToString() + b"\x18\x01") == data  # a later client has one more field
-    assert jobworker.chunk_of(pb.SendInputRequest(id=job, data=data).SerializeToString()) == data
+    assert jobworker.encode_input(data) == message.SerializeToString() or not data
+    assert jobworker.decode_input(jobworker.encode_input(data)) == data
+    assert (
+        jobworker.decode_input(message.SerializeToString() + b"\x18\x01") == data
+    )  # a later client has one more field
+    assert jobworker.decode_input(pb.SendInputRequest(id=job, data=data).SerializeToString()) == data
 
 
 @given(st.binary(max_size=8))
@@ -3511,9 +3516,9 @@ def test_any_bytes_are_a_message_of_input_exactly_if_they_are_one_for_protobuf(m
         data = pb.SendInputRequest.FromString(message).data
     except jobworker.protobuf.DecodeError:
         with pytest.raises(jobworker.BadRequestError, match="not a valid SendInputRequest"):
-            jobworker.chunk_of(message)
+            jobworker.decode_input(message)
     else:
-        assert jobworker.chunk_of(message) == data
+        assert jobworker.decode_input(message) == data
 
 
 def test_start_calls_with_the_same_id_start_one_job(shared):
@@ -3545,7 +3550,7 @@ def test_fifty_clients_that_begin_at_different_times_receive_the_same_bytes(shar
         ) as channel:
             path, encode = "/proto.WorkerService/GetOutputStream", pb.GetStreamRequest.SerializeToString
             digest = hashlib.sha256()
-            async for chunk in channel.unary_stream(path, encode, jobworker.pieces_of)(pb.GetStreamRequest(id=job)):
+            async for chunk in channel.unary_stream(path, encode, jobworker.decode_output)(pb.GetStreamRequest(id=job)):
                 digest.update(chunk[0])
                 turns[number + 1].set()
             return digest.hexdigest()
@@ -8581,8 +8586,8 @@ async def test_an_owner_s_jobs_that_wait_for_input_are_bounded(state, monkeypatc
 
 INPUT_DEATHS = [  # the process; the statement before which it dies; the job's ending; whether it may see the end
     ("shim", 'write_event(self._events, "input-ended"', LOST, False),
-    ("shim", "os.close(pipe.feed)\n", LOST, True),
-    ("mover", "move_input(channel, feed, report)\n", ("STOPPED", 137, "INPUT_CUT"), False),
+    ("shim", "os.close(pipe.writer)\n", LOST, True),
+    ("mover", "move_input(channel, writer, report)\n", ("STOPPED", 137, "INPUT_CUT"), False),
     ("mover", 'os.write(report, b"%d" % moved)', ("STOPPED", 137, "INPUT_CUT"), False),
     ("server", "if self._folder.send_request(InputEnd(self.size))", ("STOPPED", 137, "INPUT_CUT"), False),
     ("server", "await self._until(job, lambda: job.events.input_bytes is not None", ("FINISHED", 0, ""), True),
@@ -10804,7 +10809,7 @@ async def test_limits_of_a_job_do_not_hold_the_client_of_its_engine(state):
         await wait_for_output(worker, job, b"ready")
         limits = read_limits(jobs_cgroups(state)[0])
         await worker.stop(worker.job(job))
-        door = jobworker.DOOR_LIMITS
+        door = jobworker.ENGINE_CLIENT_LIMITS
         assert (limits["memory.max"], limits["pids.max"]) == (str(door.memory), str(door.pids))
 
 
