@@ -5281,26 +5281,31 @@ def test_a_server_on_an_ipv6_address_can_be_called(state, certs):
 
 
 def test_the_error_for_an_unreachable_server_is_one_sentence_with_the_reason(certs):
-    with socket.socket() as silent, socket.socket() as refused:
+    served = Served(None, 0, certs)
+
+    def check(address, reason, verb, *words):
+        done = served.run(verb, "--server", address, *words)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("jobworker: ")
+        assert reason in done.stderr
+        assert done.stderr.count("\n") == 1
+
+    with (
+        socket.socket() as silent,
+        socket.socket() as refused,
+        concurrent.futures.ThreadPoolExecutor() as pool,  # each case waits for seconds
+    ):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         refused.bind(("127.0.0.1", 0))
-        for address, reason in (
+        places = (
             (f"127.0.0.1:{refused.getsockname()[1]}", "is `serve` running there?"),
             (f"127.0.0.1:{silent.getsockname()[1]}", "cannot reach"),
             ("no-such-host.invalid", "there is no host 'no-such-host.invalid'"),
-        ):
-            served = Served(None, 0, certs)
-            for words in (("status", ID), ("stream", ID), ("start", "--", "true")):
-                done = (
-                    served.run(*words, "--server", address)
-                    if words[0] != "start"
-                    else served.run("start", "--server", address, *words[1:])
-                )
-                assert (done.returncode, done.stdout) == (1, "")
-                assert done.stderr.startswith("jobworker: ")
-                assert reason in done.stderr
-                assert done.stderr.count("\n") == 1
+        )
+        verbs = (("status", ID), ("stream", ID), ("start", "--", "true"))
+        for case in [pool.submit(check, *place, *words) for place in places for words in verbs]:
+            case.result()
 
 
 def names_in_server_certificate(folder):
