@@ -6528,6 +6528,8 @@ def notify(state: str) -> None:
 
 CONNECT_SECONDS = 4.0
 CALL_SECONDS = STOP_SECONDS + 30.0
+FIRST_ANSWER_SECONDS = 2.0  # how long `run` waits for an answer before it says that its server is away
+STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the end of its job, and then writes output again
 STOPS_AT_ONCE = 32  # calls of one `stop`; half of OWNER_CALLS, so that the owner's other clients are not refused
 ONCE = ("SignalJob", "RemoveJob")  # calls whose second try would have an effect, or a wrong answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries
@@ -6671,12 +6673,10 @@ class Sink:
         self.busy = False  # a signal handler must not raise now, or bytes would be written twice
 
     def take(self, number: int, chunk: Content) -> None:
-        self.busy = True
-        try:
-            self._write(number, chunk)
-            self.offsets[number] += len(chunk)
-        finally:
-            self.busy = False
+        self.busy = True  # and it stays so if the write fails: a signal must not interrupt the handler of the error
+        self._write(number, chunk)
+        self.offsets[number] += len(chunk)
+        self.busy = False
 
 
 class Sending:
@@ -6798,24 +6798,32 @@ class Client:
 
         return self._with_retries(attempt, repeat=method not in ONCE)
 
-    def send_stop(self, request: pb.StopJobRequest, timeout: float, hint: str) -> None:
-        """Ask for a stop, as `call` does. `hint` is said if the server is lost.
+    def send_stop(self, request: pb.StopJobRequest, connection: contextlib.ExitStack, hint: str) -> None:
+        """Ask for a stop, and do not wait for the job's end. `hint` is said if the server is lost.
 
-        Raises NoAnswerError only after the server has answered another call. Without that call, a client could not
-        tell a server that waits for the job's end from one that is away behind a network which drops packets.
+        It first asks for the job's status, with a deadline that is twice as long at each try. Without that call, a
+        client could not tell a server that waits for the job's end from one that is away behind a network which drops
+        packets. `connection` gets the connection, since a stop ends with it if the server has not begun with it.
         """
+        patience = FIRST_ANSWER_SECONDS / 2
 
         def attempt(channel: grpc.Channel) -> None:
+            nonlocal patience
+            patience = min(2 * patience, CALL_SECONDS)
             try:
-                ask_once(channel, "GetJobStatus", pb.GetStatusRequest(id=request.id), pb.GetStatusResponse, timeout)
+                ask_once(channel, "GetJobStatus", pb.GetStatusRequest(id=request.id), pb.GetStatusResponse, patience)
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     raise UnavailableError(f"{self._options.address} does not answer") from None
                 raise
             self._note_reached()
-            ask_once(channel, "StopJob", request, pb.StopJobResponse, timeout)
+            ask = channel.unary_unary(
+                f"/{SERVICE_NAME}/StopJob", pb.StopJobRequest.SerializeToString, pb.StopJobResponse.FromString
+            )
+            with contextlib.suppress(grpc.FutureTimeoutError):
+                ask.future(request).result(STOP_REQUEST_SECONDS)
 
-        self._with_retries(attempt, hint=hint)
+        self._with_retries(attempt, connection=connection, hint=hint)
 
     def stop(
         self, requests: Iterable[pb.StopJobRequest], timeout: float, report: Callable[[str, OneJobError | None], None]
@@ -7817,7 +7825,6 @@ def run_unit(options: argparse.Namespace) -> int:
 # codes. Scripts rely on the lines of `start`, `stop` and `status`.
 
 INTERRUPT_GRACE = 10.0  # seconds from a first Ctrl-C, or the signal of a stop, to the kill
-STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the answer to a stop, and then writes output again
 WATCH_SECONDS = 2.0
 TIOCGDEV = 0x80045432  # asm-generic/ioctls.h
 LINE_BYTES = 64 * KIB  # of a line of several streams, before it is broken
@@ -8104,11 +8111,11 @@ class ForegroundJob:
         self._stop: pb.StopJobRequest | None = None  # the one that the server does not have yet
 
     def run(self, resources: contextlib.ExitStack, stop_unfed: Callable[[], None]) -> int:
-        """The exit code. Raises JobWorkerError. `resources` holds the connection of the input."""
+        """The exit code. Raises JobWorkerError. `resources` holds the connections of the input and of a stop."""
         while True:
             try:
                 self._sink.listen()
-                self._send_stop()
+                self._send_stop(resources)
                 if self._closed:
                     return 128 + signal.SIGPIPE
                 return self._follow(resources, stop_unfed)
@@ -8170,13 +8177,16 @@ class ForegroundJob:
         name = signal.Signals(number).name if self._stops == 1 else ""
         self._stop = pb.StopJobRequest(id=self._request.id, signal=name, grace=INTERRUPT_GRACE if name else 0)
 
-    def _send_stop(self) -> None:
+    def _send_stop(self, connection: contextlib.ExitStack) -> None:
         """Send the stop, and do not wait for the end: the job's output is written meanwhile."""
         if self._stop is None:
             return
         hint = f"; job {self._request.id} is not stopped yet, and Ctrl-C again leaves"
-        with contextlib.suppress(NoAnswerError):
-            self._client.send_stop(self._stop, STOP_REQUEST_SECONDS, hint)
+        try:
+            self._client.send_stop(self._stop, connection, hint)
+        except OneJobError as error:  # for example `--owner-calls`; another Ctrl-C tries again
+            self._stops -= 1
+            say(f"{error}; {self._fate()}")
         self._stop = None
 
 
