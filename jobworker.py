@@ -5065,18 +5065,25 @@ def parse_certificates(pem: bytes, path: pathlib.Path) -> list[x509.Certificate]
     """The certificates in PEM that a file has. Raises JobWorkerError.
 
     cryptography parses some parts of a certificate at their first use. They are used here, so that no later use of a
-    damaged certificate raises.
+    damaged certificate raises. Of those after the first one, which are a chain or more authorities, gRPC can use some
+    that cryptography cannot read as a whole.
     """
     try:
         found = x509.load_pem_x509_certificates(pem)
         for each in found:
             _ = each.subject, each.issuer, each.not_valid_before_utc, each.not_valid_after_utc
-            _ = each.public_key(), each.signature_hash_algorithm, [value.critical for value in each.extensions]
+        _ = found[0].public_key(), found[0].signature_hash_algorithm, list(found[0].extensions)
     except damage_errors() as error:
         raise JobWorkerError(
-            f"{path} cannot be read: it has no certificate in PEM, or a damaged one ({error})"
+            f"{path} cannot be read: it has no certificate in PEM, or a damaged or unknown kind of one ({error})"
         ) from None
     return found
+
+
+def is_key_of(key: Any, certificate: x509.Certificate) -> bool:
+    with contextlib.suppress(*damage_errors()):
+        return bool(key.public_key() == certificate.public_key())
+    return False
 
 
 def load_authority(folder: pathlib.Path, name: str) -> CertifiedKey:
@@ -5120,7 +5127,7 @@ def renew_server_certificate(folder: pathlib.Path) -> str:
     names = [str(name.value) for name in extension(old, x509.SubjectAlternativeName) or ()]
     longer = authority.certificate.not_valid_after_utc > old.not_valid_after_utc
     usable = list(filter(is_general_name, names))
-    ours = can_be_served(key) and key.public_key() == old.public_key() and is_issued_by(old, authority.certificate)
+    ours = can_be_served(key) and is_key_of(key, old) and is_issued_by(old, authority.certificate)
     if not (ours and longer and usable):
         return ""
     made = issue_server_certificate(authority, usable, key)
@@ -5179,7 +5186,7 @@ def read_server_folder(folder: pathlib.Path) -> tuple[bytes, bytes, list[x509.Ce
     certificates, key, authorities = load_certificates(pem), load_key(key_path), load_authorities(folder)
     if not can_be_served(key):
         raise JobWorkerError(f"{key_path} is of a kind that gRPC cannot serve; use RSA, P-256 or P-384")
-    if key.public_key() != certificates[0].public_key():
+    if not is_key_of(key, certificates[0]):
         raise JobWorkerError(f"{pem} is not the certificate of {key_path}")
     since, until = validity(certificates[:1])
     if not since <= time.time() <= until:
@@ -5254,8 +5261,10 @@ def with_intermediates(
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
-    basics = extension(certificate, x509.BasicConstraints)
-    return basics is not None and basics.ca
+    with contextlib.suppress(*damage_errors()):
+        basics = extension(certificate, x509.BasicConstraints)
+        return basics is not None and basics.ca
+    return False
 
 
 def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
@@ -5272,8 +5281,10 @@ def is_issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> boo
 
 
 def has_weak_digest(certificate: x509.Certificate) -> bool:
-    digest = certificate.signature_hash_algorithm
-    return digest is not None and digest.name in WEAK_DIGESTS
+    with contextlib.suppress(*damage_errors()):
+        digest = certificate.signature_hash_algorithm
+        return digest is not None and digest.name in WEAK_DIGESTS
+    return False
 
 
 def read_revocation_lists(
@@ -5315,7 +5326,7 @@ def is_list_of(revocations: x509.CertificateRevocationList, issuer: x509.Certifi
     """Whether this authority's key signed a revocation list in its name."""
     if revocations.issuer != issuer.subject:
         return False
-    with contextlib.suppress(TypeError):  # the signature is not of the key's kind
+    with contextlib.suppress(*damage_errors()):  # for example, the signature is not of the key's kind
         return revocations.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
     return False
 
@@ -7757,7 +7768,7 @@ def certified_issuer(folder: pathlib.Path, issuer: x509.Certificate) -> Certifie
     for path in sorted(folder.glob("*.key")):
         with contextlib.suppress(JobWorkerError):
             key = load_key(path)
-            if key.public_key() == issuer.public_key():
+            if is_key_of(key, issuer):
                 return CertifiedKey(issuer, key)
     raise JobWorkerError(
         f"the certificate is from the authority {written_name(issuer.subject)}, whose key is not in {folder}; "

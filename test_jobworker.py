@@ -4128,7 +4128,7 @@ def test_unread_answers_cost_bounded_memory(state, certs, method, most):
             assert anonymous_memory(served) - before < most
 
 
-def test_starts_with_a_million_arguments_cost_memory_one_after_the_other(state, certs):
+def test_starts_with_a_million_arguments_cost_bounded_memory(state, certs):
     request = b"\x0a\x04true" + b"\x12\x00" * 1_080_000  # StartJobRequest: cmd, args
 
     async def attack():
@@ -5644,6 +5644,19 @@ def test_a_folder_with_an_unusable_file_is_refused_and_not_changed(state, certs,
     before = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
     one_sentence(serve_once(folder, state), message)
     assert {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_second_authority_that_only_tls_can_read_keeps_no_server_from_starting(state, certs, tmp_path):
+    folder = Path(shutil.copytree(certs, tmp_path / "certs"))
+    x400 = "DER:30:04:a5:02:80:00"  # a general name of a kind that cryptography does not know
+    issue_with_openssl(folder, "odd", None, f"subjectAltName={x400}\nbasicConstraints=critical,CA:TRUE\n")
+    for name in ("client-ca.pem", "server-ca.pem"):
+        with (folder / name).open("ab") as file:
+            file.write((folder / "odd.pem").read_bytes())
+    with serving(state, folder) as served:
+        assert served.run("run", "echo", "hello").stdout == "hello\n"
+        for words in (("identity", "bob"), ("identity", "--list"), ("revoke", "bob")):
+            assert "bob" in run_in_folder(folder, *words)
 
 
 def damaged(pem, chance):
