@@ -7352,15 +7352,16 @@ def test_run_says_why_its_stop_was_refused_and_that_its_job_goes_on(state, certs
     ):
         assert client.stdout.readline() == b"ready\n"
         (job,) = listed(served)
-        other = served.start("--", "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done")
-        assert first_line(served, other) == b"ready\n"
-        with served.popen("stop", "--grace", "1000s", other) as stopping:
-            until(lambda: status_code(served, job.id) == "RESOURCE_EXHAUSTED")
-            client.send_signal(signal.SIGINT)
-            said = client.stderr.readline().decode()
-            assert "calls open" in said
-            assert said.endswith(f"; job {job.id} goes on\n")
-            stopping.kill()
+        other = served.start("--", "sh", "-c", "trap 'echo asked' TERM; echo ready; while :; do sleep 0.05; done")
+        with served.popen("stream", other) as stream:
+            assert stream.stdout.readline() == b"ready\n"
+            with served.popen("stop", "--grace", "1000s", other) as stopping:
+                assert stream.stdout.readline() == b"asked\n"  # its call stays open
+                client.send_signal(signal.SIGINT)
+                said = client.stderr.readline().decode()
+                stopping.kill()
+        assert "calls open" in said
+        assert said.endswith(f"; job {job.id} goes on\n")
         until(lambda: status_code(served, job.id) == "OK")
         client.send_signal(signal.SIGINT)
         assert client.wait(PATIENCE) == 130
