@@ -366,6 +366,10 @@ class OneJobError(JobWorkerError):
     """A call for one job was refused, or a word names no job. A verb goes on with its other jobs."""
 
 
+class BusyError(OneJobError):
+    """A call was refused because a limit was reached, for example `--owner-calls`."""
+
+
 class OldServerError(JobWorkerError):
     """The server does not know a call that the client's verb needs."""
 
@@ -7045,7 +7049,7 @@ class Client:
             return OldServerError(f"the one at {self._options.address} does not know this call")
         if code := metadata_of(error).get(SHELL_CODE_KEY):
             return CannotRunError(details, int(code))
-        return OneJobError(details or status)
+        return (BusyError if status == "RESOURCE_EXHAUSTED" else OneJobError)(details or status)
 
 
 def metadata_of(call: Any) -> dict[str, Any]:
@@ -8143,6 +8147,8 @@ class ForegroundJob:
                 raise JobWorkerError(f"the output cannot be written: {error.strerror}; {self._fate()}") from None
             except UnavailableError as error:
                 raise JobWorkerError(f"{error}; job {self._request.id} may go on") from None
+            except BusyError as error:
+                raise JobWorkerError(f"{error}; {self._fate()}" if self._started else str(error)) from None
 
     def _follow(self, resources: contextlib.ExitStack, stop_unfed: Callable[[], None]) -> int:
         """Start the job and its input, unless that was done, and write its output to the end. Returns its exit code."""
