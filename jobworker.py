@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     import json
     import pathlib
     import pwd
+    import queue
     import shlex
     import shutil
     import ssl
@@ -154,6 +155,7 @@ DEFERRED = {  # each of these names is a module that is imported at its first us
     "json": "json",
     "pathlib": "pathlib",
     "pwd": "pwd",
+    "queue": "queue",
     "shlex": "shlex",
     "shutil": "shutil",
     "ssl": "ssl",
@@ -6545,6 +6547,9 @@ CONNECT_SECONDS = 4.0
 CALL_SECONDS = STOP_SECONDS + 30.0
 FIRST_ANSWER_SECONDS = 2.0  # how long `run` waits for an answer before it says that its server is away
 STOP_REQUEST_SECONDS = 1.0  # `run` waits so long for the end of its job, and then writes output again
+# How long the answer of a stop may take after its grace. A server waits up to 165 s for a job of an engine, and longer
+# with a `serve --grace` of more than 5 s: 6 minutes of it are covered. Keepalive finds a server that is away.
+STOP_ANSWER_SECONDS = 900.0
 STOPS_AT_ONCE = 32  # calls of one `stop`; half of OWNER_CALLS, so that the owner's other clients are not refused
 ONCE = ("SignalJob", "RemoveJob")  # calls whose second try would have an effect, or a wrong answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between tries
@@ -6781,6 +6786,13 @@ def ask_once(channel: grpc.Channel, method: str, request: Any, reply: Any, timeo
     return ask(request, timeout=timeout)
 
 
+def stop_call(channel: grpc.Channel) -> Any:
+    """The call StopJob; its `future(request, timeout)` sends one."""
+    return channel.unary_unary(
+        f"/{SERVICE_NAME}/StopJob", pb.StopJobRequest.SerializeToString, pb.StopJobResponse.FromString
+    )
+
+
 class Client:
     """Calls to one server. Every error is a JobWorkerError: the server's sentence, or why the server is not reached."""
 
@@ -6832,48 +6844,72 @@ class Client:
                     raise UnavailableError(f"{self._options.address} does not answer") from None
                 raise
             self._note_reached()
-            ask = channel.unary_unary(
-                f"/{SERVICE_NAME}/StopJob", pb.StopJobRequest.SerializeToString, pb.StopJobResponse.FromString
-            )
+            ask = stop_call(channel)
             with contextlib.suppress(grpc.FutureTimeoutError):
                 ask.future(request).result(STOP_REQUEST_SECONDS)
 
         self._with_retries(attempt, connection=connection, hint=hint)
 
     def stop(
-        self, requests: Iterable[pb.StopJobRequest], timeout: float, report: Callable[[str, OneJobError | None], None]
+        self,
+        requests: Iterable[pb.StopJobRequest],
+        timeout: float,
+        report: Callable[[str, JobWorkerError | None], None],
     ) -> None:
-        """Stop several jobs at the same time. `report` gets each id, and why the job was not stopped."""
+        """Stop several jobs at the same time. `report` gets each id when its call has ended, and what went wrong."""
         rest = {request.id: request for request in requests}
 
         def attempt(channel: grpc.Channel) -> None:
-            while rest:
-                ask = channel.unary_unary(
-                    f"/{SERVICE_NAME}/StopJob", pb.StopJobRequest.SerializeToString, pb.StopJobResponse.FromString
-                )
-                calls = {job_id: ask.future(rest[job_id], timeout=timeout) for job_id in list(rest)[:STOPS_AT_ONCE]}
-                exhausted = {}  # beyond `--owner-calls`, which has room when the others have ended
-                for job_id, call in calls.items():
-                    failure = self._refusal(call)
-                    self._note_reached()
-                    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                        exhausted[job_id] = failure
-                    else:
-                        report(rest.pop(job_id).id, failure)
-                if len(exhausted) == len(calls):
-                    for job_id, failure in exhausted.items():
-                        report(rest.pop(job_id).id, failure)
+            for job_id, failure in self._stop_all(channel, rest.values(), timeout):
+                del rest[job_id]
+                report(job_id, failure)
 
         self._with_retries(attempt)
 
-    def _refusal(self, call: Any) -> OneJobError | None:
-        """Wait for the answer of a call, and return why it was refused. Raises grpc.RpcError or JobWorkerError."""
+    def _stop_all(
+        self, channel: grpc.Channel, requests: Iterable[pb.StopJobRequest], timeout: float
+    ) -> Iterator[tuple[str, JobWorkerError | None]]:
+        """Send these stops, and yield each id when its call has ended. Raises grpc.RpcError or JobWorkerError.
+
+        A call beyond `--owner-calls` is sent again when another one has ended. It has a second try then, because the
+        server counts a call for a moment after its answer.
+        """
+        ask = stop_call(channel)
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        waiting = list(requests)[::-1]
+        calls: dict[Any, pb.StopJobRequest] = {}
+        most, second_try = STOPS_AT_ONCE, 1
+        while waiting or calls:
+            while waiting and len(calls) < most:
+                call = ask.future(waiting[-1], timeout=timeout)
+                calls[call] = waiting.pop()
+                call.add_done_callback(ended.put)
+            call = ended.get()
+            request = calls.pop(call)
+            failure = self._refusal(call, request.id, timeout)
+            self._note_reached()
+            is_exhausted = call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            if is_exhausted and (calls or second_try):
+                waiting.append(request)
+                most, second_try = len(calls) + second_try, 0
+                continue
+            if not is_exhausted:
+                most, second_try = min(STOPS_AT_ONCE, most + 1), 1
+            yield request.id, failure
+
+    def _refusal(self, call: Any, job_id: str, timeout: float) -> JobWorkerError | None:
+        """Why a job was not stopped by this call, which has ended. Raises grpc.RpcError or JobWorkerError."""
         error = call.exception()
         if error is None:
             return None
         if is_loss(error.code().name, error.details() or ""):
             raise error
         failure = self._explained(error, retried=False)
+        if isinstance(failure, NoAnswerError):
+            return NoAnswerError(
+                f"job {job_id} has not ended yet: {self._options.address} did not answer its stop within "
+                f"{timeout:g} s, and the stop goes on; its status tells when it has ended"
+            )
         if not isinstance(failure, OneJobError):
             raise failure
         return failure
@@ -7323,7 +7359,8 @@ def chosen_jobs(client: Client, options: argparse.Namespace) -> list[str]:
             raise JobWorkerError("you have no job")
         return [newest[0].id, *(find_job(client, word) for word in words)]
     if not words:
-        raise UsageError(f"`{options.verb}` needs a job: {PROGRAM} {options.verb} -j ID")
+        needs, more = ("a job and a signal", " SIGNAL") if options.verb == "signal" else ("a job", "")
+        raise UsageError(f"`{options.verb}` needs {needs}: {PROGRAM} {options.verb} -j ID{more}")
     return [find_job(client, word) for word in words]
 
 
@@ -8229,14 +8266,15 @@ def run_stop(options: argparse.Namespace) -> int:
     with client_of(options) as client:
         jobs, failures = all_jobs(client, options)
 
-        def report(job_id: str, failure: OneJobError | None) -> None:
+        def report(job_id: str, failure: JobWorkerError | None) -> None:
             if failure is None:
                 print_line(f"stopped Job: {job_id}")
+                sys.stdout.flush()
             else:
                 failures.append(failure)
 
         requests = [pb.StopJobRequest(id=job_id, signal=name, grace=grace) for job_id in jobs]
-        client.stop(requests, grace + CALL_SECONDS, report)
+        client.stop(requests, grace + STOP_ANSWER_SECONDS, report)
     return say_failures(failures)
 
 
@@ -8773,11 +8811,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if arguments[0] == "signal":
         arguments = [arguments[0], *options_first(arguments[1:], value_flags)]
     if arguments[0] not in COMMAND_VERBS:
-        return parser.parse_args(arguments)
+        options, rest = parser.parse_known_args(arguments)
+        if rest:
+            refuse_words(options, rest)
+        return options
     own, words, after_args = split_command(arguments[1:], value_flags)
     options = parser.parse_args([arguments[0], *own])
     options.words, options.after_args = words, after_args
     return options
+
+
+def refuse_words(options: argparse.Namespace, rest: Sequence[str]) -> NoReturn:
+    """Raise UsageError for the words of a command line that its verb does not take."""
+    if isinstance(getattr(options, "jobs", None), str) and not any(word.startswith("-") for word in rest):
+        raise UsageError(f"`{options.verb}` takes one job{' and one signal' * (options.verb == 'signal')}")
+    raise UsageError(f"unrecognized arguments: {' '.join(rest)}")
 
 
 def options_first(words: Sequence[str], value_flags: Iterable[str]) -> list[str]:

@@ -7697,12 +7697,57 @@ def test_several_jobs_are_stopped_at_the_same_time(state, certs):
         for job in jobs:
             assert first_line(served, job) == b"ready\n"
         done = served.run("stop", "--grace", "1000s", *jobs)
-        assert (done.returncode, done.stdout) == (0, "".join(f"stopped Job: {job}\n" for job in jobs))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert sorted(done.stdout.splitlines()) == sorted(f"stopped Job: {job}" for job in jobs)
         assert [(job.status, job.exitcode) for job in listed(served)] == [(pb.STOPPED, 3)] * 2
 
 
-def test_more_jobs_than_open_calls_of_one_owner_can_be_stopped_at_once(state, certs):
-    with serving(state, certs, "--owner-calls", "3") as served:
+def start_stubborn(served):
+    """A job that goes on after TERM, and its main process."""
+    job = served.start("sh", "-c", "trap '' TERM; echo $$; exec sleep 1000")
+    return job, int(first_line(served, job))
+
+
+@pytest.mark.parametrize(("count", "options"), [(33, ()), (3, ("--owner-calls", "2"))], ids=["window", "owner-calls"])
+def test_each_job_is_reported_when_it_ends_and_a_slow_one_does_not_hold_up_the_others(state, certs, count, options):
+    with serving(state, certs, *options) as served:
+        slow, process = start_stubborn(served)
+        request = pb.StartJobRequest(cmd="sleep", args=["1000"])
+        jobs = [call(served, "StartJob", request).ID for _ in range(count - 1)]
+        with served.popen("stop", "--grace", "1000s", slow, *jobs, stderr=subprocess.PIPE) as client:
+            lines = {client.stdout.readline() for _ in jobs}
+            assert lines == {f"stopped Job: {job}\n".encode() for job in jobs}
+            assert listed(served)[0].status == pb.RUNNING
+            os.kill(process, signal.SIGKILL)
+            assert client.communicate(timeout=PATIENCE) == (f"stopped Job: {slow}\n".encode(), b"")
+            assert client.returncode == 0
+
+
+def test_a_job_that_does_not_end_in_time_is_named_and_the_others_are_stopped(state, certs, tmp_path):
+    altered_copy(tmp_path, "def run_stop(", "STOP_ANSWER_SECONDS = 3.0\n")
+    (tmp_path / "gen").symlink_to(HERE / "gen")
+    impatient = (sys.executable, str(tmp_path / "jobworker.py"))
+    with serving(state, certs, "--through", "env", "--grace", "1000s") as served:
+        slow, process = start_stubborn(served)
+        jobs = [served.start("sleep", "1000") for _ in range(2)]
+        try:
+            done = served.run("stop", slow, *jobs, program=impatient)
+        finally:
+            os.kill(process, signal.SIGKILL)
+        assert sorted(done.stdout.splitlines()) == sorted(f"stopped Job: {job}" for job in jobs)
+        assert re.fullmatch(rf"jobworker: job {slow} has not ended yet: [^\n]+\n", done.stderr)
+        assert done.returncode == 1
+        assert served.run("stop", slow).stdout == f"stopped Job: {slow}\n"
+
+
+def test_a_stop_waits_for_its_answer_longer_than_the_server_for_the_end_of_an_engine_s_job():
+    server = 2 * jobworker.GRACE + jobworker.END_SECONDS + jobworker.LATE_SECONDS + jobworker.STOP_SECONDS
+    assert server < jobworker.STOP_ANSWER_SECONDS
+
+
+@pytest.mark.parametrize("calls", ["1", "3"])
+def test_more_jobs_than_open_calls_of_one_owner_can_be_stopped_at_once(state, certs, calls):
+    with serving(state, certs, "--owner-calls", calls) as served:
         jobs = [served.start("sleep", "1000") for _ in range(8)]
         done = served.run("stop", *jobs)
         assert (done.returncode, done.stderr) == (0, "")
@@ -7719,11 +7764,11 @@ def test_a_job_that_is_unknown_or_refused_does_not_keep_a_verb_from_the_others(s
             served.run("stop", *jobs)
         done = served.run(verb, "no-such-name", unknown, jobs[0], foreign, jobs[1])
         printed = {"stop": "stopped", "rm": "removed"}[verb]
-        assert done.stdout.splitlines() == [f"{printed} Job: {job}" for job in jobs]
+        assert sorted(done.stdout.splitlines()) == sorted(f"{printed} Job: {job}" for job in jobs)
         said = done.stderr.splitlines()
-        assert [next(name for name in ("no-such-name", unknown, foreign) if name in line) for line in said] == [
+        assert {next(name for name in ("no-such-name", unknown, foreign) if name in line) for line in said} == {
             "no-such-name", unknown, foreign,
-        ]  # fmt: skip
+        }  # fmt: skip
         assert all(line.startswith("jobworker: there is no job ") for line in said)
         assert done.returncode == 1
         one_sentence(served.run(verb, jobs[0], ""), "the job id is empty", status=2)
@@ -7786,7 +7831,8 @@ def test_signal_reaches_the_main_process(state, certs):
                 done = served.run("signal", *words)
                 assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
                 assert stream.stdout.readline() == b"reloaded\n"
-        one_sentence(served.run("signal", "HUP"), "`signal` needs a job", status=2)
+        one_sentence(served.run("signal", "HUP"), "`signal` needs a job", "signal -j ID SIGNAL", status=2)
+        one_sentence(served.run("signal", job, "web2", "USR1"), "`signal` takes one job and one signal", status=2)
         one_sentence(served.run("signal", job, "--last", "HUP"), "`signal` takes one job", status=2)
         one_sentence(served.run("signal", job, "NOSUCH"), "there is no signal 'NOSUCH'")
         one_sentence(served.run("signal", job, "HUP", role="user2"), "there is no job")
