@@ -611,6 +611,18 @@ class Cgroup:
         """Move a process into this cgroup. 0 is the caller."""
         kernel_write(f"{self.path}/cgroup.procs", str(process))
 
+    def attach_within_total(self) -> None:
+        """Move the caller into this cgroup. Raises OSError (EAGAIN) if the cgroup above has more processes then than
+        its pids.max: the kernel lets an attach pass it. The caller has to end then.
+
+        The count is read after the attach. Of several starts at the bound each would find room before it.
+        """
+        self.attach(0)
+        owner = os.path.dirname(self.path)
+        bound, count = (kernel_read(f"{owner}/pids.{name}").strip() for name in ("max", "current"))
+        if bound.isdigit() and int(count) > int(bound):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
     def open(self) -> int:
         """A descriptor of the cgroup's folder, for CLONE_INTO_CGROUP. The caller closes it. Raises OSError."""
         return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -716,6 +728,14 @@ class Cgroup:
         )
 
 
+def all_processes() -> Iterator[int]:
+    """The processes of this machine. The kernel lists them in blocks, so no step takes long."""
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                yield int(entry.name)
+
+
 class ProcessTree:
     """Replaces `Cgroup` on a machine without a writable cgroup2: no limits, and processes are found by a search.
 
@@ -728,18 +748,22 @@ class ProcessTree:
 
     def members(self) -> list[int]:
         """The processes that have the job's id in their environment."""
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError, KernelError):
-                if self._variable in kernel_read(f"/proc/{name}/environ").split("\0"):
-                    found.append(int(name))
-        return found
+        return [process for process in all_processes() if self._has(process)]
 
-    def kill_members(self) -> None:
-        """Kill the processes that `members` finds. This is for the server, whose descendants are all shims and jobs."""
-        for process in self.members():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
+    def _has(self, process: int) -> bool:
+        with contextlib.suppress(OSError, KernelError):
+            return self._variable in kernel_read(f"/proc/{process}/environ").split("\0")
+        return False
+
+    def kill_members(self) -> Iterator[None]:
+        """Kill the processes that `members` finds. This is for the server, whose descendants are all shims and jobs.
+        It yields after each process of the machine, so that its caller can let other tasks run.
+        """
+        for process in all_processes():
+            if self._has(process):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
+            yield
 
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
@@ -868,7 +892,8 @@ class CgroupTree:
     controllers: frozenset[str]
     disks: tuple[Disk, ...]
     owner: OwnerLimits = OwnerLimits()  # of each owner's cgroup `u<uid>`
-    prepared: set[str] = dataclasses.field(default_factory=set)  # owners' cgroups with the limits of this server
+    # The owners' cgroups that have the limits of this server, each with the group that can pass through it.
+    prepared: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def job_path(self, uid: int, job_id: str) -> str:
         """The path of a job's cgroup; empty if this machine gives none."""
@@ -889,14 +914,17 @@ class CgroupTree:
         return cgroup
 
     def _prepare_owner(self, owner: Cgroup, gid: int) -> None:
-        """Make an owner's cgroup and write what all its jobs may use. One that exists may be of an earlier server."""
-        if not owner.create() and owner.path in self.prepared:
+        """Make an owner's cgroup and write what all its jobs may use. One that exists may be of an earlier server.
+        Accounts with the same uid may have other groups.
+        """
+        if not owner.create() and self.prepared.get(owner.path) == gid:
             return
+        self.prepared.pop(owner.path, None)  # if a write fails here, the next start repeats all of them
         if os.geteuid() == 0:
             owner.hide(0o710, gid)
         owner.enable(self.controllers)
         owner.limit_total(self.owner, self.controllers)
-        self.prepared.add(owner.path)
+        self.prepared[owner.path] = gid
 
     def remove_unused(self) -> None:
         """Remove every cgroup without a shim or a job. After the last job of a state folder nothing is left."""
@@ -1830,17 +1858,23 @@ class JobFolder:
             raise disk_error(f"cannot open {self.path}/control", error) from error
         return True
 
-    def wake_shim(self) -> None:
+    def wake_shim(self) -> Iterator[None]:
         """Let the job's shim go on if it is stopped. A stopped process that has `control` open is the shim, or a child
         of it before its exec.
+
+        It yields after each process of the machine, and after each descriptor of a stopped one, which may have a
+        million. So its caller can let other tasks run.
         """
-        for name in filter(str.isdigit, os.listdir("/proc")):
+        for process in all_processes():
+            yield
             with contextlib.suppress(OSError, KernelError, IndexError):  # the process ended, or is another user's
-                if kernel_read(f"/proc/{name}/stat").rpartition(")")[2].split()[0] != "T":
+                if kernel_read(f"/proc/{process}/stat").rpartition(")")[2].split()[0] != "T":
                     continue
-                opened = (os.readlink(f"/proc/{name}/fd/{number}") for number in os.listdir(f"/proc/{name}/fd"))
-                if f"{self.path}/control" in opened:
-                    os.kill(int(name), signal.SIGCONT)
+                for number in os.listdir(f"/proc/{process}/fd"):
+                    yield
+                    if os.readlink(f"/proc/{process}/fd/{number}") == f"{self.path}/control":
+                        os.kill(process, signal.SIGCONT)
+                        break
 
     def _open_control(self) -> int:
         return os.open(f"{self.path}/control", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -2237,6 +2271,10 @@ def try_confinement(state: str, hidden: Sequence[str]) -> ConfinementError | Non
 MODULE = "jobworker"  # the launcher imports this module; Python would compile a `__main__` anew at each start
 FORK_HOOKS = ("PyOS_BeforeFork", "PyOS_AfterFork_Child", "PyOS_AfterFork_Parent")
 CLONE_PIDFD, CLONE_INTO_CGROUP, SYS_CLONE3 = 0x1000, 0x200000000, 435
+# What clone3 fails with where it, or CLONE_INTO_CGROUP, cannot be had. ENOSYS: before Linux 5.3, and Docker's filter.
+# E2BIG, EINVAL: before Linux 5.7. EPERM, EACCES: older filters. EOPNOTSUPP: a threaded cgroup. An attach to the cgroup
+# is checked anew. EAGAIN is the bound of a pids.max, which an attach would pass.
+NO_CLONE3 = (errno.ENOSYS, errno.E2BIG, errno.EINVAL, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
 PR_SET_CHILD_SUBREAPER = 36
 PIPE_BYTES = MIB  # of each pipe of a job, if fs.pipe-max-size and the user's quota (fs.pipe-user-pages-soft) allow it
 PACKET_BYTES = 2 * KIB  # of a request; a shim reads a longer spec from job.json
@@ -2882,9 +2920,19 @@ def start_process(
     errpipe_read, errpipe_write = os.pipe2(os.O_CLOEXEC)
     process, pidfd, in_cgroup = clone_into(cgroup)
     if process == 0:
-        become_job(spec, stdin, writers, errpipe_write, "" if in_cgroup else spec.cgroup, steps)
+        become_job(spec, stdin, writers, errpipe_write, way_in(spec, cgroup, in_cgroup=in_cgroup), steps)
     os.close(errpipe_write)
     return process, pidfd, errpipe_read
+
+
+def way_in(spec: Spec, cgroup: int, *, in_cgroup: bool) -> Callable[[], None]:
+    """How the child enters the job's cgroup. What asks an engine for a job's end (`cgroup` is -1) enters in any case:
+    the end must be known although its owner has as many processes as it may.
+    """
+    if in_cgroup or not spec.cgroup:
+        return lambda: None
+    job = Cgroup(spec.cgroup)
+    return functools.partial(job.attach, 0) if cgroup < 0 else job.attach_within_total
 
 
 def check_exec(process: int, errpipe: int) -> StartFailure | None:
@@ -2917,7 +2965,7 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
     """Fork into a cgroup (clone3(2)). Returns the pid (0: the child), the pidfd, and whether the child is in it.
 
     A write to cgroup.procs after a fork waits for an RCU grace period: a start then took 10 to 18 ms instead of 2.5.
-    Before Linux 5.7, and if a container's filter refuses clone3, it is an ordinary fork.
+    Before Linux 5.7, and if a container's filter refuses clone3, it is an ordinary fork. Raises OSError.
     """
     if cgroup >= 0:
         pidfd = ctypes.c_int(-1)
@@ -2934,12 +2982,19 @@ def clone_into(cgroup: int) -> tuple[int, int, bool]:
         in_parent()
         if process > 0:
             return process, pidfd.value, True
+        if (number := ctypes.get_errno()) not in NO_CLONE3:
+            raise OSError(number, os.strerror(number))
     process = os.fork()
     return process, os.pidfd_open(process) if process else -1, False
 
 
 def become_job(
-    spec: Spec, stdin: Sequence[int], writers: Sequence[int], errpipe: int, cgroup: str, steps: Sequence[Step]
+    spec: Spec,
+    stdin: Sequence[int],
+    writers: Sequence[int],
+    errpipe: int,
+    enter: Callable[[], None],
+    steps: Sequence[Step],
 ) -> NoReturn:
     """The child: takes the job's cgroup, session, descriptors, confinement and uid, and runs the command.
 
@@ -2947,8 +3002,7 @@ def become_job(
     """
     failure = StartFailure(errno.EINVAL)  # for a ValueError: execve(2) cannot be given these arguments
     try:
-        if cgroup:
-            Cgroup(cgroup).attach(0)
+        enter()
         os.setsid()
         for descriptor in stdin:  # none: it stays /dev/null
             os.dup2(descriptor, 0)
@@ -3565,9 +3619,13 @@ def start_failure(failure: StartFailure, spec: Spec) -> JobWorkerError:
     if number == errno.E2BIG:
         return CannotRunError(too_long(name, spec))
     if number == errno.EAGAIN:
+        # The job's own limit (`--pids`) is at least 1, so it is not the reason.
+        total = bool(spec.cgroup) and "pids" in spec.controllers
+        owner, option = (f"its owner {spec.owner!r}, ", "`serve --owner-pids`, ") if total else ("", "")
         return ExhaustedError(
-            "no process number is free for the job: this machine, its container, or the account that serves has as "
-            "many processes as it may; stop some, or raise the limit (kernel.pid_max, pids.max, `ulimit -u`)"
+            f"no process number is free for the job: {owner}this machine, its container, or the account that serves "
+            f"has as many processes as it may; stop some, or raise the limit ({option}kernel.pid_max, pids.max, "
+            f"`ulimit -u`)"
         )
     if number == errno.ENOMEM:
         return ExhaustedError(f"this machine cannot start another process: {reason}")
@@ -3831,6 +3889,9 @@ class Feed:
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
 FRESH_SECONDS = 10.0  # an ended job is not deleted to save space before this age: `run` may not have begun to read it
 LATE_SECONDS = 5.0  # from when the shim should have killed a job until the server itself kills it
+# Of each turn of the searches of /proc. One process takes 0.04 ms: with 8,192 of them, 64 searches at once kept all
+# other callers waiting for 11 s.
+SEARCH_SECONDS = 0.0005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3879,6 +3940,7 @@ class Job:
         "folder",
         "id",
         "kill_timer",
+        "killer",
         "name",
         "owner",
         "tail",
@@ -3894,6 +3956,7 @@ class Job:
         self.feed: Feed | None = None  # of a job with input, in the server that started it
         self.watch: int | None = None  # on `events`, until the shim is gone
         self.kill_timer: asyncio.TimerHandle | None = None  # while a job with a timeout runs
+        self.killer: asyncio.Task[None] | None = None  # the last kill without the shim. All stops share it
         self.finishers = 0  # how many were started after the shim was lost
         self.finisher_waits = False  # for a slot, or for the launcher
         self._spec = spec
@@ -4002,16 +4065,35 @@ def end_seconds(spec: Spec) -> float:
     return 2 * spec.grace + END_SECONDS if spec.through else 0.0
 
 
+def still_running(job: Job) -> StillRunningError:
+    """Why a job is not done after its kill. After the end of its main process, its shim kills the other processes and
+    then has only files to write and delete.
+    """
+    with contextlib.suppress(JobWorkerError):
+        processes = job.spec.processes()
+        lives = isinstance(processes, Cgroup) and processes.populated()
+        if job.events.ending is not None and not lives:
+            return StillRunningError(
+                f"job {job.id} has ended, but its files are still being written or deleted; its status tells when that "
+                f"is done"
+            )
+    return StillRunningError(
+        f"job {job.id} was killed but has not ended within {STOP_SECONDS:.0f} s (a process that waits for a disk or a "
+        f"network file system cannot die before that answers); its status tells when it has ended"
+    )
+
+
 class TaskSet:
     """Background tasks. The event loop keeps only weak references, so this set keeps them alive."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def cancel(self) -> None:
         """Cancel all of them, and return when they have ended."""
@@ -4064,6 +4146,7 @@ class Worker:
         self._start_slots = asyncio.Semaphore(START_SLOTS)  # held until the shim has the request
         self._finish_slots = asyncio.Semaphore(FINISH_SLOTS)  # held until the job is finished, which may take long
         self._search_turn = asyncio.Lock()  # held for the read of one block, see `tail_offset`
+        self._kill_turn = asyncio.Lock()  # held for one turn of a search of /proc, see `_search`
 
     # -- Opening and closing
 
@@ -4366,6 +4449,7 @@ class Worker:
         """
         if job.ended:
             return
+        before = job.killer
         if not job.folder.send_request(StopRequest(reason, by, signal_number, grace)):
             self._update(job, alive=False)
         if job.kill_timer is not None and job.spec.through:  # the end of its timeout does not shorten its grace
@@ -4374,12 +4458,10 @@ class Worker:
             )
         if await self._ends_within(job, shim_seconds(job, grace if signal_number else 0)):
             return
-        self._kill_without_shim(job)
+        if job.killer is before:  # else another stop, or the timeout, has begun a kill meanwhile
+            self._kill_without_shim(job)
         if not await self._ends_within(job, STOP_SECONDS):
-            raise StillRunningError(
-                f"job {job.id} was killed but has not ended within {STOP_SECONDS:.0f} s (a process that waits for a "
-                f"disk or a network file system cannot die before that answers); its status tells when it has ended"
-            )
+            raise still_running(job)
 
     async def _ends_within(self, job: Job, seconds: float) -> bool:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -4388,16 +4470,34 @@ class Worker:
         return False
 
     def _kill_without_shim(self, job: Job) -> None:
-        """Kill the processes of a job whose shim does not. A job of the server's own user can stop the shim, so it is
-        woken, and records the end. This comes after the kill: the job could stop it again.
+        """Begin to kill the processes of a job whose shim does not, unless that is under way. A shim that has recorded
+        the end of the main process works: it may delete a large /tmp, or wait for a slow disk.
+        """
+        if job.events.ending is None and (job.killer is None or job.killer.done()):
+            job.killer = self._tasks.spawn(self._kill_and_wake(job))
+
+    async def _kill_and_wake(self, job: Job) -> None:
+        """Kill a job. A job of the server's own user can stop the shim, so it is woken, and records the end. This comes
+        after the kill: the job could stop it again.
         """
         with contextlib.suppress(JobWorkerError, OSError):  # the job has ended meanwhile, or no descriptor is free
             processes = job.spec.processes()
             if isinstance(processes, Cgroup):
                 processes.kill()
             else:
-                processes.kill_members()
-            job.folder.wake_shim()
+                await self._search(job, processes.kill_members())
+            await self._search(job, job.folder.wake_shim())
+
+    async def _search(self, job: Job, steps: Iterator[None]) -> None:
+        """Carry out the steps of a search of /proc, in turns of SEARCH_SECONDS, until the main process of the job has
+        ended. In a turn of the event loop only one search takes its turn, however many there are.
+        """
+        while job.events.ending is None:
+            async with self._kill_turn:
+                await asyncio.sleep(0)
+                end = time.perf_counter() + SEARCH_SECONDS
+                if all(time.perf_counter() < end for _ in steps):
+                    return
 
     def _await_deadline(self, job: Job) -> None:
         """Have a job killed some seconds after the end of its timeout. A job can block its shim: a process in splice(2)

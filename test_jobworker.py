@@ -2311,7 +2311,7 @@ SERVER_DEATHS = [  # the statement before which the server dies; what it does fi
     ("job.folder.write_spec(text)", "pass", False),
     ("file.write(text)", "file.write(b'{'); file.flush()", False),
     ("self._watch(job)\n                descriptors +=", "pass", False),  # job.json is complete
-    ("if not owner.create() and owner.path", "pass", False),
+    ("if not owner.create() and self.prepared", "pass", False),
     ("cgroup.create()\n        cgroup.limit", "pass", False),
     ("cgroup.limit(limits, self.controllers, self.disks)", "pass", False),  # the cgroup exists
     ('self._launcher.send("start", job.folder, text, descriptors)', "pass", False),
@@ -4366,6 +4366,68 @@ async def test_a_stop_kills_a_job_whose_shim_is_stopped_and_wakes_the_shim(state
         assert (ending(worker, job.id)[0], worker.status(job).stopped_by) == ("STOPPED", "alice")
 
 
+def counted(monkeypatch, owner, name, counts):
+    """Count the calls of a method in `counts[name]`."""
+    method = getattr(owner, name)
+
+    def counting(*arguments):
+        counts[name] += 1
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, name, counting)
+
+
+@in_loop
+async def test_all_stops_of_a_job_whose_shim_is_stopped_share_one_search_for_the_shim(state, monkeypatch):
+    counts = collections.Counter()
+    monkeypatch.setattr(jobworker, "LATE_SECONDS", 0.1)
+    counted(monkeypatch, jobworker.JobFolder, "wake_shim", counts)
+    async with worker_on(state) as worker:
+        job = worker.job(await start_id(worker, shell("echo $PPID; exec sleep 1000")))
+        os.kill(int(await wait_for_output(worker, job.id, b"\n")), signal.SIGSTOP)
+        await asyncio.gather(*(worker.stop(job, by="alice") for _ in range(16)))
+        assert (ending(worker, job.id)[0], counts["wake_shim"]) == ("STOPPED", 1)
+
+
+@pytest.mark.parametrize("search", ["wake_shim", "kill_members"])
+@in_loop
+async def test_a_search_of_all_processes_lets_other_tasks_run_after_each_turn(state, monkeypatch, search):
+    monkeypatch.setattr(jobworker, "SEARCH_SECONDS", 0.0)  # a turn of one process
+    processes = len(list(filter(str.isdigit, os.listdir("/proc"))))
+    turns = 0
+    async with worker_on(state) as worker:
+        job = worker.job(await start_id(worker, shell(WAITS)))
+        steps = job.folder.wake_shim() if search == "wake_shim" else jobworker.ProcessTree("no job").kill_members()
+        task = asyncio.create_task(worker._search(job, steps))
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        await worker.stop(job)
+    assert turns > processes / 2  # other tests' processes may end meanwhile
+
+
+@in_loop
+async def test_a_stop_of_a_job_that_has_ended_but_for_its_files_says_so_and_searches_no_process(
+    state, monkeypatch, tmp_path
+):
+    gate, counts = tmp_path / "gate", collections.Counter()
+    os.mkfifo(gate)
+    slow = altered_copy(tmp_path, "reason = ending.reason or (rest", f"os.close(os.open({str(gate)!r}, os.O_RDONLY))")
+    monkeypatch.setattr(slow, "LATE_SECONDS", 0.1)
+    monkeypatch.setattr(slow, "STOP_SECONDS", 0.1)
+    counted(monkeypatch, slow.JobFolder, "wake_shim", counts)
+    async with worker_on(state, slow) as worker:
+        job = await worker.start(slow.JobRequest("sleep", ("1000",), owner="alice"))
+        with pytest.raises(slow.StillRunningError) as refused:
+            await worker.stop(job, by="alice")
+        await asyncio.to_thread(gate.write_text, "")
+        await worker.wait(job)
+    assert str(refused.value) == (
+        f"job {job.id} has ended, but its files are still being written or deleted; its status tells when that is done"
+    )
+    assert counts["wake_shim"] == 0
+
+
 @pytest.mark.parametrize("options", [{}, {"through": ("env",), "grace": 0.1}], ids=["", "through"])
 @pytest.mark.parametrize("restart", [False, True], ids=["", "restart"])
 @in_loop
@@ -4704,6 +4766,37 @@ async def test_an_owner_s_total_limits_are_those_of_the_server_that_starts_the_j
 
 @pytest.mark.controllers
 @in_loop
+async def test_an_owner_s_totals_that_could_not_be_written_once_are_written_by_the_next_start(state):
+    async with worker_on(state, owner=jobworker.OwnerLimits(pids=20)) as worker:
+        job = worker.job(await start_id(worker, shell("true")))
+        owner = Path(job.spec.cgroup).parent
+        await worker.wait(job)
+        owner.rmdir()  # by a person
+        tree, worker._tree = worker._tree, dataclasses.replace(worker._tree, owner=jobworker.OwnerLimits(pids=-2))
+        with pytest.raises(JobWorkerError, match="cannot write '-2'"):
+            await start_id(worker, shell("true"))
+        worker._tree = tree
+        await result(worker, shell("true"))
+        assert (owner / "pids.max").read_text() == "20\n"
+
+
+@as_root
+@pytest.mark.tree
+@in_loop
+async def test_the_group_of_each_new_job_can_pass_through_its_owner_s_cgroup(state):
+    async with worker_on(state) as worker:
+        if worker._tree.root is None:
+            pytest.skip("needs a cgroup2 mount")
+        for gid in (65533, 65534, 65533):
+            path = worker._tree.job_path(7, "a-job")
+            job = worker._tree.make_job(path, jobworker.Limits(), gid)
+            facts = os.stat(os.path.dirname(path))
+            assert (facts.st_gid, stat.S_IMODE(facts.st_mode)) == (gid, 0o710)
+            job.remove()
+
+
+@pytest.mark.controllers
+@in_loop
 async def test_a_stop_lifts_the_job_s_io_limit_before_the_kill(state):
     written = []
     with contextlib.closing(jobworker.Inotify(lambda: None)) as inotify:
@@ -4776,6 +4869,28 @@ async def test_an_owner_s_fork_bomb_ends_at_the_owner_s_total_and_others_start_a
         assert not processes_with(mark)
         reap(children())  # the orphans of the job: the kernel counts a process until its parent has taken its status
         assert (await result(worker, shell("echo $(echo forked)")))[0] == b"forked\n"
+
+
+@pytest.mark.parametrize("clone3", [True, False], ids=["clone3", "without-clone3"])
+@pytest.mark.controllers
+@in_loop
+async def test_a_start_beyond_an_owner_s_total_of_processes_is_refused_and_others_start(state, tmp_path, clone3):
+    without = functools.partial(altered_copy, tmp_path, "PR_SET_CHILD_SUBREAPER = 36", "SYS_CLONE3 = 1 << 20")
+    module = jobworker if clone3 else without()
+    request = module.JobRequest("sleep", ("1000",), owner="alice")
+    async with worker_on(state, module, owner=module.OwnerLimits(pids=10)) as worker:
+        jobs = [await worker.start(request) for _ in range(10)]
+        owner = os.path.dirname(jobs[0].spec.cgroup)
+        refused = await asyncio.gather(*(worker.start(request) for _ in range(15)), return_exceptions=True)
+        assert jobworker.kernel_read(f"{owner}/pids.current") == "10\n"
+        for error in refused:
+            assert isinstance(error, module.ExhaustedError), error
+            assert re.search("owner 'alice', .* has as many .* as it may; .*`serve --owner-pids`", str(error))
+        assert worker.running == 10
+        await worker.start(dataclasses.replace(request, owner="bob"))
+        await worker.stop(jobs[0])
+        await worker.start(request)
+        await worker.stop_all()
 
 
 def test_a_start_without_a_free_process_number_says_so(state):
