@@ -263,9 +263,8 @@ class Limits:
     io: int = IO_LIMIT
 
 
-ENGINE_CLIENT_LIMITS = Limits(
-    memory=256 * MIB
-)  # of an engine's client: srun has 20 MB, whatever memory its job asks for
+# Of an engine's client: srun has 20 MB, whatever memory its job asks for.
+ENGINE_CLIENT_LIMITS = Limits(memory=256 * MIB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -768,14 +767,14 @@ class ProcessTree:
     def _find(self) -> list[int]:
         parents: dict[int, int] = {}
         found = set()
-        for name in filter(str.isdigit, os.listdir("/proc")):
+        for process in all_processes():
             with contextlib.suppress(OSError, KernelError, ValueError):  # the process ended during the search
-                state, parent = kernel_read(f"/proc/{name}/stat").rpartition(")")[2].split()[:2]
+                state, parent = kernel_read(f"/proc/{process}/stat").rpartition(")")[2].split()[:2]
                 if state in "ZX":
                     continue
-                parents[int(name)] = int(parent)
-                if self._variable in kernel_read(f"/proc/{name}/environ").split("\0"):
-                    found.add(int(name))
+                parents[process] = int(parent)
+                if self._has(process):
+                    found.add(process)
         family = {os.getpid()}
         while more := {child for child, parent in parents.items() if parent in family} - family:
             family |= more
@@ -1034,9 +1033,10 @@ def missing_controllers(missing: Sequence[str], mount: CgroupMount | None, top: 
 # --- 4. Output and inotify ------------------------------------------------------------------------------
 # Owns the class of inotify descriptors, and the reading of outputs that clients follow. It never writes an output. It
 # never polls: at the end of a file a follower sleeps until the kernel reports that the file grew, or until `Worker`
-# wakes it. The source is inotify(7).
+# wakes it. The source is inotify(7). It also owns how the tasks of the event loop wait for each other (`Bell`, `Turn`).
 
 SHORTEST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.05, 1.0
+PART_SECONDS = 0.0005  # of long work in one turn of the event loop
 IN_MODIFY, IN_CLOSE_WRITE, IN_Q_OVERFLOW, IN_IGNORED, IN_ONESHOT = 0x2, 0x8, 0x4000, 0x8000, 0x80000000
 IN_FOLDER = 0x2CC  # IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_DELETE: a file in a folder has changed
 
@@ -1082,6 +1082,27 @@ class Bell:
         if self._next is None:
             self._next = asyncio.Event()
         await self._next.wait()
+
+
+class Turn:
+    """Shares the event loop among works that take long: in a turn of the loop one part of one of them is done, however
+    many there are. When each did a part, 60 lists of one owner kept the calls of another waiting for 0.4 s.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()  # it serves those who wait for it in their order
+
+    async def part(self, items: Iterator[Any], most: int = sys.maxsize) -> list[Any]:
+        """The next of these items, as many as PART_SECONDS are enough for; none if there are no more."""
+        async with self._lock:
+            await asyncio.sleep(0)
+            end = time.perf_counter() + PART_SECONDS
+            found = []
+            for item in items:
+                found.append(item)
+                if len(found) >= most or time.perf_counter() >= end:
+                    break
+            return found
 
 
 class Inotify:
@@ -2724,7 +2745,7 @@ class Shim:
                 self._signal_main_process(request.number)
             elif isinstance(request, InputEnd):
                 if self._input:
-                    self._input.size = request.size
+                    self._input.is_whole = True
                     self._end_input(self._input)
             elif isinstance(request, InputCut):
                 self._cut = request
@@ -2747,7 +2768,7 @@ class Shim:
 
     def _end_input(self, pipe: InputPipe) -> None:
         """Record the end of input and close the pipe, if the server has said the end and the pipe has all bytes."""
-        if pipe.moved is not None and pipe.size is not None:
+        if pipe.moved is not None and pipe.is_whole:
             write_event(self._events, "input-ended", bytes=pipe.moved)
             os.close(pipe.writer)
             self._input = None
@@ -2855,7 +2876,7 @@ class InputPipe:
         self.stdin, self.writer = make_pipe(spec)
         self.report, report = os.pipe2(os.O_CLOEXEC)  # gets the number of bytes when the mover has moved all
         self.moved: int | None = None  # that number
-        self.size: int | None = None  # of the whole input, when the server has said its end
+        self.is_whole = False  # the server has said the end of input
         parent = os.fork()
         if parent == 0:
             start_mover(channel, self.writer, report)
@@ -3889,9 +3910,6 @@ class Feed:
 DISK_SECONDS = 1.0  # between two looks at the disk while jobs run
 FRESH_SECONDS = 10.0  # an ended job is not deleted to save space before this age: `run` may not have begun to read it
 LATE_SECONDS = 5.0  # from when the shim should have killed a job until the server itself kills it
-# Of each turn of the searches of /proc. One process takes 0.04 ms: with 8,192 of them, 64 searches at once kept all
-# other callers waiting for 11 s.
-SEARCH_SECONDS = 0.0005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4146,7 +4164,7 @@ class Worker:
         self._start_slots = asyncio.Semaphore(START_SLOTS)  # held until the shim has the request
         self._finish_slots = asyncio.Semaphore(FINISH_SLOTS)  # held until the job is finished, which may take long
         self._search_turn = asyncio.Lock()  # held for the read of one block, see `tail_offset`
-        self._kill_turn = asyncio.Lock()  # held for one turn of a search of /proc, see `_search`
+        self._kill_turn = Turn()  # of the searches of /proc, see `_search`
 
     # -- Opening and closing
 
@@ -4489,15 +4507,11 @@ class Worker:
             await self._search(job, job.folder.wake_shim())
 
     async def _search(self, job: Job, steps: Iterator[None]) -> None:
-        """Carry out the steps of a search of /proc, in turns of SEARCH_SECONDS, until the main process of the job has
-        ended. In a turn of the event loop only one search takes its turn, however many there are.
+        """Carry out the steps of a search of /proc until the main process of the job has ended. One process takes
+        0.04 ms: with 8,192 of them, 64 searches at once kept all other callers waiting for 11 s.
         """
-        while job.events.ending is None:
-            async with self._kill_turn:
-                await asyncio.sleep(0)
-                end = time.perf_counter() + SEARCH_SECONDS
-                if all(time.perf_counter() < end for _ in steps):
-                    return
+        while job.events.ending is None and await self._kill_turn.part(steps):
+            pass
 
     def _await_deadline(self, job: Job) -> None:
         """Have a job killed some seconds after the end of its timeout. A job can block its shim: a process in splice(2)
@@ -5750,7 +5764,6 @@ LARGE_REQUEST = 2 * VARIABLES  # bytes, see check_size; an owner's larger ones a
 REQUEST_SECONDS = 10.0  # from a call's headers until its first message is here
 LISTED_BYTES = 400  # of a command with its arguments, and of a working folder, that a list shows
 SHORTEST_PREFIX = 4  # characters of an id that may stand for it
-LIST_SECONDS = 0.0005  # of work for lists in one turn of the event loop; a running job takes 0.1 ms
 BATCH_JOBS = 100  # of one message of a list
 MORE_FIELD = 34  # GetStatusResponse.more
 DATA_FIELD = 2  # SendInputRequest.data
@@ -5888,29 +5901,18 @@ class OpenCalls:
                 del self._open[owner]
 
 
-class Turns:
-    """Whose list is worked on. One part of one list is made in a turn of the event loop, and owners take turns, however
-    many lists one of them asks for.
-
-    When each list made a part, 60 lists of one owner kept the status calls of another waiting for 0.4 s.
-    """
+class OwnerTurns:
+    """A `Turn` for all lists. Owners take turns, too, however many lists one of them asks for."""
 
     def __init__(self) -> None:
-        self._turn = asyncio.Lock()
+        self._turn = Turn()
         self._of_owner: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def part(self, owner: str, items: Iterator[Any], most: int = sys.maxsize) -> list[Any]:
-        """The next of these items, as many as LIST_SECONDS are enough for; none if there are no more."""
+        """As `Turn.part`."""
         of_owner = self._of_owner.setdefault(owner, asyncio.Lock())
-        async with of_owner, self._turn:  # a lock serves those who wait for it in their order
-            await asyncio.sleep(0)
-            end = time.perf_counter() + LIST_SECONDS
-            found = []
-            for item in items:
-                found.append(item)
-                if len(found) >= most or time.perf_counter() >= end:
-                    break
-            return found
+        async with of_owner:
+            return await self._turn.part(items, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -5932,7 +5934,7 @@ class Service:
         # One of 2 MiB can take 30 ms and 80 MB to read, so each owner's are read one after the other.
         self._large_requests: dict[str, asyncio.Lock] = {}
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
-        self._turns = Turns()
+        self._turns = OwnerTurns()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def unary(answer: Callable[[Caller, Any], Awaitable[Any]], kind: Any) -> grpc.RpcMethodHandler[Any, Any]:

@@ -4392,7 +4392,7 @@ async def test_all_stops_of_a_job_whose_shim_is_stopped_share_one_search_for_the
 @pytest.mark.parametrize("search", ["wake_shim", "kill_members"])
 @in_loop
 async def test_a_search_of_all_processes_lets_other_tasks_run_after_each_turn(state, monkeypatch, search):
-    monkeypatch.setattr(jobworker, "SEARCH_SECONDS", 0.0)  # a turn of one process
+    monkeypatch.setattr(jobworker, "PART_SECONDS", 0.0)  # a turn of one process
     processes = len(list(filter(str.isdigit, os.listdir("/proc"))))
     turns = 0
     async with worker_on(state) as worker:
@@ -7673,7 +7673,7 @@ def test_a_list_shows_the_begin_of_a_long_command_and_a_status_all_of_it(shared,
 
 @in_loop
 async def test_owners_take_turns_however_many_lists_one_of_them_asks_for():
-    turns, order = jobworker.Turns(), []
+    turns, order = jobworker.OwnerTurns(), []
 
     async def list_of(owner):
         items = iter(range(5))
