@@ -5932,7 +5932,7 @@ class Service:
         self._calls = OpenCalls(limits.calls, "calls")
         self._streams = OpenCalls(limits.streams, "streams")
         # One of 2 MiB can take 30 ms and 80 MB to read, so each owner's are read one after the other.
-        self._large_requests: dict[str, asyncio.Lock] = {}
+        self._large_requests: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._summaries: weakref.WeakKeyDictionary[Job, bytes] = weakref.WeakKeyDictionary()
         self._turns = OwnerTurns()
 
